@@ -1,0 +1,42 @@
+# Everything a new user needs: `make demo` and `make test` do all the set-up themselves.
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+DEMO_DIR ?= demo
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast style quality clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed  ## virtual environment, the package with all extras, FFmpeg's shared libraries
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@sh .ci/system_packages.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (about 10 minutes on 2 cores)
+	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: setup  ## tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+style: setup  ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: setup  ## format, lint and type checks, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and the demo's output
+	rm -rf $(VENV) $(DEMO_DIR) build dist *.egg-info
