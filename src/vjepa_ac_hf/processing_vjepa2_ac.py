@@ -1,0 +1,280 @@
+"""Clips, actions and states in raw units -> the model's tensors (docs/data.md, "Normalisation" and "Geometry").
+
+Shipped to the Hub with the model: imports the standard library, numpy, torch, transformers and its siblings only. It
+does not need torchvision.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from .actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, ActionStatistics, resolve_action_space
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIZE_MODES = ("crop", "squash")
+YAW_SCALE, PITCH_SCALE = 180.0, 90.0
+
+
+def wrap_degrees(degrees: Tensor) -> Tensor:
+    """Angles modulo whole turns, in [-180, 180)."""
+    return torch.remainder(degrees + 180.0, 360.0) - 180.0
+
+
+def resize_frames(frames: Tensor, resolution: int, mode: str = "crop") -> Tensor:
+    """Scale frames to a square with antialiasing.
+
+    Args:
+        frames: `(frames, 3, Y, X)`, uint8.
+        resolution: edge of the result in pixels.
+        mode: "crop" scales the shortest edge to `resolution` and cuts the centre (nothing of Minecraft's hotbar is
+            lost); "squash" scales the whole frame.
+
+    Returns:
+        `(frames, 3, resolution, resolution)`, uint8.
+    """
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {mode!r}")
+    height, width = frames.shape[-2:]
+    if (height, width) == (resolution, resolution):
+        return frames
+    size = (resolution, resolution)
+    if mode == "crop":
+        short = min(height, width)
+        size = (int(resolution * height / short), int(resolution * width / short))
+    if size != (height, width):
+        frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
+    return frames[..., top : top + resolution, left : left + resolution].contiguous()
+
+
+class VJEPA2ACProcessor(ProcessorMixin):
+    """Prepares clips for `VJEPA2ACModel`; everything a number needs to be understood is in its saved configuration.
+
+    Args:
+        resolution: edge of the model's frames in pixels.
+        resize_mode: "crop" or "squash" (see `resize_frames`).
+        fps: frames a second of a clip.
+        frames_per_clip: frames of a clip.
+        tubelet_size: frames of a step.
+        action_space: a name of `ACTION_SPACES` or an ordered list of columns.
+        action_statistics: `ActionStatistics.to_dict()` of the training split; None: fit or set them before use.
+        pixel_mean: RGB mean after division by 255 (ImageNet's).
+        pixel_std: RGB standard deviation, likewise.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 256,
+        resize_mode: str = "crop",
+        fps: int = 5,
+        frames_per_clip: int = 16,
+        tubelet_size: int = 2,
+        action_space: str | Sequence[str] = "vpt-13",
+        action_statistics: dict | None = None,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+    ):
+        super().__init__()
+        if resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {resize_mode!r}")
+        if frames_per_clip % tubelet_size:
+            raise ValueError(f"frames_per_clip {frames_per_clip} is not a multiple of tubelet_size {tubelet_size}")
+        self.resolution = resolution
+        self.resize_mode = resize_mode
+        self.fps = fps
+        self.frames_per_clip = frames_per_clip
+        self.tubelet_size = tubelet_size
+        self.action_space = resolve_action_space(action_space)
+        self.pixel_mean = list(pixel_mean)
+        self.pixel_std = list(pixel_std)
+        self.action_statistics: dict | None = None
+        if action_statistics is not None:
+            self.set_action_statistics(action_statistics)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values_videos", "actions", "states"]
+
+    @staticmethod
+    def validate_init_kwargs(processor_config: dict, valid_kwargs: Sequence[str]) -> tuple[dict, dict]:
+        """As in transformers, but unknown keys of a saved configuration are refused by name."""
+        unused, valid = ProcessorMixin.validate_init_kwargs(processor_config, valid_kwargs)
+        unknown = sorted(k for k in unused if not k.startswith("_") and k != "trust_remote_code")
+        if unknown:
+            raise ValueError(f"processor_config.json: unknown keys {unknown}; known are {sorted(valid_kwargs)}")
+        return unused, valid
+
+    def set_action_statistics(self, statistics: ActionStatistics | dict) -> None:
+        """Use these statistics from now on; they are saved with the processor, as JSON."""
+        if isinstance(statistics, dict):
+            statistics = ActionStatistics.from_dict(statistics)
+        constant = [
+            c for c, s in zip(CONTINUOUS_COLUMNS, statistics.std, strict=True) if s == 0 and c in self.action_space
+        ]
+        if constant:
+            logger.warning("action columns %s never change in the training data: they are only centred", constant)
+        self.action_statistics = statistics.to_dict()
+
+    def __call__(
+        self,
+        videos: Any = None,
+        actions: Any = None,
+        states: Any = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """
+        Args:
+            videos: a clip or a list of clips: uint8 tensors `(frames, 3, Y, X)`, uint8 arrays `(frames, Y, X, 3)` or
+                `(frames, 3, Y, X)`, or torchcodec `VideoDecoder`s (all of their frames).
+            actions: `(B, T-1, 38)`, all columns, or `(B, T-1, A)`, those of the action space; raw units.
+            states: `(B, T, 2)`, yaw and pitch in degrees.
+            return_tensors: only "pt".
+
+        Returns:
+            `pixel_values_videos` `(B, frames, 3, resolution, resolution)`, `actions` `(B, T-1, A)` and `states`
+            `(B, T, 2)`, float32, each where it was given.
+        """
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors must be 'pt', found {return_tensors!r}")
+        data: dict[str, Tensor] = {}
+        if videos is not None:
+            data["pixel_values_videos"] = self.normalize_pixels(self.prepare_frames(videos))
+        if actions is not None:
+            data["actions"] = self.normalize_actions(actions)
+        if states is not None:
+            data["states"] = self.normalize_states(states)
+        return BatchFeature(data)
+
+    def prepare_frames(self, videos: Any) -> Tensor:
+        """Clips as one uint8 tensor `(B, frames, 3, resolution, resolution)`."""
+        if not isinstance(videos, (list, tuple)):
+            videos = [videos] if getattr(videos, "ndim", 4) == 4 else list(videos)
+        clips = [resize_frames(self._as_frames(v), self.resolution, self.resize_mode) for v in videos]
+        lengths = sorted({len(c) for c in clips})
+        if len(lengths) != 1 or lengths[0] % self.tubelet_size or lengths[0] == 0:
+            raise ValueError(
+                f"clips must have the same number of frames, a multiple of tubelet_size {self.tubelet_size}; "
+                f"found {lengths}"
+            )
+        return torch.stack(clips)
+
+    @staticmethod
+    def _as_frames(video: Any) -> Tensor:
+        if hasattr(video, "get_frames_in_range"):
+            video = video.get_frames_in_range(0, len(video)).data
+        frames = torch.as_tensor(video)
+        if frames.ndim == 4 and frames.shape[1] != 3 and frames.shape[-1] == 3:
+            frames = frames.permute(0, 3, 1, 2)
+        if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
+            raise ValueError(
+                f"a clip must be uint8 frames (frames, 3, height, width), found {frames.dtype} {tuple(frames.shape)}"
+            )
+        return frames
+
+    def normalize_pixels(self, frames: Tensor) -> Tensor:
+        """uint8 `(..., 3, Y, X)` -> float32, divided by 255 and standardised."""
+        mean = torch.tensor(self.pixel_mean, device=frames.device).view(3, 1, 1) * 255
+        std = torch.tensor(self.pixel_std, device=frames.device).view(3, 1, 1) * 255
+        return (frames.float() - mean) / std
+
+    def normalize_actions(self, actions: Any) -> Tensor:
+        """Raw actions `(..., 38)` or `(..., A)` -> the action space's columns `(..., A)`, continuous ones standardised.
+
+        Raises:
+            ValueError: another number of columns, values that are not finite, or no statistics.
+        """
+        values = torch.as_tensor(np.asarray(actions) if not isinstance(actions, Tensor) else actions).double()
+        columns = values.shape[-1] if values.ndim else 0
+        if columns == len(ACTION_COLUMNS):
+            values = values[..., [ACTION_COLUMNS.index(c) for c in self.action_space]]
+        elif columns != len(self.action_space):
+            raise ValueError(
+                f"actions must have all {len(ACTION_COLUMNS)} columns or the {len(self.action_space)} of the action "
+                f"space, found {columns}"
+            )
+        if not torch.isfinite(values).all():
+            raise ValueError("actions hold values that are not finite")
+        mean, std = self._column_statistics(values.device)
+        return ((values - mean) / std).float()
+
+    def denormalize_actions(self, actions: Tensor) -> Tensor:
+        """The action space's columns in raw units (pixels, degrees), float64; inverse of `normalize_actions`."""
+        if actions.shape[-1] != len(self.action_space):
+            raise ValueError(f"actions must have {len(self.action_space)} columns, found {actions.shape[-1]}")
+        mean, std = self._column_statistics(actions.device)
+        return actions.double() * std + mean
+
+    def _column_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation by column of the action space: (0, 1) for binary and for constant columns."""
+        mean = torch.zeros(len(self.action_space), dtype=torch.float64, device=device)
+        std = torch.ones_like(mean)
+        for i, column in enumerate(self.action_space):
+            if column not in CONTINUOUS_COLUMNS:
+                continue
+            if self.action_statistics is None:
+                raise ValueError(
+                    f"action statistics are missing: column {column!r} cannot be normalised. Set them with "
+                    "processor.set_action_statistics(...), for instance from a data set's action_stats.json"
+                )
+            at = CONTINUOUS_COLUMNS.index(column)
+            mean[i] = self.action_statistics["mean"][at]
+            std[i] = self.action_statistics["std"][at] or 1.0
+        return mean, std
+
+    def normalize_states(self, states: Any) -> Tensor:
+        """Degrees `(..., 2)` -> (yaw wrapped to [-180, 180) / 180, pitch / 90), float32."""
+        values = torch.as_tensor(np.asarray(states) if not isinstance(states, Tensor) else states).double()
+        if values.ndim == 0 or values.shape[-1] != 2:
+            raise ValueError(f"states must have 2 columns (yaw, pitch), found shape {tuple(values.shape)}")
+        if not torch.isfinite(values).all():
+            raise ValueError("states hold values that are not finite")
+        return torch.stack([wrap_degrees(values[..., 0]) / YAW_SCALE, values[..., 1] / PITCH_SCALE], dim=-1).float()
+
+    def denormalize_states(self, states: Tensor) -> Tensor:
+        """Degrees `(..., 2)`, float64; inverse of `normalize_states` up to whole turns of yaw."""
+        return states.double() * torch.tensor([YAW_SCALE, PITCH_SCALE], dtype=torch.float64, device=states.device)
+
+    def integrate_states(self, states: Tensor, actions: Tensor) -> Tensor:
+        """States of an imagined future: the last known one plus the actions' yaw and pitch changes.
+
+        Args:
+            states: `(B, S, 2)` known states of steps 0..S-1, normalised; or `(B, 2)`, the state of step 0.
+            actions: `(B, M, A)`, normalised; action t leads from step t to t+1.
+
+        Returns:
+            `(B, M + 1, 2)`, normalised: the known states, then those of steps S..M; yaw wrapped, pitch clamped to
+            [-90, 90] degrees.
+        """
+        known = states[:, None] if states.ndim == 2 else states
+        if known.ndim != 3 or known.shape[-1] != 2 or actions.ndim != 3 or len(known) != len(actions):
+            raise ValueError(
+                f"states must be (batch, steps, 2) and actions (batch, steps, columns), found "
+                f"{tuple(states.shape)} and {tuple(actions.shape)}"
+            )
+        missing = [c for c in ("yaw_delta", "pitch_delta") if c not in self.action_space]
+        if missing:
+            raise ValueError(f"states cannot be integrated: the action space lacks {missing}")
+        raw = self.denormalize_actions(actions)
+        at = [self.action_space.index(c) for c in ("yaw_delta", "pitch_delta")]
+        future = []
+        latest = self.denormalize_states(known[:, -1])
+        for change in raw[:, known.shape[1] - 1 :, at].unbind(dim=1):
+            latest = latest + change
+            latest = torch.stack([wrap_degrees(latest[:, 0]), latest[:, 1].clamp(-PITCH_SCALE, PITCH_SCALE)], dim=-1)
+            future.append(latest)
+        scale = torch.tensor([YAW_SCALE, PITCH_SCALE], dtype=torch.float64, device=known.device)
+        return torch.cat([known, *[(f / scale)[:, None].to(known.dtype) for f in future]], dim=1)
+
+
+VJEPA2ACProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["VJEPA2ACProcessor", "resize_frames", "wrap_degrees"]
