@@ -1,0 +1,262 @@
+"""The log of a VPT recording: one JSON line per video frame, parsed once (docs/data.md, "Recordings")."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ..actions_vjepa2_ac import ACTION_COLUMNS
+
+# Columns that say whether a key or mouse button is down: key.1 .. mouse.middle, contiguous in ACTION_COLUMNS.
+FIRST_PRESSED = ACTION_COLUMNS.index("key.1")
+PRESSED_COLUMNS: tuple[str, ...] = ACTION_COLUMNS[FIRST_PRESSED : ACTION_COLUMNS.index("mouse.middle") + 1]
+NUM_SLOTS = 9
+
+REPAIRS: tuple[str, ...] = (
+    "null_mouse",
+    "null_keyboard",
+    "unknown_buttons",
+    "stuck_attack",
+    "hotbar_injected",
+    "mouse_scaled",
+    "trimmed",
+)
+
+# Recorder versions that logged GUI mouse movement at another scale (VPT's contractor data, arXiv 2206.11795).
+GUI_MOUSE_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
+
+# Beyond this, float32 no longer resolves one degree or one pixel: no real log comes near it.
+_LARGEST_NUMBER = 1e7
+
+_KEY_COLUMN = {
+    "key.keyboard." + column.removeprefix("key."): index
+    for index, column in enumerate(PRESSED_COLUMNS)
+    if column.startswith("key.")
+}
+_BUTTON_COLUMN = {
+    button: PRESSED_COLUMNS.index(column) for button, column in enumerate(("mouse.left", "mouse.right", "mouse.middle"))
+}
+_SESSION_NAME = re.compile(r"(?P<session>.+-[^-]+)-\d{8}-\d{6}")
+_NOT_A_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity|inf))\b', re.IGNORECASE)
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be used; the message names file, line (1-based), field and what was found."""
+
+
+class _Mouse(msgspec.Struct):
+    dx: float
+    dy: float
+    buttons: list[float]
+    newButtons: list[float] = []
+    x: float | None = None
+    y: float | None = None
+
+
+class _Keyboard(msgspec.Struct):
+    keys: list[str]
+
+
+class _Line(msgspec.Struct):
+    mouse: _Mouse | None
+    keyboard: _Keyboard | None
+    isGuiOpen: bool
+    hotbar: int
+    yaw: float
+    pitch: float
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The log of one recording with all repairs applied; arrays have one row per tick (n ticks).
+
+    Attributes:
+        name: the recording's name as given.
+        recorder_version: such as "6.8", or None where unknown.
+        mouse_dx, mouse_dy: float64 (n,), mouse movement during the tick in pixels.
+        cursor_x, cursor_y: float64 (n,), GUI cursor in 1280x720 pixels, NaN where the log has none.
+        yaw, pitch: float64 (n,), degrees as logged: yaw unbounded, pitch positive looking down.
+        pressed: bool (n, 24), keys and mouse buttons down during the tick, columns `PRESSED_COLUMNS`.
+        hotbar: int64 (n,), selected slot 0..8.
+        gui_open: bool (n,).
+        repairs: number of ticks affected, for every name of `REPAIRS`.
+
+    Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Recordings" and "Repairs".
+    """
+
+    name: str
+    recorder_version: str | None
+    mouse_dx: np.ndarray
+    mouse_dy: np.ndarray
+    cursor_x: np.ndarray
+    cursor_y: np.ndarray
+    yaw: np.ndarray
+    pitch: np.ndarray
+    pressed: np.ndarray
+    hotbar: np.ndarray
+    gui_open: np.ndarray
+    repairs: dict[str, int]
+
+    @property
+    def num_ticks(self) -> int:
+        return len(self.yaw)
+
+    @property
+    def session_id(self) -> str:
+        return session_id_of(self.name)
+
+    def trim(self, num_frames: int) -> "Recording":
+        """The recording cut to its video's length; `repairs["trimmed"]` is the difference in ticks."""
+        rows: dict[str, Any] = {
+            field: value[:num_frames] for field, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **rows, repairs={**self.repairs, "trimmed": abs(self.num_ticks - num_frames)})
+
+
+def recording_id_of(name: str) -> str:
+    """`6.8/<name>.mp4` -> `<name>`: file name without folders and without `.mp4`, `.jsonl`."""
+    return PurePosixPath(name).name.removesuffix(".mp4").removesuffix(".jsonl")
+
+
+def session_id_of(name: str) -> str:
+    """Session of a recording: `<alias>-<session-id>-<date>-<time>` -> `<alias>-<session-id>`.
+
+    Date is 8 digits, time 6; aliases may contain dashes. A name of another form is its own session.
+    """
+    recording_id = recording_id_of(name)
+    match = _SESSION_NAME.fullmatch(recording_id)
+    return match["session"] if match else recording_id
+
+
+def recorder_version_of(path: str) -> str | None:
+    """Recorder version of a recording's path: its last folder such as `6.8`, or None where there is none."""
+    versions = [part for part in PurePosixPath(path).parts[:-1] if re.fullmatch(r"\d+\.\d+", part)]
+    return versions[-1] if versions else None
+
+
+def parse_recording(log: bytes, name: str, *, recorder_version: str | None = None) -> Recording:
+    """Parse and repair a VPT log.
+
+    Args:
+        log: the `.jsonl` file's bytes, one JSON object a line; empty lines at the end are ignored.
+        name: the recording's name, for messages and for its session; folders and suffix may be part of it.
+        recorder_version: such as "6.8"; None takes it from a folder in `name`, where there is one.
+
+    Returns:
+        Recording: arrays per tick, repaired, with the number of ticks every repair touched.
+
+    Raises:
+        RecordingError: an empty log, a line that is not a JSON object, a field that is missing, of another type,
+            not finite or out of range. The message names file, line, field and what was found.
+
+    Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Repairs".
+    """
+    lines = _decode_lines(log, name)
+    mice = [line.mouse for line in lines]
+    version = recorder_version or recorder_version_of(name)
+    repairs = dict.fromkeys(REPAIRS, 0)
+    repairs["null_mouse"] = sum(mouse is None for mouse in mice)
+    repairs["null_keyboard"] = sum(line.keyboard is None for line in lines)
+
+    hotbar = _numbers(name, "hotbar", [line.hotbar for line in lines], 0, NUM_SLOTS - 1).astype(np.int64)
+    gui_open = np.array([line.isGuiOpen for line in lines])
+    mouse_dx = _numbers(name, "mouse.dx", [mouse.dx if mouse else 0.0 for mouse in mice])
+    mouse_dy = _numbers(name, "mouse.dy", [mouse.dy if mouse else 0.0 for mouse in mice])
+    scale = GUI_MOUSE_SCALE.get(version or "", 1.0)
+    if scale != 1.0:
+        repairs["mouse_scaled"] = int((gui_open & ((mouse_dx != 0) | (mouse_dy != 0))).sum())
+        mouse_dx[gui_open] *= scale
+        mouse_dy[gui_open] *= scale
+
+    pressed = np.zeros((len(lines), len(PRESSED_COLUMNS)), dtype=bool)
+    _press_keys(pressed, lines)
+    _press_buttons(pressed, mice, repairs)
+    _inject_hotbar_keys(pressed, hotbar, repairs)
+    return Recording(
+        name=name,
+        recorder_version=version,
+        mouse_dx=mouse_dx,
+        mouse_dy=mouse_dy,
+        cursor_x=np.array([_or_nan(mouse.x) if mouse else np.nan for mouse in mice]),
+        cursor_y=np.array([_or_nan(mouse.y) if mouse else np.nan for mouse in mice]),
+        yaw=_numbers(name, "yaw", [line.yaw for line in lines]),
+        pitch=_numbers(name, "pitch", [line.pitch for line in lines]),
+        pressed=pressed,
+        hotbar=hotbar,
+        gui_open=gui_open,
+        repairs=repairs,
+    )
+
+
+def _decode_lines(log: bytes, name: str) -> list[_Line]:
+    decoder = msgspec.json.Decoder(_Line)
+    lines: list[_Line] = []
+    for number, text in enumerate(log.rstrip().split(b"\n") if log.strip() else [], start=1):
+        if not text.strip():
+            raise RecordingError(f"{name}: line {number}: expected a JSON object, found an empty line")
+        try:
+            lines.append(decoder.decode(text))
+        except msgspec.ValidationError as error:
+            raise RecordingError(f"{name}: line {number}: {error}") from error
+        except msgspec.DecodeError as error:
+            # JSON has no NaN: the parser cannot name the field, so that it is looked up for the message.
+            if match := _NOT_A_NUMBER.search(text):
+                field, found = (group.decode() for group in match.groups())
+                raise RecordingError(
+                    f"{name}: line {number}: field {field!r}: expected a finite number, found {found}"
+                ) from error
+            raise RecordingError(f"{name}: line {number}: broken JSON: {error}") from error
+    if not lines:
+        raise RecordingError(f"{name}: expected one JSON line per frame, found an empty log ({len(log)} bytes)")
+    return lines
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _numbers(
+    name: str, field: str, values: list, low: float = -_LARGEST_NUMBER, high: float = _LARGEST_NUMBER
+) -> np.ndarray:
+    numbers = np.array(values, dtype=np.float64)
+    wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high)))
+    if len(wrong):
+        raise RecordingError(
+            f"{name}: line {wrong[0] + 1}: field {field!r}: expected {low:g} to {high:g}, found {numbers[wrong[0]]:g}"
+        )
+    return numbers
+
+
+def _press_keys(pressed: np.ndarray, lines: list[_Line]) -> None:
+    for tick, line in enumerate(lines):
+        for key in line.keyboard.keys if line.keyboard else ():
+            column = _KEY_COLUMN.get(key)
+            if column is not None:
+                pressed[tick, column] = True
+
+
+def _press_buttons(pressed: np.ndarray, mice: list[_Mouse | None], repairs: dict[str, int]) -> None:
+    # A segment that starts with a fresh attack press was cut from a held one: the recorder then reports the
+    # button as down until it is really pressed again.
+    attack_is_stuck = mice[0] is not None and mice[0].newButtons == [0]
+    for tick, mouse in enumerate(mice):
+        if mouse is None:
+            continue
+        if attack_is_stuck and tick > 0 and 0 in mouse.newButtons:
+            attack_is_stuck = False
+        if attack_is_stuck and 0 in mouse.buttons:
+            repairs["stuck_attack"] += 1
+        if any(button not in _BUTTON_COLUMN for button in mouse.buttons):
+            repairs["unknown_buttons"] += 1
+        for button, column in _BUTTON_COLUMN.items():
+            pressed[tick, column] = button in mouse.buttons and not (attack_is_stuck and button == 0)
+
+
+def _inject_hotbar_keys(pressed: np.ndarray, hotbar: np.ndarray, repairs: dict[str, int]) -> None:
+    # The scroll wheel changes the slot without a key: the key that would have done it counts as pressed.
+    ticks = np.flatnonzero(np.diff(hotbar)) + 1
+    repairs["hotbar_injected"] = int((~pressed[ticks, hotbar[ticks]]).sum())
+    pressed[ticks, hotbar[ticks]] = True

@@ -1,0 +1,151 @@
+"""Decoding recordings, resizing frames, drawing the cursor, encoding clips (docs/data.md, "Geometry").
+
+torchcodec is imported where it is used: it loads FFmpeg's shared libraries, and the package must import without.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+RESIZE_MODES = ("crop", "squash")
+
+# At 256x256 this keeps 38.8 dB PSNR in 77 kB per 16-frame clip on first-person play (the ceiling there is 4:2:0
+# colour, about 40 dB); `medium` gains 0.4 dB at the same size for 2.4 times the time.
+CLIP_CRF = 18
+CLIP_PRESET = "veryfast"
+
+# The log gives the cursor in these coordinates whatever the size of the video.
+CURSOR_WIDTH, CURSOR_HEIGHT = 1280, 720
+_CURSOR_SIZE = 28
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message names the file and what is wrong."""
+
+
+class VideoReader:
+    """Frame-exact access to a video, a few frames at a time.
+
+    Args:
+        source: a path, or the file's bytes.
+        name: what messages call the video.
+
+    Raises:
+        VideoError: an empty, truncated or corrupt file; a file without frames or frame rate.
+    """
+
+    def __init__(self, source: bytes | str | Path, name: str) -> None:
+        from torchcodec.decoders import VideoDecoder
+
+        self.name = name
+        try:
+            size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+            if size == 0:
+                raise VideoError(f"{name}: empty video file: expected an mp4 video, found 0 bytes")
+            self._decoder = VideoDecoder(source, seek_mode="exact")
+        except (OSError, RuntimeError) as error:
+            raise VideoError(f"{name}: cannot open the video: {_cause(error)}") from error
+        self.num_frames = self._decoder.metadata.num_frames or 0
+        self.frame_rate = self._decoder.metadata.average_fps or 0.0
+        if self.num_frames == 0 or self.frame_rate <= 0:
+            raise VideoError(
+                f"{name}: expected frames at a known rate, found {self.num_frames} frames at {self.frame_rate} FPS"
+            )
+        self._recent: dict[int, torch.Tensor] = {}
+
+    def frames(self, indices: Sequence[int]) -> torch.Tensor:
+        """Frames as uint8 (len(indices), 3, H, W), RGB. Cheap where indices increase from call to call.
+
+        Raises:
+            VideoError: a frame that does not exist or cannot be decoded.
+        """
+        # Overlapping clips share frames; decoding those again would mean seeking back to the last key frame.
+        missing = [index for index in indices if index not in self._recent]
+        recent = {index: self._recent[index] for index in indices if index in self._recent}
+        if missing:
+            try:
+                recent.update(zip(missing, self._decoder.get_frames_at(missing).data, strict=True))
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise VideoError(
+                    f"{self.name}: cannot decode: frames {missing[0]} to {missing[-1]} of {self.num_frames}: "
+                    f"{_cause(error)}"
+                ) from error
+        self._recent = recent
+        return torch.stack([recent[index] for index in indices])
+
+
+def _cause(error: Exception) -> str:
+    # torchcodec prefixes its messages with source files of its own build.
+    return str(error).splitlines()[0].rsplit(".cpp:", 1)[-1] if str(error) else type(error).__name__
+
+
+def resize_frames(frames: torch.Tensor, resolution: int, mode: str = "crop") -> torch.Tensor:
+    """Resize frames to a square with antialiasing, as torchvision's `Resize` and `CenterCrop` do.
+
+    Args:
+        frames: uint8 (N, 3, H, W).
+        resolution: side of the result in pixels.
+        mode: `crop`: shortest edge to `resolution`, then a centre crop; `squash`: the whole frame.
+
+    Returns:
+        uint8 (N, 3, resolution, resolution).
+
+    Raises:
+        ValueError: another dtype, shape or mode.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        raise ValueError(f"expected uint8 frames (N, 3, H, W), found {frames.dtype} {tuple(frames.shape)}")
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"resize mode must be one of {RESIZE_MODES}, found {mode!r}")
+    height, width = frames.shape[-2:]
+    if mode == "squash":
+        size = (resolution, resolution)
+    else:
+        long = int(resolution * max(height, width) / min(height, width))
+        size = (resolution, long) if height <= width else (long, resolution)
+    if size != (height, width):
+        frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True)
+    top, left = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
+    return frames[..., top : top + resolution, left : left + resolution].contiguous()
+
+
+def draw_cursor(frame: torch.Tensor, x: float, y: float) -> None:
+    """Paint an arrow (white, black edge) into a frame, in place.
+
+    Args:
+        frame: uint8 (3, H, W).
+        x, y: its tip in 1280x720 pixels, whatever the size of the frame; outside of it nothing is painted.
+    """
+    height, width = frame.shape[-2:]
+    size = max(round(_CURSOR_SIZE * height / CURSOR_HEIGHT), 6)
+    left, top = round(x * width / CURSOR_WIDTH), round(y * height / CURSOR_HEIGHT)
+    if not (0 <= left < width and 0 <= top < height):
+        return
+    rows, columns = torch.arange(size)[:, None], torch.arange(size)[None]
+    slant = (rows * 0.7).floor()
+    inside = columns <= slant
+    edge = inside & ((columns == 0) | (columns >= slant) | (rows == size - 1))
+    colour = torch.where(edge, 0, 255).to(torch.uint8)
+    area = frame[:, top : top + size, left : left + size]
+    inside, colour = (mask[: area.shape[1], : area.shape[2]] for mask in (inside, colour))
+    area[:] = torch.where(inside, colour, area)
+
+
+def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
+    """Encode frames uint8 (N, 3, H, W), H and W even, as an H.264 mp4 of `fps` frames per second.
+
+    One thread, since x264's result depends on their number: the same frames give the same bytes anywhere.
+    """
+    from torchcodec.encoders import VideoEncoder
+
+    encoded = VideoEncoder(frames, frame_rate=fps).to_tensor(
+        "mp4",
+        codec="libx264",
+        pixel_format="yuv420p",
+        crf=CLIP_CRF,
+        preset=CLIP_PRESET,
+        extra_options={"threads": "1"},
+    )
+    return encoded.numpy().tobytes()

@@ -1,0 +1,198 @@
+"""The `vpt_tubelets` data-set builder: VPT recordings to clips of tubelets (docs/data.md, "The builder")."""
+
+import hashlib
+import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import packaged_modules
+from datasets.builder import Key
+
+from .building import (
+    BuildOptions,
+    BuildReport,
+    clip_features,
+    iter_clips,
+    listing_report,
+    validation_set,
+)
+from .clips import ClipSpec
+from .shards import Shard, list_shards, read_pairs
+
+logger = logging.getLogger(__name__)
+
+BUILDER_NAME = "vpt_tubelets"
+_SOURCES = (
+    "../actions_vjepa2_ac.py",
+    "recording.py",
+    "clips.py",
+    "video.py",
+    "shards.py",
+    "building.py",
+    "vpt_tubelets.py",
+)
+
+
+@dataclass
+class VPTTubeletsConfig(datasets.BuilderConfig):
+    """Options of `load_dataset("vpt_tubelets", ...)` (docs/data.md, "The builder").
+
+    Args:
+        native_fps: frames and log lines per second of the recordings.
+        fps: frames per second of clips; `native_fps / fps` must be whole.
+        frames_per_clip: frames in a clip, a multiple of `tubelet_size`.
+        tubelet_size: frames in a tubelet.
+        resolution: side of the square frames in pixels, even.
+        resize_mode: `crop` (shortest edge, then centre crop) or `squash` (whole frame).
+        clip_stride: ticks between clip starts; None: no frame in two clips.
+        validation_fraction: share of sessions for validation, by a stable hash; None: 0.05 where both splits then
+            have sessions, else no validation split.
+        validation_sessions: sessions for validation, by name, instead of a share.
+        draw_cursor: paint the mouse cursor into frames with a GUI open.
+        max_gui_fraction: leave out clips with a GUI open in a larger share of their ticks.
+
+    Raises:
+        ValueError: options out of range or that do not fit together; the message has their values.
+    """
+
+    native_fps: float = 20
+    fps: float = 5
+    frames_per_clip: int = 16
+    tubelet_size: int = 2
+    resolution: int = 256
+    resize_mode: str = "crop"
+    clip_stride: int | None = None
+    validation_fraction: float | None = None
+    validation_sessions: Sequence[str] | None = None
+    draw_cursor: bool = False
+    max_gui_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.build_options  # refuses what does not fit before any file is read
+
+    @property
+    def build_options(self) -> BuildOptions:
+        clip = ClipSpec(self.native_fps, self.fps, self.frames_per_clip, self.tubelet_size, self.clip_stride)
+        return BuildOptions(clip, self.resolution, self.resize_mode, self.draw_cursor, self.max_gui_fraction)
+
+    @property
+    def asks_for_validation(self) -> bool:
+        return self.validation_sessions is not None or bool(self.validation_fraction)
+
+
+class VPTTubelets(datasets.GeneratorBasedBuilder):
+    """Builds clips from tar shards or folders of `<name>.mp4` + `<name>.jsonl`; one split per set of sessions."""
+
+    BUILDER_CONFIG_CLASS = VPTTubeletsConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=clip_features(self.config.build_options.clip))
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        if not self.config.data_files:
+            raise ValueError(f"vpt_tubelets needs data_files or data_dir, found {self.config.data_files}")
+        names = {split: list(map(str, files)) for split, files in self.config.data_files.items()}
+        paths = dl_manager.download(self.config.data_files)
+        download_config = dl_manager.download_config
+        # Listed as one, so that a recording or session found in two splits is noticed.
+        listed = list_shards(
+            [name for files in names.values() for name in files],
+            [str(path) for split in names for path in paths[split]],
+            download_config=download_config,
+        )
+        report = listing_report(listed)
+        if not any(shard.entries for shard in listed):
+            raise ValueError(
+                f"no recording (.mp4 with .jsonl) to build in {sum(map(len, names.values()))} files: "
+                + report.summary()
+            )
+        if len(names) == 1 and "train" in names:
+            splits = self._split_by_session(listed)
+        else:
+            splits = self._given_splits(names, listed)
+        return [
+            datasets.SplitGenerator(name=split, gen_kwargs={"shards": shards, "download_config": download_config})
+            for split, shards in splits.items()
+        ]
+
+    def _split_by_session(self, shards: list[Shard]) -> dict[str, list[Shard]]:
+        validation = validation_set(
+            (entry.session_id for shard in shards for entry in shard.entries),
+            self.config.validation_fraction,
+            self.config.validation_sessions,
+        )
+        return split_shards(shards, validation)
+
+    def _given_splits(self, names: dict[str, list[str]], shards: list[Shard]) -> dict[str, list[Shard]]:
+        """Splits as the user named their files, which must not share a session."""
+        if self.config.asks_for_validation:
+            raise ValueError(
+                f"data_files names the splits {list(names)}: validation_fraction and validation_sessions choose "
+                "sessions only where all files are given as one split"
+            )
+        split_of_file = {name: split for split, files in names.items() for name in files}
+        split_of_session: dict[str, str] = {}
+        splits: dict[str, list[Shard]] = {}
+        for shard in shards:
+            split = split_of_file[shard.source]
+            for entry in shard.entries:
+                other = split_of_session.setdefault(entry.session_id, split)
+                if other != split:
+                    raise ValueError(
+                        f"session {entry.session_id!r} is in the splits {other!r} and {split!r} (recording "
+                        f"{entry.recording_id!r}): segments of one session in two splits is leakage"
+                    )
+            if shard.entries:
+                splits.setdefault(split, []).append(shard)
+        return splits
+
+    def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
+        super()._download_and_prepare(dl_manager, verification_mode, **prepare_split_kwargs)
+        empty = [name for name, split in self.info.splits.items() if split.num_examples == 0]
+        if not empty:
+            return
+        if "train" in empty or self.config.asks_for_validation or len(empty) == len(self.info.splits):
+            raise ValueError(
+                f"no clip could be built for the split {empty[0]!r}: all of its recordings were rejected or left out "
+                "by max_gui_fraction; the warnings above have the reasons"
+            )
+        for name in empty:
+            logger.warning("no clip could be built for the split %r: there is none", name)
+            del self.info.splits[name]
+
+    def _generate_shards(self, shards, download_config) -> Iterator[str]:
+        yield from (shard.source for shard in shards)
+
+    def _generate_examples(self, shards, download_config) -> Iterator[tuple[Key, dict]]:
+        if multiprocessing.parent_process() is not None:
+            # One process per share of the shards: more threads would only compete, and OpenMP's do not survive fork.
+            torch.set_num_threads(1)
+        report = BuildReport()
+        for shard_index, shard in enumerate(shards):
+            pairs = read_pairs(shard, download_config=download_config)
+            for row_index, row in enumerate(iter_clips(pairs, self.config.build_options, report)):
+                yield Key(shard_index, row_index), row
+        logger.log(logging.WARNING if report.rejected else logging.INFO, report.summary())
+
+
+def split_shards(shards: list[Shard], validation: set[str]) -> dict[str, list[Shard]]:
+    """Shards of each split, with the recordings of that split only; a split without recordings is not there."""
+    splits: dict[str, list[Shard]] = {}
+    for split in ("train", "validation"):
+        for shard in shards:
+            entries = [entry for entry in shard.entries if (entry.session_id in validation) == (split == "validation")]
+            if entries:
+                splits.setdefault(split, []).append(Shard(shard.name, shard.source, entries))
+    return splits
+
+
+def register() -> None:
+    """Make `load_dataset("vpt_tubelets", ...)` find the builder; data sets built by other code are not reused."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(b"".join((folder / source).read_bytes() for source in _SOURCES)).hexdigest()
+    packaged_modules._PACKAGED_DATASETS_MODULES[BUILDER_NAME] = (__name__, digest)
