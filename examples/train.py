@@ -1,0 +1,313 @@
+"""Train an action-conditioned world model on a built data set of VPT tubelets.
+
+    accelerate launch examples/train.py --dataset DIR_OR_REPO --output_dir OUT --mixed_precision bf16
+
+The encoder is frozen; only the predictor is trained, with teacher forcing and rollout losses (docs/model.md). Leaves in
+OUT: config.json, model.safetensors, processor_config.json, README.md and the model's code (load the folder with
+AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-XXXXXXXX. Exit status 0 only when all steps are done.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+# This folder holds evaluate.py, which must not hide the library of that name.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import get_dataset_split_names
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import VJEPA2Config
+
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.data.loading import (
+    ClipCollator,
+    EndlessBatches,
+    EndlessStream,
+    check_clips,
+    load_action_statistics,
+    load_clips,
+)
+from vjepa_ac_hf.training.checkpoints import find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from vjepa_ac_hf.training.feature_cache import cache_features
+from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
+from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, versions
+from vjepa_ac_hf.training.validation import validate
+
+MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, help="built data set: a folder or a Hub repository")
+    data.add_argument("--streaming", action="store_true", help="read the training split as a stream")
+    data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips in the shuffle buffer of a stream")
+    data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
+    data.add_argument("--action_space", default=None, help="vpt-13 (default), vpt-36, vpt-38, or columns by commas")
+    data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
+    data.add_argument("--cache_features", type=Path, help="folder: encode every clip once and train from there")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_config", default="vitl16", help="tiny, vitl16, or a JSON file (default: %(default)s)")
+    model.add_argument(
+        "--encoder", help="pretrained V-JEPA 2: repository or folder; 'random' for none; default by config"
+    )
+    model.add_argument("--auto_steps", type=int, help="steps of the rollout loss (default: the configuration's)")
+    model.add_argument("--loss_type", choices=("mse", "l1"), help="default: the configuration's")
+    model.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more computing")
+
+    optimisation = parser.add_argument_group("optimisation")
+    optimisation.add_argument("--max_steps", type=int, default=10_000, help="optimizer steps")
+    optimisation.add_argument("--per_device_batch_size", type=int, default=8, help="clips a process and forward pass")
+    optimisation.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optimisation.add_argument("--learning_rate", type=float, default=4.25e-4)
+    optimisation.add_argument("--weight_decay", type=float, default=0.04)
+    optimisation.add_argument("--warmup_steps", type=int, help="default: 5 %% of max_steps")
+    optimisation.add_argument(
+        "--decay_steps", type=int, help="linear decay to zero at the end; default: 5 %% of max_steps"
+    )
+    optimisation.add_argument("--max_grad_norm", type=float, default=1.0)
+    optimisation.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
+    optimisation.add_argument("--seed", type=int, default=0)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", type=Path, required=True)
+    run.add_argument("--checkpoint_every", type=int, default=1000, help="steps; the last step is always kept")
+    run.add_argument("--keep_checkpoints", type=int, default=3, help="newest checkpoints to keep")
+    run.add_argument(
+        "--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path"
+    )
+    run.add_argument("--log_every", type=int, default=10, help="steps")
+    run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
+    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used (the first ones)")
+    run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
+    run.add_argument("--push_to_hub", action="store_true", help="upload the final model")
+    run.add_argument("--hub_model_id", help="ORG/NAME")
+    run.add_argument("--hub_private", action="store_true", help="create the repository as private")
+
+    arguments = parser.parse_args()
+    positive = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every")
+    for name in (*positive, "keep_checkpoints"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    if arguments.push_to_hub and not arguments.hub_model_id:
+        parser.error("--push_to_hub needs --hub_model_id ORG/NAME")
+    if arguments.streaming and arguments.cache_features:
+        parser.error("--cache_features needs random access: leave out --streaming")
+    for name in ("warmup_steps", "decay_steps"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, arguments.max_steps // 20)
+    return arguments
+
+
+def build_configuration(arguments: argparse.Namespace) -> tuple[VJEPA2ACConfig, str]:
+    """The model's configuration, and where its encoder comes from ("random": random weights)."""
+    space = arguments.action_space
+    if space is not None and ("," in space or space in ACTION_COLUMNS):
+        space = space.split(",")
+    encoder = arguments.encoder or DEFAULT_ENCODERS.get(arguments.model_config, "random")
+    config = build_config(
+        arguments.model_config,
+        encoder_config=None if encoder == "random" else VJEPA2Config.from_pretrained(encoder),
+        action_space=space or "vpt-13",
+        auto_steps=arguments.auto_steps,
+        loss_type=arguments.loss_type,
+    )
+    return config, encoder
+
+
+def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJEPA2ACProcessor:
+    return VJEPA2ACProcessor(
+        resolution=config.encoder_config.crop_size,
+        frames_per_clip=config.frames_per_clip,
+        tubelet_size=config.encoder_config.tubelet_size,
+        action_space=config.action_space,
+        action_statistics=load_action_statistics(arguments.dataset, arguments.action_stats).to_dict(),
+    )
+
+
+def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
+    """Training clips and, where the data set has them, validation clips spread over the split; both checked."""
+    train = load_clips(arguments.dataset, "train", streaming=arguments.streaming)
+    check_clips(train, processor, f"{arguments.dataset}, split train")
+    if not arguments.eval_every or "validation" not in get_dataset_split_names(arguments.dataset):
+        return train, None
+    validation = load_clips(arguments.dataset, "validation")
+    check_clips(validation, processor, f"{arguments.dataset}, split validation")
+    every = max(len(validation) // arguments.eval_clips, 1)
+    return train, validation.select(range(0, len(validation), every)[: arguments.eval_clips])
+
+
+def build_loaders(arguments, accelerator, model, processor, train, validation, first_batch):
+    """Endless batches of this process from `first_batch` on, and its share of the validation clips."""
+    collator = ClipCollator(processor)
+    size, workers = arguments.per_device_batch_size, arguments.num_workers
+    common = {"collate_fn": collator, "num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    position = {"seed": arguments.seed, "rank": rank, "world_size": world_size, "first_batch": first_batch}
+    if arguments.cache_features:
+        dtype = torch.bfloat16 if arguments.mixed_precision == "bf16" else torch.float32
+        cached = {"dtype": dtype, "num_workers": workers}
+        train = cache_features(model, train, collator, arguments.cache_features / "train", accelerator, **cached)
+        if validation is not None:
+            folder = arguments.cache_features / f"validation-{len(validation)}"
+            validation = cache_features(model, validation, collator, folder, accelerator, **cached)
+    if arguments.streaming:
+        stream = EndlessStream(train, size, buffer_size=arguments.shuffle_buffer, **position)
+        batches = DataLoader(stream, size, **common)
+    else:
+        batches = DataLoader(train, batch_sampler=EndlessBatches(len(train), size, **position), **common)
+    if validation is not None:
+        share = torch.utils.data.Subset(validation, range(rank, len(validation), world_size))
+        validation = DataLoader(share, size, **common)
+    return batches, validation
+
+
+def train_step(arguments, accelerator, model, optimizer, batches) -> tuple[torch.Tensor, float]:
+    """One optimizer step. Returns (loss, teacher forcing, rollout), means over all processes, and the gradient norm.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is not finite; no parameter has been changed by it.
+    """
+    losses, clips = torch.zeros(3, device=accelerator.device), []
+    for _ in range(arguments.gradient_accumulation_steps):
+        batch = next(batches)
+        clips += batch.pop("clips")
+        with accelerator.accumulate(model):
+            output = model(**{k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
+            accelerator.backward(output.loss)
+        losses += torch.stack([output.loss, output.teacher_forcing_loss, output.rollout_loss]).detach()
+    losses = accelerator.reduce(losses / arguments.gradient_accumulation_steps, reduction="mean")
+    gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
+    if not (torch.isfinite(losses).all() and math.isfinite(gradient_norm)):
+        raise FloatingPointError(
+            f"loss {losses[0].item()} with gradient norm {gradient_norm}: training stopped before the parameters were "
+            f"changed. Clips of this process in the step: {', '.join(clips)}"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, gradient_norm
+
+
+def train(arguments, accelerator, model, processor, splits) -> dict:
+    """Optimise until `max_steps`, writing metrics and checkpoints. Returns the last logged metrics."""
+    folder = arguments.output_dir / "checkpoints"
+    given = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
+    optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
+    scheduler = build_scheduler(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
+    step, checkpoint = 0, find_checkpoint(folder, arguments.resume)
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model.predictor, optimizer)
+        check_same_run(state["arguments"], given, checkpoint)
+        step = state["step"]
+        scheduler.load_state_dict(state["schedule"])
+        accelerator.print(f"continuing from {checkpoint}")
+
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    batches, validation = build_loaders(
+        arguments, accelerator, model, processor, *splits, step * arguments.gradient_accumulation_steps
+    )
+    log = MetricsLog(arguments.output_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
+    batches, metrics, started, logged = iter(batches), {}, time.perf_counter(), step
+    clips_per_step = arguments.per_device_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    progress = tqdm(total=arguments.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+    model.train()
+    while step < arguments.max_steps:
+        learning_rate = scheduler.get_last_lr()[0]
+        losses, gradient_norm = train_step(arguments, accelerator, wrapped, optimizer, batches)
+        scheduler.step()
+        step += 1
+        progress.update()
+        last = step == arguments.max_steps
+        evaluate = validation is not None and (last or step % arguments.eval_every == 0)
+        if last or evaluate or step % arguments.log_every == 0:
+            elapsed = time.perf_counter() - started
+            names = ("loss", "teacher_forcing_loss", "rollout_loss")
+            metrics = {"step": step, **dict(zip(names, losses.tolist(), strict=True))}
+            metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
+            metrics["clips_per_second"] = clips_per_step * (step - logged) / elapsed
+            if evaluate:
+                metrics |= validate(model, validation, accelerator)
+            accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+            progress.set_postfix(loss=f"{metrics['loss']:.4f}", clips_s=f"{metrics['clips_per_second']:.1f}")
+            if log is not None:
+                log.write(metrics)
+            started, logged = time.perf_counter(), step
+        if accelerator.is_main_process and (last or step % arguments.checkpoint_every == 0):
+            state = {"arguments": given, "schedule": scheduler.state_dict()}
+            save_checkpoint(folder, step, model.predictor, optimizer.optimizer, state)
+            prune_checkpoints(folder, arguments.keep_checkpoints)
+    progress.close()
+    return metrics or MetricsLog.last(arguments.output_dir / "metrics.jsonl")
+
+
+def save_and_push(arguments, accelerator, model, processor, encoder, metrics) -> None:
+    """The final model with its card in the output folder, and on the Hub if asked for."""
+    arguments_text = json.dumps(jsonable(vars(arguments)), indent=2)
+    card = model_card(
+        MODEL_CARD,
+        model,
+        arguments.dataset,
+        processor=processor,
+        model_name=(arguments.hub_model_id or str(arguments.output_dir)).rstrip("/").split("/")[-1],
+        repo_id=arguments.hub_model_id or arguments.output_dir,
+        encoder="random weights" if encoder == "random" else encoder,
+        steps=arguments.max_steps,
+        clips_per_step=arguments.per_device_batch_size
+        * arguments.gradient_accumulation_steps
+        * accelerator.num_processes,
+        final_metrics={k: v for k, v in metrics.items() if k not in ("step", "clips_per_second")},
+        arguments=arguments_text,
+        versions=", ".join(f"{k} {v}" for k, v in versions().items()),
+    )
+    save_final_model(arguments.output_dir, model, processor, card)
+    if arguments.push_to_hub:
+        push_folder(arguments.output_dir, arguments.hub_model_id)
+        print(f"pushed to {arguments.hub_model_id}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        log_with=[t for t in arguments.report_to.split(",") if t] or None,
+        project_dir=arguments.output_dir,
+    )
+    # Whatever can fail fails here, before anything is downloaded or computed.
+    config, encoder = build_configuration(arguments)
+    processor = build_processor(arguments, config)
+    splits = load_splits(arguments, processor)
+    if accelerator.is_main_process:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        if arguments.push_to_hub:
+            prepare_repository(arguments.hub_model_id, arguments.hub_private)
+
+    set_seed(arguments.seed)
+    model = VJEPA2ACModel(config) if encoder == "random" else VJEPA2ACModel.from_pretrained_encoder(encoder, config)
+    if arguments.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    model.to(accelerator.device)
+    accelerator.print(
+        f"encoder {sum(p.numel() for p in model.encoder.parameters()):,} parameters (frozen, {encoder}), predictor "
+        f"{sum(p.numel() for p in model.predictor.parameters()):,}; {accelerator.num_processes} process(es)"
+    )
+    accelerator.init_trackers("vjepa-ac", config=jsonable(vars(arguments)))
+    metrics = train(arguments, accelerator, model, processor, splits)
+    if accelerator.is_main_process:
+        save_and_push(arguments, accelerator, model, processor, encoder, metrics)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
