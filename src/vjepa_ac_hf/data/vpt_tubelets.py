@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from .shards import Shard, list_shards, read_pairs
 
 logger = logging.getLogger(__name__)
 
+_IMPORTED_IN = os.getpid()
 BUILDER_NAME = "vpt_tubelets"
 _SOURCES = (
     "../actions_vjepa2_ac.py",
@@ -169,8 +170,9 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         yield from (shard.source for shard in shards)
 
     def _generate_examples(self, shards, download_config) -> Iterator[tuple[Key, dict]]:
-        if multiprocessing.parent_process() is not None:
-            # One process per share of the shards: more threads would only compete, and OpenMP's do not survive fork.
+        if os.getpid() != _IMPORTED_IN:
+            # A forked worker (num_proc=): OpenMP's threads do not survive fork, and resizing would wait for them for
+            # ever. There is a process per share of the shards anyway.
             torch.set_num_threads(1)
         report = BuildReport()
         for shard_index, shard in enumerate(shards):
