@@ -30,7 +30,7 @@ def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32)
     panorama = torch.nn.functional.interpolate(panorama[None], scale_factor=(1, 8), mode="bilinear")[0]
     frames = []
     for step in range(8):
-        left = int(round((yaw[step] - yaw[0]) * 2)) % (panorama.shape[-1] - size)
+        left = round((yaw[step] - yaw[0]) * 2) % (panorama.shape[-1] - size)
         frames += [panorama[..., left : left + size]] * 2
     video = VideoEncoder((torch.stack(frames) * 255).to(torch.uint8), frame_rate=5).to_tensor("mp4", crf=18)
     actions = np.zeros((7, len(ACTION_COLUMNS)), np.float32)

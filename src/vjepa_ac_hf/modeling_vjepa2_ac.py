@@ -156,11 +156,13 @@ class VJEPA2ACLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: VJEPA2ACConfig, layer_index: int):
         super().__init__()
-        self.layer_index = layer_index
         self.norm1 = nn.LayerNorm(config.pred_hidden_size, eps=config.layer_norm_eps)
         self.attention = VJEPA2ACAttention(config)
         self.norm2 = nn.LayerNorm(config.pred_hidden_size, eps=config.layer_norm_eps)
         self.mlp = VJEPA2ACMLP(config)
+        # Read where weights are initialised, at the leaves: transformers skips containers of custom models there.
+        for projection in (self.attention.proj, self.mlp.fc2):
+            projection.init_divisor = (2 * layer_index) ** 0.5
 
     def forward(
         self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: KeyValues | None
@@ -263,10 +265,7 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv3d)):
-            init.trunc_normal_(module.weight, std=std)
-        elif isinstance(module, VJEPA2ACLayer):
-            for projection in (module.attention.proj, module.mlp.fc2):
-                init.trunc_normal_(projection.weight, std=std / (2 * module.layer_index) ** 0.5)
+            init.trunc_normal_(module.weight, std=std / getattr(module, "init_divisor", 1.0))
 
 
 class VJEPA2ACModel(VJEPA2ACPreTrainedModel):

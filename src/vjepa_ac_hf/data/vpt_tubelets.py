@@ -193,8 +193,12 @@ def split_shards(shards: list[Shard], validation: set[str]) -> dict[str, list[Sh
     return splits
 
 
-def register() -> None:
-    """Make `load_dataset("vpt_tubelets", ...)` find the builder; data sets built by other code are not reused."""
+def code_hash() -> str:
+    """SHA-256 of the modules that rows depend on: what other code has built is not reused."""
     folder = Path(__file__).parent
-    digest = hashlib.sha256(b"".join((folder / source).read_bytes() for source in _SOURCES)).hexdigest()
-    packaged_modules._PACKAGED_DATASETS_MODULES[BUILDER_NAME] = (__name__, digest)
+    return hashlib.sha256(b"".join((folder / source).read_bytes() for source in _SOURCES)).hexdigest()
+
+
+def register() -> None:
+    """Make `load_dataset("vpt_tubelets", ...)` find the builder."""
+    packaged_modules._PACKAGED_DATASETS_MODULES[BUILDER_NAME] = (__name__, code_hash())

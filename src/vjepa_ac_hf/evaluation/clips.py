@@ -1,0 +1,147 @@
+"""Clips of a data set, checked against model and processor before anything expensive, and encoded batch by batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
+
+COLUMNS = ("video", "actions", "states", "session_id")
+
+
+@dataclass(frozen=True)
+class ClipRecords:
+    """What a split holds beside the videos, in raw units.
+
+    Args:
+        names: `(clips,)`, row, recording and start tick, for messages and captions.
+        sessions: `(clips,)`, session ids.
+        actions: `(clips, T-1, 38)`, float32, all of `ACTION_COLUMNS`.
+        states: `(clips, T, 2)`, float32, yaw and pitch in degrees.
+    """
+
+    names: list[str]
+    sessions: list[str]
+    actions: Tensor
+    states: Tensor
+
+    @property
+    def yaw_deltas(self) -> Tensor:
+        """`(clips, T-1)`, yaw change of each action in degrees."""
+        return self.actions[..., ACTION_COLUMNS.index("yaw_delta")]
+
+
+def check_model_and_processor(model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> None:
+    """Raise a ValueError where the processor's tensors are not the ones that the model was made for."""
+    config, encoder = model.config, model.config.encoder_config
+    pairs: list[tuple[str, Any, str, Any]] = [
+        ("action_dim", config.action_dim, "number of columns of action_space", len(processor.action_space)),
+        ("frames_per_clip", config.frames_per_clip, "frames_per_clip", processor.frames_per_clip),
+        ("encoder_config.tubelet_size", encoder.tubelet_size, "tubelet_size", processor.tubelet_size),
+        ("encoder_config.crop_size", encoder.crop_size, "resolution", processor.resolution),
+    ]
+    if config.action_space is not None:
+        pairs.insert(1, ("action_space", config.action_space, "action_space", processor.action_space))
+    for ours, expected, theirs, found in pairs:
+        if expected != found:
+            raise ValueError(f"the model's {ours} is {expected}, but the processor's {theirs} is {found}")
+
+
+def check_columns(dataset: Any) -> None:
+    """Raise a ValueError where a data set lacks columns or has fewer than two clips."""
+    missing = [c for c in COLUMNS if c not in dataset.column_names]
+    if missing:
+        raise ValueError(f"the data set lacks the columns {missing}: found {dataset.column_names}")
+    if len(dataset) < 2:
+        raise ValueError(f"an evaluation needs at least 2 clips, found {len(dataset)}")
+
+
+def spread(count: int, wanted: int | None) -> list[int]:
+    """`wanted` of `count` row numbers, evenly spaced (neighbouring rows mostly share a session); None: all."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return [int(i) for i in np.linspace(0, count - 1, wanted).round()]
+
+
+def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
+    """Actions, states and sessions of a whole split, with the first clip's video checked too.
+
+    Args:
+        dataset: rows with `COLUMNS`, the column `video` cast to `datasets.Video(decode=False)`.
+        processor: its `frames_per_clip` and `tubelet_size` give the number of steps T.
+
+    Raises:
+        ValueError: clips of another length; the message names the first such clip.
+    """
+    check_columns(dataset)
+    steps = processor.frames_per_clip // processor.tubelet_size
+    shapes = {"actions": (steps - 1, len(ACTION_COLUMNS)), "states": (steps, 2)}
+    light = [c for c in ("actions", "states", "session_id", "recording_id", "start_tick") if c in dataset.column_names]
+    names, sessions = [], []
+    values: dict[str, list[Tensor]] = {"actions": [], "states": []}
+    for row, example in enumerate(dataset.select_columns(light)):
+        names.append(_clip_name(row, example))
+        sessions.append(str(example["session_id"]))
+        for column, shape in shapes.items():
+            array = np.asarray(example[column], dtype=np.float32)
+            if array.shape != shape:
+                raise ValueError(
+                    f"{names[-1]}: {column} must be {shape} for the processor's frames_per_clip "
+                    f"{processor.frames_per_clip} and tubelet_size {processor.tubelet_size}, found {array.shape}"
+                )
+            values[column].append(torch.from_numpy(array))
+    decode_clip(dataset[0]["video"], names[0], processor.frames_per_clip)
+    return ClipRecords(names, sessions, torch.stack(values["actions"]), torch.stack(values["states"]))
+
+
+def _clip_name(row: int, example: dict[str, Any]) -> str:
+    if "recording_id" in example and "start_tick" in example:
+        return f"clip {row} (recording {example['recording_id']}, tick {example['start_tick']})"
+    return f"clip {row} (session {example['session_id']})"
+
+
+def decode_clip(video: dict[str, Any], name: str, num_frames: int) -> Tensor:
+    """Frames of an mp4, uint8 `(num_frames, 3, Y, X)`.
+
+    Args:
+        video: `{"bytes": ..., "path": ...}`, what `datasets.Video(decode=False)` gives.
+        name: what messages call the clip.
+        num_frames: how many frames it must have.
+
+    Raises:
+        ValueError: a video that cannot be decoded, or of another length.
+    """
+    from torchcodec.decoders import VideoDecoder  # loads FFmpeg's shared libraries
+
+    source = video["bytes"] if video["bytes"] is not None else video["path"]
+    try:
+        frames = VideoDecoder(source)[:]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name}: the video cannot be decoded: {error}") from error
+    if len(frames) != num_frames:
+        raise ValueError(f"{name}: the processor's frames_per_clip is {num_frames}, the video has {len(frames)} frames")
+    return frames
+
+
+def encoded_batches(
+    model: VJEPA2ACModel, processor: VJEPA2ACProcessor, dataset: Any, names: list[str], batch_size: int
+) -> Iterator[Tensor]:
+    """Features `(B, T, N, D)` of a split's clips in order, on the model's device; each clip is encoded once.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        processor: its processor.
+        dataset: rows with a column `video`, cast to `datasets.Video(decode=False)`.
+        names: what messages call the clips.
+        batch_size: clips in a batch.
+    """
+    for start in range(0, len(dataset), batch_size):
+        videos = dataset[start : start + batch_size]["video"]
+        frames = [decode_clip(v, names[start + i], processor.frames_per_clip) for i, v in enumerate(videos)]
+        yield model.encode(processor(videos=frames)["pixel_values_videos"].to(model.device))

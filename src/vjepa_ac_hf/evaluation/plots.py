@@ -1,0 +1,116 @@
+"""Figures of the report. Matplotlib is an optional dependency, imported where a figure is made."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .pictures import ClipPictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colour-blind safe (Okabe and Ito).
+COLOURS = {"error": "#0072B2", "persistence": "#7f7f7f", "shuffled_actions": "#D55E00"}
+LABELS = {
+    "error": "prediction",
+    "persistence": "persistence",
+    "shuffled_actions": "prediction, other clips' actions",
+    "win_rate": "all pairs",
+    "win_rate_large_turns": "pairs whose turns differ by more than 10°",
+}
+RATE_COLOURS = {"win_rate": "#0072B2", "win_rate_large_turns": "#009E73"}
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of width x height inches, outside of pyplot's global state.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the report's figures need matplotlib: pip install 'vjepa-ac-hf[report]'") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def curves_figure(horizons: Sequence[dict[str, Any]]) -> "Figure":
+    """Errors (left) and win rates (right) by horizon, with their intervals as bands.
+
+    Args:
+        horizons: what `aggregate_rows` returns.
+    """
+    figure = new_figure(10, 3.6)
+    errors, rates = figure.subplots(1, 2)
+    for name, colour in COLOURS.items():
+        _draw_curve(errors, horizons, name, colour)
+    errors.set(title="Error", ylabel="mean absolute difference to the target")
+    errors.set_ylim(bottom=0)
+    for name, colour in RATE_COLOURS.items():
+        _draw_curve(rates, horizons, name, colour)
+    rates.axhline(0.5, color="black", linewidth=1, linestyle="--", label="chance")
+    rates.set(title="Win rate of the true action", ylim=(0, 1.02), ylabel="share of pairs")
+    for axes in (errors, rates):
+        axes.set(xlabel="horizon (steps)", xticks=[h["horizon"] for h in horizons])
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_curve(axes: "Axes", horizons: Sequence[dict[str, Any]], name: str, colour: str) -> None:
+    known = [h for h in horizons if h[name] is not None]
+    axes.plot([h["horizon"] for h in known], [h[name] for h in known], "o-", color=colour, label=LABELS[name])
+    banded = [h for h in known if h["ci95"] is not None and h["ci95"][name] is not None]
+    low, high = ([h["ci95"][name][end] for h in banded] for end in (0, 1))
+    axes.fill_between([h["horizon"] for h in banded], low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def histogram_figure(differences: np.ndarray) -> "Figure":
+    """How much worse another clip's action is, pair by pair.
+
+    Args:
+        differences: `(pairs,)`, error with the other clip's action minus error with the true one, at horizon 1.
+    """
+    figure = new_figure(6.5, 3.2)
+    axes = figure.subplots()
+    widest = float(np.abs(differences).max()) or 1.0  # a model that ignores its actions: all of them 0
+    axes.hist(differences, bins=np.linspace(-widest, widest, 42).tolist(), color="#D55E00", alpha=0.8)
+    axes.axvline(0, color="black", linewidth=1, linestyle="--")
+    axes.set(
+        xlabel="error with another clip's action - error with the true action",
+        ylabel="pairs",
+        title="Horizon 1: right of 0 the true action wins",
+    )
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def clip_figure(pictures: ClipPictures) -> "Figure":
+    """One clip: frames, then one row of colour maps each for target, predictions and persistence, by step."""
+    steps = len(pictures.frames)
+    rows = 1 + len(pictures.maps)
+    figure = new_figure(1.35 * steps + 0.6, 1.35 * rows + 1.1)
+    grid = figure.subplots(rows, steps, squeeze=False)
+    images = {"frames": pictures.frames.permute(0, 2, 3, 1), **pictures.maps}
+    for row, (name, image) in zip(grid, images.items(), strict=True):
+        first = steps - len(image)
+        row[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=8)
+        for step, axes in enumerate(row):
+            axes.set(xticks=[], yticks=[])
+            if step >= first:
+                axes.imshow(image[step - first].numpy(), interpolation="nearest")
+            else:
+                axes.set_facecolor("#f0f0f0")
+                axes.text(0.5, 0.5, "context", ha="center", va="center", fontsize=8, transform=axes.transAxes)
+            for spine in axes.spines.values():
+                spine.set(visible=step < pictures.context_steps, color="#0072B2", linewidth=2)
+    for step, axes in enumerate(grid[0]):
+        name = f"context {step}" if step < pictures.context_steps else f"h = {step - pictures.context_steps + 1}"
+        axes.set_title(name, fontsize=9)
+    for step, axes in enumerate(grid[-1]):
+        lines = [part for line in pictures.captions[step].splitlines() for part in textwrap.wrap(line, 16)]
+        axes.set_xlabel("\n".join(lines), fontsize=7)
+    return figure

@@ -1,0 +1,253 @@
+"""`metrics.json`, and `report.html` with its figures: what an evaluation leaves (docs/evaluation.md)."""
+
+import base64
+import html
+import importlib.metadata
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .figures import LARGE_TURN_DEGREES
+from .pictures import ClipPictures
+from .plots import clip_figure, curves_figure, histogram_figure
+from .rollouts import RolloutTable
+
+PACKAGES = ("vjepa-ac-hf", "torch", "transformers", "datasets", "evaluate", "torchcodec", "numpy")
+
+# Percentile intervals from fewer sessions are known to come out too narrow.
+FEW_SESSIONS = 10
+
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 0 0 .8rem; }
+section { background: white; border: 1px solid #e2e6ea; border-radius: 10px; padding: 1.2rem 1.4rem; margin: 1.2rem 0; }
+.facts { color: #56636f; margin: 0; } .verdict p { margin: .4rem 0; }
+.note { border-left: 4px solid #E69F00; padding-left: .8rem; }
+.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e8ebee; white-space: nowrap; }
+th { font-weight: 600; } td small { color: #6b7883; display: block; }
+figure { margin: 0 0 1.6rem; } figcaption, dd { color: #56636f; font-size: .9rem; } dt { font-weight: 600; }
+code { background: #eef1f4; border-radius: 4px; padding: .1rem .3rem; font-size: .85rem; overflow-wrap: anywhere; }
+"""
+
+_READING = {
+    "error": "Mean absolute difference between predicted and true features, over tokens, width and clips. "
+    "Smaller is better; it means little by itself.",
+    "persistence": "The error of predicting no change: the last context features, repeated. error / persistence "
+    "below 1 means that the model knows more than that the picture mostly stays.",
+    "shuffled actions": "The error when the clip gets the future actions of another clip. shuffled / error above 1 "
+    "means that the actions matter to the prediction, and for the better.",
+    "win rate": "The share of pairs (same clip and target, true action against another clip's) in which the true "
+    "action gives the smaller error; a tie counts half, chance is 0.5.",
+    "win rate, large turns": f"The same for pairs whose yaw changes since the context differ by more than "
+    f"{LARGE_TURN_DEGREES:g} degrees: there the actions do say different things.",
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the figures depend on."""
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: who finds the file finds all of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write `metrics.json`; a value that is not a number of JSON is an error."""
+    write_file(path, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_report(
+    directory: Path, metrics: Mapping[str, Any], table: RolloutTable, clips: Sequence[ClipPictures]
+) -> Path:
+    """Write the figures as PNG files and, with the same figures inside, `report.html`.
+
+    Args:
+        directory: an existing folder.
+        metrics: the contents of `metrics.json`.
+        table: the errors that they come from.
+        clips: clips to show, possibly none.
+
+    Returns:
+        The path of `report.html`.
+    """
+    differences = (table.shuffled[:, :, 0] - table.error[:, None, 0]).reshape(-1)
+    figures = {"curves": curves_figure(metrics["horizons"]), "pairs": histogram_figure(differences)}
+    figures |= {f"clip-{i}": clip_figure(c) for i, c in enumerate(clips)}
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        write_file(directory / f"{name}.png", buffer.getvalue())
+        images[name] = base64.b64encode(buffer.getvalue()).decode()
+    path = directory / "report.html"
+    write_file(path, render_html(metrics, images, [c.title for c in clips]).encode())
+    return path
+
+
+def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: Sequence[str]) -> str:
+    """The report as one page without outside resources.
+
+    Args:
+        metrics: the contents of `metrics.json`.
+        images: base64 PNGs `curves`, `pairs` and `clip-0`, `clip-1`, ...
+        titles: of the clips shown.
+    """
+    escape = html.escape
+    facts = (
+        f"{metrics['clips']} clips of {metrics['sessions']} sessions, split {metrics['split']} of "
+        f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps; {metrics['shuffles']} shuffles, "
+        f"seed {metrics['seed']}"
+    )
+    verdict_html = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(metrics))
+    notes_html = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(metrics))
+    reading = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _READING.items())
+    clips = "".join(
+        f"<figure><div class='scroll'>{_image(images[f'clip-{i}'], title)}</div>"
+        f"<figcaption>{escape(title)}</figcaption></figure>"
+        for i, title in enumerate(titles)
+    )
+    used = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(f"Evaluation of {metrics['model']}")}</title><style>{_STYLE}</style></head><body><main>
+<h1>{escape(f"Evaluation of {metrics['model']}")}</h1><p class="facts">{escape(facts)}</p>
+<section class="verdict"><h2>Verdict</h2>{verdict_html}{notes_html}</section>
+<section><h2>By horizon</h2>{_image(images["curves"], "errors and win rates by horizon")}
+<div class="scroll">{_table(metrics["horizons"])}</div></section>
+<section><h2>Pair by pair</h2>{_image(images["pairs"], "histogram of error differences at horizon 1")}</section>
+{_clips_section(clips)}
+<section><h2>How to read the figures</h2><dl>{reading}</dl></section>
+<section><h2>How it was made</h2><p><code>{escape(metrics["command"])}</code></p>
+<p class="facts">{escape(used)}. The numbers are in metrics.json beside this page.</p></section>
+</main></body></html>
+"""
+
+
+def _clips_section(clips: str) -> str:
+    if not clips:
+        return ""
+    return f"""<section><h2>Clips</h2><p class="facts">Clips evenly spaced over the split, not chosen. Colours are the
+first three principal components of the target features of these clips: equal colours mean similar features. Framed in
+blue: the context, which the model sees. Under each step: the action that led to it, and the turn of the other clip
+whose actions the row "prediction, other clip's actions" was given.</p>{clips}</section>"""
+
+
+def _image(base64_png: str, alternative: str) -> str:
+    return f'<img src="data:image/png;base64,{base64_png}" alt="{html.escape(alternative)}">'
+
+
+def _table(horizons: Sequence[Mapping[str, Any]]) -> str:
+    headings = {
+        "error": "error",
+        "persistence": "persistence",
+        "shuffled_actions": "shuffled actions",
+        "error_over_persistence": "error / persistence",
+        "shuffled_over_error": "shuffled / error",
+        "win_rate": "win rate",
+        "win_rate_large_turns": "win rate, large turns",
+    }
+    head = "<tr><th>horizon</th>" + "".join(f"<th>{h}</th>" for h in headings.values()) + "</tr>"
+    body = ""
+    for figures in horizons:
+        cells = "".join(f"<td>{_with_interval(figures, name)}</td>" for name in headings)
+        body += f"<tr><th>{figures['horizon']}</th>{cells}</tr>"
+    return f"<table>{head}{body}</table>"
+
+
+def _with_interval(figures: Mapping[str, Any], name: str) -> str:
+    if figures[name] is None:
+        return "–"
+    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    bounds = "" if interval is None else f"<small>{interval[0]:.4f} – {interval[1]:.4f}</small>"
+    return f"{figures[name]:.4f}{bounds}"
+
+
+def verdict(metrics: Mapping[str, Any]) -> list[str]:
+    """Two sentences computed from the figures: does the model beat persistence, and does it use its actions?
+
+    A claim is made where the 95 % interval is on one side of the neutral value (1 for the ratio, 0.5 for the win
+    rate); without intervals by the figure itself, and it is said so.
+    """
+    horizons = metrics["horizons"]
+    beats = [_side(h, "error_over_persistence", 1.0) for h in horizons]
+    wins = [_side(h, "win_rate", 0.5) for h in horizons]
+    first, last = horizons[0], horizons[-1]
+    examples = "; ".join(
+        f"at horizon {h['horizon']} its error is {_quote(h, 'error_over_persistence')} times persistence's"
+        for h in ([first] if first is last else [first, last])
+    )
+    persistence = f"Does it beat persistence? {_answer(beats, [-1, 1], horizons)} {examples[0].upper()}{examples[1:]}."
+    large = ""
+    if first["win_rate_large_turns"] is not None:
+        large = f", and in {_quote(first, 'win_rate_large_turns')} of those whose turns differ clearly"
+    actions = (
+        f"Does it use its actions? {_answer(wins, [1, -1], horizons)} At horizon {first['horizon']} the true action "
+        f"gives the smaller error in {_quote(first, 'win_rate')} of the pairs (chance 0.5){large}; with another clip's "
+        f"actions the error is {_quote(first, 'shuffled_over_error')} times as large."
+    )
+    return [persistence, actions]
+
+
+def _side(figures: Mapping[str, Any], name: str, neutral: float) -> int | None:
+    """-1 below, 1 above, 0 undecided (the interval holds `neutral`); None where there is no figure."""
+    if figures[name] is None:
+        return None
+    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    low, high = (figures[name], figures[name]) if interval is None else interval
+    return 1 if low > neutral else -1 if high < neutral else 0
+
+
+def _answer(sides: Sequence[int | None], good_and_bad: Sequence[int], horizons: Sequence[Mapping[str, Any]]) -> str:
+    good, bad = ([h["horizon"] for h, s in zip(horizons, sides, strict=True) if s == side] for side in good_and_bad)
+    if len(good) == len(horizons):
+        return "Yes, at every horizon."
+    if len(bad) == len(horizons):
+        return "No: at every horizon it does worse."
+    if not good and not bad:
+        return "No difference can be told at any horizon."
+    words = [f"{text} {_list(found)}" for text, found in (("better at", good), ("worse at", bad)) if found]
+    rest = "; no difference can be told elsewhere" if len(good) + len(bad) < len(horizons) else ""
+    return f"In part: {' and '.join(words)}{rest}."
+
+
+def _list(horizons: Sequence[int]) -> str:
+    return ("horizon " if len(horizons) == 1 else "horizons ") + ", ".join(str(h) for h in horizons)
+
+
+def _quote(figures: Mapping[str, Any], name: str) -> str:
+    if figures[name] is None:
+        return "an unknown number of"
+    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    bounds = "" if interval is None else f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
+    return f"{figures[name]:.3f}{bounds}"
+
+
+def notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before trusting the verdict."""
+    found = []
+    if metrics["sessions"] < 2:
+        found.append("All clips are of one session: there are no intervals, and other sessions may differ.")
+    elif metrics["sessions"] < FEW_SESSIONS:
+        found.append(f"Intervals from only {metrics['sessions']} sessions come out too narrow.")
+    if metrics["future_states"] == "recorded":
+        found.append(
+            "The action space does not hold the turns, so rollouts were given the recorded states, which show the "
+            "true turn whatever the actions: the figures for shuffled actions come out too mild."
+        )
+    if metrics["encoding"] == "clip":
+        found.append(
+            "The encoder saw each clip as a whole, so context features already know the future: these errors do not "
+            "measure prediction."
+        )
+    return found

@@ -1,0 +1,274 @@
+"""Training through the real command line, on a data set of moving pictures and a tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_clips import write_clips
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from vjepa_ac_hf.data.loading import EndlessBatches
+from vjepa_ac_hf.training.checkpoints import checkpoint_steps
+from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.presets import PRESETS, build_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "encoder_config": {
+        "crop_size": 32,
+        "patch_size": 16,
+        "hidden_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "pred_hidden_size": 48,
+    "pred_num_hidden_layers": 2,
+    "pred_num_attention_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    write_clips(folder / "clips")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def command(workspace: Path, output: Path, *flags: str, dataset: str = "clips") -> list[str]:
+    values = {"max_steps": 8, "per_device_batch_size": 4, "log_every": 1, "checkpoint_every": 4, "eval_every": 4}
+    values |= {"num_workers": 0, "learning_rate": 1e-3}
+    arguments = [f"--{k}={v}" for k, v in values.items()]
+    return [
+        *(str(ROOT / "examples" / "train.py"), "--dataset", str(workspace / dataset), "--output_dir", str(output)),
+        *("--model_config", str(workspace / "tiny.json"), *arguments, *flags),
+    ]
+
+
+def run(arguments: list[str], processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in metrics(output)]
+
+
+def predictor_weights(output: Path) -> dict:
+    return {k: v for k, v in load_file(output / "model.safetensors").items() if k.startswith("predictor.")}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    weights = predictor_weights(second)
+    for name, tensor in predictor_weights(first).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference(workspace):
+    output = workspace / "reference"
+    run(command(workspace, output))
+    return output
+
+
+def test_leaves_a_model_that_loads_and_has_learnt(workspace, reference):
+    rows = metrics(reference)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    required = {"loss", "teacher_forcing_loss", "rollout_loss", "learning_rate", "clips_per_second", "gradient_norm"}
+    assert all(required <= row.keys() for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["teacher_forcing_loss"] + row["rollout_loss"], rel=1e-6)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert {"validation_loss", "validation_error", "validation_persistence"} <= rows[3].keys() & rows[7].keys()
+    model = AutoModel.from_pretrained(reference)
+    processor = AutoProcessor.from_pretrained(reference)
+    assert processor.action_statistics == json.loads((workspace / "clips" / "action_stats.json").read_text())
+    assert processor.resolution == model.config.encoder_config.crop_size == 32
+    assert processor.action_space == model.config.action_space
+    final = load_file(reference / "checkpoints" / "step-00000008" / "predictor.safetensors")
+    for name, tensor in model.predictor.state_dict().items():
+        torch.testing.assert_close(tensor, final[name], rtol=0, atol=0)
+    card = (reference / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: transformers" in card and "vpt" in card
+    assert {p.name for p in reference.iterdir()} >= {"config.json", "modeling_vjepa2_ac.py", "processor_config.json"}
+    assert not [p for p in reference.rglob("*") if p.suffix in (".pkl", ".bin", ".pt", ".pth", ".tmp")]
+
+
+def test_the_encoder_is_never_changed(workspace, reference):
+    torch.manual_seed(0)
+    from accelerate.utils import set_seed
+
+    from vjepa_ac_hf import VJEPA2ACModel
+
+    set_seed(0)
+    fresh = VJEPA2ACModel(build_config(str(workspace / "tiny.json"), action_space="vpt-13"))
+    trained = load_file(reference / "model.safetensors")
+    for name, tensor in fresh.encoder.state_dict().items():
+        torch.testing.assert_close(trained[f"encoder.{name}"], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(workspace, reference):
+    """Same global batch, so the same clips in every step; float32 sums are taken in another order, hence 1e-4."""
+    output = workspace / "two"
+    run(command(workspace, output, "--per_device_batch_size=2"), processes=2)
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
+    pairs = zip(metrics(output), metrics(reference), strict=True)
+    validated = [(a["validation_loss"], b["validation_loss"]) for a, b in pairs if "validation_loss" in a]
+    assert len(validated) == 2 and all(a == pytest.approx(b, rel=1e-4) for a, b in validated)
+
+
+@pytest.mark.slow
+def test_accumulation_equals_a_larger_batch(workspace, reference):
+    output = workspace / "accumulated"
+    run(command(workspace, output, "--per_device_batch_size=1", "--gradient_accumulation_steps=4"))
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_undisturbed(workspace, reference):
+    """SIGKILL after the first checkpoint; the continued run gives bit-identical losses and weights."""
+    output = workspace / "killed"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command(workspace, output)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints" / "step-00000004").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # What a kill in the middle of writing leaves: neither is taken for a checkpoint.
+    (output / "checkpoints" / ".step-00000099.tmp").mkdir()
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    for late in (s for s in checkpoint_steps(output / "checkpoints") if s > 4):
+        shutil.rmtree(output / "checkpoints" / f"step-{late:08d}")
+    result = run(command(workspace, output, "--resume=auto"))
+    assert "continuing from" in result.stdout and "step-00000004" in result.stdout
+    assert losses(output) == losses(reference)
+    assert_same_weights(output, reference)
+
+
+@pytest.mark.slow
+def test_cached_features_equal_encoding(workspace, reference):
+    output, cache = workspace / "cached", workspace / "cache"
+    run(command(workspace, output, f"--cache_features={cache}"))
+    assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
+    chunk = cache / "train" / "features-00000.safetensors"
+    written = chunk.stat().st_mtime_ns
+    run(command(workspace, workspace / "cached2", f"--cache_features={cache}"))
+    assert chunk.stat().st_mtime_ns == written
+    other = run(command(workspace, workspace / "cached3", f"--cache_features={cache}", "--seed=1"), check=False)
+    assert other.returncode != 0 and "encoder_weights: found" in other.stderr
+
+
+@pytest.mark.slow
+def test_streaming_sees_every_clip_once_an_epoch(workspace):
+    output = workspace / "streamed"
+    run(command(workspace, output, "--streaming", "--shuffle_buffer=8", "--num_workers=1", "--mixed_precision=bf16"))
+    assert len(losses(output)) == 8 and losses(output)[-1] < 0.9 * losses(output)[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_config=tiny"], "clips are 32 x 32 pixels, smaller than the model's 64"),
+        (["--model_config=nowhere.json"], "neither one of.*nor a file"),
+        (["--action_space=vpt-39"], "unknown action space 'vpt-39'"),
+        (["--action_stats=nowhere.json"], "nowhere.json: action statistics are missing"),
+        (["--warmup_steps=9"], "warmup_steps 9.*max_steps 8"),
+        (["--resume=nowhere"], "--resume nowhere: no checkpoint there"),
+        (["--push_to_hub"], "needs --hub_model_id"),
+    ],
+)
+def test_mistakes_are_named_before_any_training(workspace, flags, message):
+    import re
+
+    output = workspace / "mistake"
+    result = run(command(workspace, output, *flags), check=False)
+    assert result.returncode != 0
+    assert re.search(message, result.stderr), result.stderr[-800:]
+    assert not (output / "metrics.jsonl").exists() or not losses(output)
+
+
+def test_other_arguments_are_refused_on_resume(workspace, reference):
+    output = workspace / "changed"
+    shutil.copytree(reference, output)
+    result = run(command(workspace, output, "--learning_rate=2e-3", "--max_steps=10"), check=False)
+    assert result.returncode != 0 and "learning_rate: 0.001 then, 0.002 now" in result.stderr
+    assert "max_steps" not in result.stderr.split("made with other arguments")[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workspace):
+    output = workspace / "infinite"
+    flags = ["--learning_rate=1e30", "--warmup_steps=0", "--max_grad_norm=1e30", "--checkpoint_every=1"]
+    result = run(command(workspace, output, *flags), check=False)
+    assert result.returncode != 0
+    assert "training stopped before the parameters were changed" in result.stderr and "toy-" in result.stderr
+    assert not (output / "model.safetensors").exists()
+    newest = max(checkpoint_steps(output / "checkpoints").items())[1]
+    assert all(t.isfinite().all() for t in load_file(newest / "predictor.safetensors").values())
+
+
+def test_missing_statistics_are_named(workspace):
+    shutil.copytree(workspace / "clips", workspace / "bare")
+    (workspace / "bare" / "action_stats.json").unlink()
+    result = run(command(workspace, workspace / "bare_out", dataset="bare"), check=False)
+    assert result.returncode != 0 and "bare/action_stats.json: action statistics are missing" in result.stderr
+    run(command(workspace, workspace / "bare_out", "--action_stats=compute", "--max_steps=1", dataset="bare"))
+    computed = AutoProcessor.from_pretrained(workspace / "bare_out").action_statistics
+    stored = json.loads((workspace / "clips" / "action_stats.json").read_text())
+    assert computed["count"] == stored["count"] and computed["std"] == pytest.approx(stored["std"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "batch", "world"), [(10, 3, 1), (10, 2, 3), (4, 8, 2), (7, 1, 1)])
+def test_every_clip_is_seen_once_an_epoch(size, batch, world):
+    ranks = [iter(EndlessBatches(size, batch, seed=5, rank=r, world_size=world)) for r in range(world)]
+    order = [index for _ in range(40) for rank in ranks for index in next(rank)]
+    for epoch in range(len(order) // size):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert size < 7 or order[:size] != order[size : 2 * size]
+    joined = iter(EndlessBatches(size, batch * world, seed=5))
+    assert order[: batch * world] == next(joined)
+    resumed = iter(EndlessBatches(size, batch, seed=5, rank=world - 1, world_size=world, first_batch=11))
+    fresh = iter(EndlessBatches(size, batch, seed=5, rank=world - 1, world_size=world))
+    assert next(resumed) == [next(fresh) for _ in range(12)][-1]
+
+
+def test_schedule_and_parameter_groups():
+    predictor = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    optimizer = build_optimizer(predictor, 1.0, 0.1)
+    scheduler = build_scheduler(optimizer, max_steps=10, warmup_steps=4, decay_steps=5)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(predictor[0].weight)}
+
+
+def test_presets_build():
+    assert build_config("tiny").grid_size == 4
+    assert build_config("vitl16", action_space="vpt-38").action_dim == 38
+    assert set(PRESETS) == {"tiny", "vitl16"}
