@@ -1,0 +1,162 @@
+"""Evaluate a model on a split: metrics.json, report.html and the figures beside it (docs/evaluation.md).
+
+python examples/evaluate.py --model out --dataset data/tubelets --output report
+"""
+
+import sys
+from pathlib import Path
+
+# As a script's own folder comes first on Python's path, `import evaluate` would find this file, not the library.
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import logging
+import shlex
+from typing import Any
+
+import torch
+from datasets import Video, load_dataset
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
+from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.pictures import picture_clips
+from vjepa_ac_hf.evaluation.plots import new_figure
+from vjepa_ac_hf.evaluation.report import versions, write_metrics, write_report
+from vjepa_ac_hf.evaluation.rollouts import check_protocol
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser.add_argument("--dataset", required=True, help="folder or Hub repository of a tubelet data set")
+    parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and report.html")
+    parser.add_argument("--split", default="validation", help="split of the data set")
+    parser.add_argument("--context_steps", type=int, default=2, help="true steps that a rollout starts from")
+    parser.add_argument("--horizon", type=int, help="steps to predict (default: all after the context)")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips in a batch")
+    parser.add_argument("--shuffles", type=int, default=8, help="other clips whose actions each clip is given")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffles and of the bootstrap")
+    parser.add_argument("--max_clips", type=int, help="evaluate this many clips, evenly spaced (default: all)")
+    parser.add_argument("--num_pictures", type=int, default=4, help="clips to show in the report")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    args = parser.parse_args()
+    for name, least in (("batch_size", 1), ("max_clips", 2), ("num_pictures", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, found {value}")
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model, processor and clips, checked against each other."""
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model).to(args.device).eval()
+    clip_data.check_model_and_processor(model, processor)
+    dataset = load_dataset(args.dataset, split=args.split)
+    clip_data.check_columns(dataset)
+    dataset = dataset.select(clip_data.spread(len(dataset), args.max_clips))
+    return model, processor, dataset.cast_column("video", Video(decode=False))
+
+
+def make_pictures(
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    dataset: Any,
+    records: Any,
+    inputs: Any,
+    table: Any,
+    integrate_states: Any,
+) -> list[Any]:
+    """Pictures of evenly spaced clips, each with the actions of its first partner as the other ones."""
+    shown = clip_data.spread(len(dataset), args.num_pictures)
+    if not shown:
+        return []
+    rows, names = dataset.select(shown), [records.names[i] for i in shown]
+    videos = [
+        clip_data.decode_clip(row["video"], n, processor.frames_per_clip) for row, n in zip(rows, names, strict=True)
+    ]
+    return picture_clips(
+        model,
+        torch.cat(list(clip_data.encoded_batches(model, processor, rows, names, args.batch_size))),
+        processor.prepare_frames(videos)[:, :: processor.tubelet_size],
+        shown=shown,
+        others=table.partners[shown, 0].tolist(),
+        names=records.names,
+        actions=inputs["actions"],
+        raw_actions=records.actions,
+        states=inputs["states"],
+        context_steps=args.context_steps,
+        horizon=table.error.shape[1],
+        integrate_states=integrate_states,
+    )
+
+
+def print_table(horizons: list[dict[str, Any]]) -> None:
+    names = ("error", "error_over_persistence", "shuffled_over_error", "win_rate", "win_rate_large_turns")
+    print("horizon  " + "  ".join(names))
+    for figures in horizons:
+        values = ["-" if figures[n] is None else f"{figures[n]:.4f}" for n in names]
+        print(f"{figures['horizon']:>7}  " + "  ".join(v.rjust(len(n)) for v, n in zip(values, names, strict=True)))
+
+
+def main() -> None:
+    # --- arguments, model, data: everything that can be wrong is found out here -------------------------------
+    args = parse_arguments()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+    model, processor, dataset = load(args)
+    steps = processor.frames_per_clip // processor.tubelet_size
+    check_protocol(steps, args.context_steps, args.horizon, args.shuffles, len(dataset))
+    records = clip_data.read_records(dataset, processor)
+    inputs = processor(actions=records.actions, states=records.states)
+    integrate_states = state_integrator(processor)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    # --- errors of every clip at every horizon ----------------------------------------------------------------
+    batches = clip_data.encoded_batches(model, processor, dataset, records.names, args.batch_size)
+    table = evaluate_features(
+        model,
+        tqdm(batches, total=-(-len(dataset) // args.batch_size), desc="evaluating", unit="batch"),
+        inputs["actions"],
+        inputs["states"],
+        sessions=records.sessions,
+        integrate_states=integrate_states,
+        yaw_deltas=records.yaw_deltas,
+        context_steps=args.context_steps,
+        horizon=args.horizon,
+        shuffles=args.shuffles,
+        seed=args.seed,
+    )
+
+    # --- figures and report -----------------------------------------------------------------------------------
+    metrics = {
+        "clips": len(dataset),
+        "sessions": len(set(records.sessions)),
+        "loss_type": model.config.loss_type,
+        "encoding": model.config.encoding,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        "context_steps": args.context_steps,
+        "future_states": table.future_states,
+        "shuffles": args.shuffles,
+        "seed": args.seed,
+        "model": args.model,
+        "dataset": args.dataset,
+        "split": args.split,
+        "horizons": aggregate_rows(table_rows(table), seed=args.seed),
+    }
+    write_metrics(args.output / "metrics.json", metrics)
+    pictures = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states)
+    report = write_report(args.output, metrics, table, pictures)
+    print_table(metrics["horizons"])
+    print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    main()
