@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -143,7 +144,6 @@ def plan_tasks(shards: list[Shard], validation: set[str], options: BuildOptions)
 
 def build_task(task: Task, output: Path) -> dict:
     """Build one task's Parquet files and, last, its marker; returns the marker."""
-    torch.set_num_threads(1)  # as many processes as asked for, one thread each
     report, statistics = BuildReport(), ActionStatistics()
     splits: dict[str, dict] = {}
     for split, shards in task.shards.items():
@@ -189,23 +189,34 @@ def run_tasks(tasks: list[Task], output: Path, num_proc: int) -> tuple[list[dict
     markers = {task.index: marker for task in tasks if (marker := read_marker(task, output)) is not None}
     num_finished = len(markers)
     waiting = [task for task in tasks if task.index not in markers]
-    if waiting:
-        # Not fork: torch's threads do not survive it.
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(min(num_proc, len(waiting)), mp_context=context) as executor,
-            tqdm(total=len(tasks), initial=num_finished, desc="shards", unit="shard") as progress,
-        ):
-            futures = {executor.submit(build_task, task, output): task.index for task in waiting}
-            try:
-                for future in as_completed(futures):
-                    markers[futures[future]] = future.result()
-                    progress.update()
-                    progress.set_postfix(clips=sum(marker["report"]["clips"] for marker in markers.values()))
-            except BaseException:
-                executor.shutdown(cancel_futures=True)
-                raise
+    with tqdm(total=len(tasks), initial=num_finished, desc="shards", unit="shard") as progress:
+        for index, marker in build_tasks(waiting, output, num_proc):
+            markers[index] = marker
+            progress.update()
+            progress.set_postfix(clips=sum(marker["report"]["clips"] for marker in markers.values()))
     return [markers[index] for index in sorted(markers)], num_finished
+
+
+def build_tasks(tasks: list[Task], output: Path, num_proc: int) -> Iterator[tuple[int, dict]]:
+    """Index and marker of each task as it is finished, in this process or in several."""
+    if min(num_proc, len(tasks)) < 2:
+        for task in tasks:
+            yield task.index, build_task(task, output)
+        return
+    # Not fork: torch's threads do not survive it. One thread each: there is a process for every core asked for.
+    executor = ProcessPoolExecutor(
+        min(num_proc, len(tasks)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    try:
+        futures = {executor.submit(build_task, task, output): task.index for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        # After an error or an interrupt: what has not begun need not.
+        executor.shutdown(cancel_futures=True)
 
 
 def write_json(file: Path, content: dict) -> None:

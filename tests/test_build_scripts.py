@@ -1,0 +1,235 @@
+"""`pack_shards.py` and `build_vpt_tubelets.py` through their command lines."""
+
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from helpers_data import name_of, oracle_actions, write_recording
+from test_vpt_tubelets import assert_same_rows
+
+from vjepa_ac_hf import ActionStatistics
+
+SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
+
+
+def start(script, *arguments):
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_process(script, *arguments):
+    process = start(script, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def run(script, *arguments):
+    """The program's `main` in this process: the package's imports take longer than these builds."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", [script, *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            code = runpy.run_path(str(SCRIPTS / script))["main"]()
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def build(shards, output, *options):
+    return run("build_vpt_tubelets.py", "--shards", shards, "--output", output, "--resolution", 32, *options)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Six recordings of four sessions, one of them too short, packed two a shard."""
+    folder = tmp_path_factory.mktemp("packed")
+    lines = {}
+    for index, (session, segment) in enumerate([("s0", 0), ("s0", 1), ("s1", 0), ("s2", 0), ("s3", 0), ("s3", 1)]):
+        name = name_of(session, segment)
+        lines[name] = write_recording(folder / "in/6.8", name, 50 if (session, segment) == ("s3", 1) else 130, index)
+    (folder / "in/6.8/lonely.mp4").write_bytes(b"x")
+    code, out, err = run_process(
+        "pack_shards.py", "--input", folder / "in", "--output", folder / "out", "--recordings_per_shard", 2
+    )
+    assert code == 0, err
+    assert "6 recordings in 3 shards, 3 written, 1 files unpaired" in out and "6.8/lonely: missing .jsonl" in out
+    return folder, lines
+
+
+@pytest.fixture(scope="module")
+def built(packed):
+    folder, _ = packed
+    output = folder / "built"
+    options = ("--resolution", 32, "--num_proc", 2, "--validation_sessions", "silly-s1")
+    result = run_process("build_vpt_tubelets.py", "--shards", folder / "out/*.tar", "--output", output, *options)
+    assert result[0] == 0, result[2]
+    return output
+
+
+def test_shards_have_pairs_side_by_side_and_are_deterministic(packed):
+    folder, _ = packed
+    shards = sorted((folder / "out").glob("*.tar"))
+    with tarfile.open(shards[0]) as archive:
+        members = archive.getmembers()
+    stem = "6.8/" + name_of("s0")
+    assert [member.name for member in members[:2]] == [f"{stem}.mp4", f"{stem}.jsonl"]
+    assert {(member.mtime, member.uid, member.gid, member.uname) for member in members} == {(0, 0, 0, "")}
+    before = [shard.read_bytes() for shard in shards]
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    command = ("pack_shards.py", "--input", folder / "in", "--output", folder / "out", "--recordings_per_shard", 2)
+    assert "0 written" in run(*command)[1]
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+    shards[1].unlink()
+    assert "1 written" in run(*command)[1]
+    assert [shard.read_bytes() for shard in shards] == before
+    assert json.loads((folder / "out/pack_report.json").read_text()) == {
+        "recordings": 6,
+        "shards": 3,
+        "unpaired": [{"recording": "6.8/lonely", "reason": "missing .jsonl"}],
+    }
+
+
+def test_pack_refuses_an_empty_input_and_shards_of_another_packing(packed, tmp_path):
+    folder, _ = packed
+    code, _, err = run("pack_shards.py", "--input", tmp_path, "--output", tmp_path / "out")
+    assert code == 1 and "no pair of .mp4 and .jsonl below" in err
+    code, _, err = run("pack_shards.py", "--input", folder / "in", "--output", folder / "out")
+    assert code == 1 and "shard-000001.tar; remove them" in err
+
+
+def test_built_rows_equal_oracle_and_builder(packed, built, tmp_path):
+    folder, lines = packed
+    data = load_dataset(str(built), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 8, "validation": 2}
+    for row in data["train"]:
+        expected = oracle_actions(lines[row["recording_id"]], row["start_tick"], gui_scale=2.0)
+        np.testing.assert_allclose(np.asarray(row["actions"]), expected, rtol=0, atol=1e-4)
+    direct = load_dataset(
+        "vpt_tubelets",
+        data_files=str(folder / "out/*.tar"),
+        resolution=32,
+        validation_sessions=["silly-s1"],
+        cache_dir=str(tmp_path / "cache"),
+    )
+    streamed = load_dataset(str(built), streaming=True)
+    for split in data:
+        assert data[split].features == direct[split].features
+        assert_same_rows(data[split], direct[split])
+        assert_same_rows(streamed[split], direct[split])
+
+
+def test_results_beside_the_data(packed, built):
+    _, lines = packed
+    report = json.loads((built / "report.json").read_text())
+    assert (report["recordings"], report["accepted"], report["clips"]) == (6, 5, 10)
+    reason = f"{name_of('s3', 1)}: too short: one clip needs 61 ticks, found 50"
+    assert report["rejected"] == [{"recording": name_of("s3", 1), "shard": "shard-000002.tar", "reason": reason}]
+    assert report["repairs"]["null_mouse"] == sum(
+        line["mouse"] is None for name, log in lines.items() if len(log) > 60 for line in log
+    )
+    assert report["splits"]["validation"] == {"clips": 2, "recordings": 1, "sessions": ["silly-s1"]}
+    actions = [
+        oracle_actions(log, start, gui_scale=2.0)
+        for name, log in lines.items()
+        for start in (0, 64)
+        if "s1" not in name and len(log) > 60
+    ]
+    rows = np.concatenate(actions)[:, :4].astype(np.float64)
+    statistics = ActionStatistics.from_dict(json.loads((built / "action_stats.json").read_text()))
+    assert statistics.count == len(rows) == 56
+    np.testing.assert_allclose(statistics.mean, rows.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.std, rows.std(axis=0), rtol=1e-5)
+    card = (built / "README.md").read_text()
+    assert "| train | 3 | 4 | 8 |" in card and "- 1 x too short" in card and "data/train-*.parquet" in card
+
+
+def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):
+    folder, _ = packed
+    output = tmp_path / "built"
+    options = (
+        "--shards",
+        folder / "out/*.tar",
+        "--output",
+        output,
+        "--resolution",
+        32,
+        "--validation_sessions",
+        "silly-s1",
+    )
+    process = start("build_vpt_tubelets.py", *options)
+    deadline = time.monotonic() + 90
+    while not list(output.glob(".build/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    finished = {marker: marker.stat().st_mtime_ns for marker in output.glob(".build/*.json")}
+    (output / ".build/train-left-over.parquet.tmp").write_bytes(b"x")
+    code, out, err = run("build_vpt_tubelets.py", *options)
+    assert code == 0 and f"{len(finished)} of 3 shards were finished before" in out, err
+    assert all(marker.stat().st_mtime_ns == written for marker, written in finished.items())
+    assert not list(output.glob(".build/*.tmp"))
+    for file in sorted(built.rglob("*")):
+        if file.is_file():
+            assert file.read_bytes() == (output / file.relative_to(built)).read_bytes(), file.name
+
+
+def test_other_options_build_again_and_leave_nothing_of_before(packed, tmp_path):
+    folder, _ = packed
+    output = tmp_path / "built"
+    assert build(folder / "out/*.tar", output, "--validation_fraction", 0)[0] == 0
+    code, out, err = build(folder / "out/shard-000000.tar", output, "--clip_stride", 30)
+    assert code == 0 and "0 of 1 shards were finished before" in out, err
+    assert [file.name for file in (output / "data").iterdir()] == ["train-00000-of-00001.parquet"]
+    data = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert data["start_tick"][:] == [0, 30, 60] * 2
+
+
+def test_build_of_a_folder(packed, tmp_path):
+    folder, _ = packed
+    code, out, err = build(folder / "in", tmp_path / "built")
+    assert code == 0 and "5 of 7 recordings accepted, 10 clips, 2 rejected" in out, err
+
+
+def test_failure_is_the_exit_status(packed, tmp_path):
+    options = ("--shards", packed[0] / "out/*.tar", "--output", tmp_path, "--validation_fraction", "1e-9")
+    code, _, err = run_process("build_vpt_tubelets.py", *options)
+    assert code == 1 and "leaves the validation split empty" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fps", "6"), "found 20 / 6.0"),
+        (("--validation_sessions", "silly-s9"), "names sessions that no shard has: ['silly-s9']"),
+        (("--validation_fraction", "1e-9"), "leaves the validation split empty"),
+        (("--validation_sessions", "silly-s3", "--clip_stride", "1", "--max_gui_fraction", "0"), "has no clip"),
+    ],
+)
+def test_failures_exit_1_with_a_message(packed, tmp_path, options, message):
+    code, _, err = build(packed[0] / "out/*.tar", tmp_path / "built", *options)
+    assert code == 1 and message in err.splitlines()[-1], err
+    assert "Traceback" not in err
+
+
+def test_no_shards_and_unknown_executor(tmp_path):
+    code, _, err = build(tmp_path / "*.tar", tmp_path / "built")
+    assert code == 1 and "no .tar, .mp4 or .jsonl file found" in err
+    code, _, err = build(tmp_path, tmp_path / "built", "--executor", "slurm")
+    assert code == 2 and "invalid choice: 'slurm'" in err
+    assert not os.path.exists(tmp_path / "built")
