@@ -1,0 +1,101 @@
+"""The whole job on a laptop, with no network: record play, build clips, train a small world model, evaluate it.
+
+    python examples/demo.py --output demo
+
+Every step is one of the project's programs, shown as it is run; real recordings go through the same ones (README.md,
+"Real data and weights"). A second run continues where the first one stopped.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    parser.add_argument("--recordings", type=int, default=60, help="ViZDoom recordings (sessions)")
+    parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
+    parser.add_argument("--max_steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--encoder",
+        default="random",
+        help="'random' (default), or real weights such as facebook/vjepa2-vitl-fpc64-256 (256 pixels, wants a GPU)",
+    )
+    return parser.parse_args()
+
+
+def run(title: str, program: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
+    """Show and run one of the project's programs; the demo stops where it fails."""
+    command = [*(launcher or (sys.executable,)), program, *(str(f) for f in flags)]
+    print(f"\n== {title}\n$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
+    started = time.perf_counter()
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        sys.exit(f"{program} failed with exit status {code}; run the demo again to continue from there")
+    print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out = arguments.output.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    real = arguments.encoder != "random"
+    size = 256 if real else 64
+    run(
+        *("1/4 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
+        *("--recordings", arguments.recordings, "--ticks", arguments.ticks, "--seed", arguments.seed),
+        *("--resolution", "640x360" if real else "256x144", "--recordings_per_shard", 4, "--num_proc", 2),
+    )
+    run(
+        *("2/4 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
+        *("--output", out / "clips", "--resolution", size, "--clip_stride", 64 if real else 16),
+        *("--validation_fraction", 0.2, "--num_proc", 2),
+    )
+    run(
+        *("3/4 train the predictor", "examples/train.py", "--dataset", out / "clips", "--output_dir", out / "model"),
+        *("--model_config", "tiny", "--encoder", arguments.encoder, "--action_space", "vpt-38"),
+        *("--cache_features", out / "features", "--num_workers", 0, "--seed", arguments.seed),
+        *("--max_steps", arguments.max_steps, "--per_device_batch_size", 32, "--learning_rate", 3e-3),
+        *("--loss_type", "l1", "--auto_steps", 1, "--eval_every", 250, "--checkpoint_every", 250),
+        launcher=(str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1"),
+    )
+    run(
+        *("4/4 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
+        *("--output", out / "report"),
+    )
+    show_result(out / "report")
+
+
+def show_result(report: Path) -> None:
+    """The key ratios at one step, and where the report is."""
+    first = json.loads((report / "metrics.json").read_text())["horizons"][0]
+    intervals = first["ci95"] or {}
+
+    def interval(name: str, scale: float = 1.0, offset: float = 0.0) -> str:
+        low_high = intervals.get(name)
+        if low_high is None:
+            return ""
+        low, high = sorted(scale * (value - offset) for value in low_high)
+        return f"  (95 %: {low:.1f} to {high:.1f})"
+
+    print("\nOne step ahead, on sessions the model has not seen:")
+    below = 100 * (1 - first["error_over_persistence"])
+    print(f"  error below persistence       {below:5.1f} %" + interval("error_over_persistence", -100, 1))
+    worse = 100 * (first["shuffled_over_error"] - 1)
+    print(f"  worse with shuffled actions   {worse:5.1f} %" + interval("shuffled_over_error", 100, 1))
+    if first["win_rate_large_turns"] is not None:
+        wins = 100 * first["win_rate_large_turns"]
+        print(f"  true action wins, large turns {wins:5.1f} %" + interval("win_rate_large_turns", 100) + "  chance: 50")
+    print(f"Report: {report / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
