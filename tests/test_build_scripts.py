@@ -189,10 +189,12 @@ def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):
             assert file.read_bytes() == (output / file.relative_to(built)).read_bytes(), file.name
 
 
-def test_other_options_build_again_and_leave_nothing_of_before(packed, tmp_path):
+def test_other_options_or_shards_build_again_and_leave_nothing_of_before(packed, tmp_path):
     folder, _ = packed
     output = tmp_path / "built"
     assert build(folder / "out/*.tar", output, "--validation_fraction", 0)[0] == 0
+    code, out, err = build(folder / "out/*.tar", output, "--validation_fraction", 0, "--clip_stride", 30)
+    assert code == 0 and "15 clips, 1 rejected; 1 x too short; 0 of 3 shards were finished" in out, err
     code, out, err = build(folder / "out/shard-000000.tar", output, "--clip_stride", 30)
     assert code == 0 and "0 of 1 shards were finished before" in out, err
     assert [file.name for file in (output / "data").iterdir()] == ["train-00000-of-00001.parquet"]

@@ -82,7 +82,7 @@ def check_against_oracle(row, lines, folder):
         near = source.get_frames_at(ticks).data.double()
         near = F.interpolate(near, size=(32, 56), mode="bilinear", antialias=True)[..., 12:44].numpy()
         errors = np.abs(near - frame).mean(axis=(1, 2, 3))
-        assert ticks[errors.argmin()] == start + 4 * index and errors.min() < 4
+        assert ticks[errors.argmin()] == start + 4 * index and errors.min() < 8
 
 
 def test_rows_equal_the_oracle(shards, cache):
