@@ -37,8 +37,8 @@ from vjepa_ac_hf.data.building import (
 )
 from vjepa_ac_hf.data.clips import ClipSpec
 from vjepa_ac_hf.data.shards import LOG_SUFFIX, TAR_SUFFIXES, VIDEO_SUFFIX, Shard, list_shards, read_pairs
-from vjepa_ac_hf.data.video import RESIZE_MODES
 from vjepa_ac_hf.data.vpt_tubelets import code_hash, split_shards
+from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
 
 # Loose recordings of a folder are built in groups of this many, each like a shard.
 _RECORDINGS_PER_TASK = 32

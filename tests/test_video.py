@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers_data import DATA, LUANTI, make_video
 
-from vjepa_ac_hf.data.video import VideoError, VideoReader, draw_cursor, encode_clip, resize_frames
+from vjepa_ac_hf.data.video import VideoError, VideoReader, draw_cursor, encode_clip
+from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
 
 
 def noise(num_frames=2, height=36, width=64):
@@ -73,7 +74,7 @@ def test_frames_of_the_right_size_are_untouched():
 def test_resize_refuses_wrong_input():
     with pytest.raises(ValueError, match="expected uint8 frames"):
         resize_frames(noise().float(), 32)
-    with pytest.raises(ValueError, match="resize mode must be one of .*found 'pad'"):
+    with pytest.raises(ValueError, match="resize_mode must be one of .*found 'pad'"):
         resize_frames(noise(), 32, "pad")
 
 

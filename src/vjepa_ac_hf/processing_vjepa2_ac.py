@@ -40,7 +40,12 @@ def resize_frames(frames: Tensor, resolution: int, mode: str = "crop") -> Tensor
 
     Returns:
         `(frames, 3, resolution, resolution)`, uint8.
+
+    Raises:
+        ValueError: another type, shape or mode.
     """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        raise ValueError(f"expected uint8 frames (frames, 3, Y, X), found {frames.dtype} {tuple(frames.shape)}")
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {mode!r}")
     height, width = frames.shape[-2:]

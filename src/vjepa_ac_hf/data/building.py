@@ -12,10 +12,11 @@ import datasets
 import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..processing_vjepa2_ac import RESIZE_MODES, resize_frames
 from .clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
 from .recording import REPAIRS, Recording, RecordingError, parse_recording
 from .shards import RecordingPair, Rejection, Shard
-from .video import RESIZE_MODES, VideoError, VideoReader, draw_cursor, encode_clip, resize_frames
+from .video import VideoError, VideoReader, draw_cursor, encode_clip
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Decoding recordings, resizing frames, drawing the cursor, encoding clips (docs/data.md, "Geometry").
+"""Decoding recordings, drawing the cursor, encoding clips (docs/data.md, "Geometry").
 
 torchcodec is imported where it is used: it loads FFmpeg's shared libraries, and the package must import without.
 """
@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-
-RESIZE_MODES = ("crop", "squash")
 
 # At 256x256 this keeps 38.2 dB PSNR in 96 kB per 16-frame clip on first-person play (the ceiling there is 4:2:0
 # colour, about 40 dB); `medium` gains 0.4 dB at the same size for 2.6 times the time.
@@ -80,36 +77,6 @@ class VideoReader:
 def _cause(error: Exception) -> str:
     # torchcodec prefixes its messages with source files of its own build.
     return str(error).splitlines()[0].rsplit(".cpp:", 1)[-1] if str(error) else type(error).__name__
-
-
-def resize_frames(frames: torch.Tensor, resolution: int, mode: str = "crop") -> torch.Tensor:
-    """Resize frames to a square with antialiasing, as torchvision's `Resize` and `CenterCrop` do.
-
-    Args:
-        frames: uint8 (N, 3, H, W).
-        resolution: side of the result in pixels.
-        mode: `crop`: shortest edge to `resolution`, then a centre crop; `squash`: the whole frame.
-
-    Returns:
-        uint8 (N, 3, resolution, resolution).
-
-    Raises:
-        ValueError: another dtype, shape or mode.
-    """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise ValueError(f"expected uint8 frames (N, 3, H, W), found {frames.dtype} {tuple(frames.shape)}")
-    if mode not in RESIZE_MODES:
-        raise ValueError(f"resize mode must be one of {RESIZE_MODES}, found {mode!r}")
-    height, width = frames.shape[-2:]
-    if mode == "squash":
-        size = (resolution, resolution)
-    else:
-        long = int(resolution * max(height, width) / min(height, width))
-        size = (resolution, long) if height <= width else (long, resolution)
-    if size != (height, width):
-        frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True)
-    top, left = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
-    return frames[..., top : top + resolution, left : left + resolution].contiguous()
 
 
 def draw_cursor(frame: torch.Tensor, x: float, y: float) -> None:

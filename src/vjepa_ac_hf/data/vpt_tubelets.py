@@ -29,6 +29,7 @@ _IMPORTED_IN = os.getpid()
 BUILDER_NAME = "vpt_tubelets"
 _SOURCES = (
     "../actions_vjepa2_ac.py",
+    "../processing_vjepa2_ac.py",
     "recording.py",
     "clips.py",
     "video.py",
