@@ -8,6 +8,7 @@ Every step is one of the project's programs, shown as it is run; real recordings
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def run(title: str, program: str, *flags: object, launcher: tuple[str, ...] = ()
     print(f"({time.perf_counter() - started:.0f} s)", flush=True)
 
 
+def accelerate_launch() -> tuple[str, ...]:
+    """One process; on a CPU `accelerate launch` would leave it one thread."""
+    program = str(Path(sys.executable).with_name("accelerate"))
+    return (program, "launch", "--num_processes", "1", "--num_cpu_threads_per_process", str(os.cpu_count()))
+
+
 def main() -> None:
     arguments = parse_arguments()
     out = arguments.output.resolve()
@@ -65,7 +72,7 @@ def main() -> None:
         *("--cache_features", out / "features", "--num_workers", 0, "--seed", arguments.seed),
         *("--max_steps", arguments.max_steps, "--per_device_batch_size", 32, "--learning_rate", 3e-3),
         *("--loss_type", "l1", "--auto_steps", 1, "--eval_every", 250, "--checkpoint_every", 250),
-        launcher=(str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1"),
+        launcher=accelerate_launch(),
     )
     run(
         *("4/4 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),

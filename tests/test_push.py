@@ -1,0 +1,104 @@
+"""Pushing to the Hub and reading back: the unmodified client against a local server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_clips import write_clips
+from hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+READ_BACK = """
+import torch, vjepa_ac_hf
+from datasets import load_dataset
+from transformers import AutoModel, AutoProcessor
+from vjepa_ac_hf.data.loading import load_action_statistics
+
+model, processor = AutoModel.from_pretrained("org/world").eval(), AutoProcessor.from_pretrained("org/world")
+clips = load_dataset("org/clips", split="train")
+clip = clips[0]
+inputs = processor(videos=[clip["video"]], actions=[clip["actions"]], states=[clip["states"]])
+with torch.no_grad():
+    loss = model(**inputs).loss
+assert torch.isfinite(loss)
+assert processor.action_statistics == load_action_statistics("org/clips").to_dict()
+print("clips", len(clips), "columns", sorted(clips.column_names))
+"""
+
+
+def environment(server: HubServer, folder: Path, token: str | None = "hf_test") -> dict[str, str]:
+    values = {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    values |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    return clean | values | ({"HF_TOKEN": token} if token else {})
+
+
+def run(arguments: list, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def train_command(clips: str, output: Path, config: Path) -> list:
+    return [
+        *("examples/train.py", "--dataset", clips, "--output_dir", output, "--model_config", config),
+        *("--max_steps=1", "--per_device_batch_size=2", "--num_workers=0", "--eval_every=0"),
+        *("--push_to_hub", "--hub_model_id=org/world"),
+    ]
+
+
+@pytest.mark.slow
+def test_model_and_data_set_are_pushed_and_read_back(tmp_path):
+    from test_train import TINY
+
+    write_clips(tmp_path / "clips", train=4, validation=0)
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    with HubServer() as server:
+        env = environment(server, tmp_path)
+        push = "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('org/clips', repo_type='dataset'); "
+        push += f"a.upload_folder(repo_id='org/clips', repo_type='dataset', folder_path={str(tmp_path / 'clips')!r})"
+        assert run(["-c", push], env).returncode == 0
+        trained = run(train_command("org/clips", tmp_path / "out", config), env)
+        assert trained.returncode == 0, trained.stderr[-3000:]
+        files = server.repositories[("model", "org/world")]
+        wanted = {"config.json", "model.safetensors", "processor_config.json", "README.md", "modeling_vjepa2_ac.py"}
+        assert wanted | {"metrics.jsonl"} <= files.keys()
+        assert not [f for f in files if f.startswith("checkpoints") or f.endswith(".tmp")]
+        assert b"datasets:\n- org/clips" in files["README.md"]
+        read = run(["-c", READ_BACK], environment(server, tmp_path / "elsewhere", token=None))
+        assert read.returncode == 0, read.stderr[-3000:]
+        assert "clips 4" in read.stdout
+
+
+@pytest.mark.slow
+def test_a_build_is_pushed_with_its_card(tmp_path):
+    with HubServer() as server:
+        env = environment(server, tmp_path)
+        flags = ["--output", tmp_path / "built", "--resolution=32", "--push_to_hub=org/tubelets"]
+        built = run(["dataset_scripts/build_vpt_tubelets.py", "--shards", "tests/data", *flags], env)
+        assert built.returncode == 0, built.stderr[-3000:]
+        files = server.repositories[("dataset", "org/tubelets")]
+        assert {"README.md", "action_stats.json", "report.json"} <= files.keys()
+        assert not [f for f in files if f.startswith(".build")]
+        load = "from datasets import load_dataset; d = load_dataset('org/tubelets', split='train'); "
+        load += "print('rows', len(d), len(d[0]['video']), d.features['actions'].shape)"
+        read = run(["-c", load], environment(server, tmp_path / "elsewhere", token=None))
+        assert read.returncode == 0, read.stderr[-3000:]
+        clips = json.loads(files["report.json"])["clips"]
+        assert f"rows {clips} 16 (7, 38)" in read.stdout
+
+
+def test_without_a_token_it_fails_before_training(tmp_path):
+    from test_train import TINY
+
+    write_clips(tmp_path / "clips", train=2, validation=0)
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY))
+    with HubServer() as server:
+        env = environment(server, tmp_path, token=None)
+        result = run(train_command(str(tmp_path / "clips"), tmp_path / "out", config), env)
+    assert result.returncode != 0 and "401" in result.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
