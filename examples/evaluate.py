@@ -143,6 +143,7 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
         "context_steps": args.context_steps,
+        "seconds_per_step": processor.tubelet_size / processor.fps,
         "future_states": table.future_states,
         "shuffles": args.shuffles,
         "seed": args.seed,

@@ -42,6 +42,15 @@ STATISTICS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only slow models of this size down, and badly where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_processor(**kwargs) -> VJEPA2ACProcessor:
     defaults = dict(resolution=32, frames_per_clip=2 * STEPS, action_statistics=STATISTICS)
     return VJEPA2ACProcessor(**{**defaults, **kwargs})
@@ -481,6 +490,7 @@ assert metric.compute() is None
 """
 
 
+@pytest.mark.slow
 def test_metric_over_two_processes(tmp_path):
     rows = table_rows(random_table())
     middle = len(rows["error"]) // 2
@@ -497,6 +507,7 @@ def test_metric_over_two_processes(tmp_path):
     assert rounded(result["horizons"]) == rounded(aggregate_rows(rows, draws=50))
 
 
+@pytest.mark.slow
 def test_a_script_that_hides_the_library_evaluate(tmp_path):
     """Importing the metric says what is wrong, without running the script that stands in the way."""
     (tmp_path / "evaluate.py").write_text("raise SystemExit('the script was run')\n")
@@ -522,6 +533,7 @@ def make_metrics(table, **kwargs):
         "command": "python evaluate.py --model 'a & b'",
         "versions": report.versions(),
         "context_steps": 2,
+        "seconds_per_step": 0.4,
         "future_states": "integrated",
         "shuffles": 4,
         "seed": 0,
@@ -771,6 +783,7 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "examples", timeout=300)
 
 
+@pytest.mark.slow
 def test_script(folders, tmp_path):
     """From the saved model and the Parquet files to the report; the figures equal those computed here."""
     output = tmp_path / "report"
@@ -784,7 +797,14 @@ def test_script(folders, tmp_path):
         *("metrics.json", "report.html", "curves.png", "pairs.png", "clip-0.png", "clip-1.png")
     }
     metrics = json.loads((output / "metrics.json").read_text())
-    named = {"clips": 6, "sessions": 3, "loss_type": "mse", "context_steps": 2, "future_states": "integrated"}
+    named = {
+        "clips": 6,
+        "sessions": 3,
+        "loss_type": "mse",
+        "context_steps": 2,
+        "seconds_per_step": 0.4,
+        "future_states": "integrated",
+    }
     named |= {"shuffles": 3, "seed": 5, "split": "validation", "encoding": "tubelet", "model": str(folders / "model")}
     assert {k: metrics[k] for k in named} == named
     assert metrics["versions"]["torch"] == torch.__version__ and "--shuffles 3" in metrics["command"]
@@ -809,7 +829,8 @@ def test_script(folders, tmp_path):
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
-def test_script_refuses_what_does_not_fit(folders, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_script_refuses_what_does_not_fit(folders, tmp_path):
     """Another action space ends the program with both numbers, before anything is written."""
     make_model().save_pretrained(tmp_path / "model")
     make_processor(action_space="vpt-36").save_pretrained(tmp_path / "model")
@@ -822,7 +843,9 @@ def test_script_refuses_what_does_not_fit(folders, tmp_path, monkeypatch):
 @pytest.fixture
 def script(monkeypatch):
     """examples/evaluate.py as a module, whose main() runs with the arguments given."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # As for `python examples/evaluate.py`, with other spellings of the same folder.
+    folder = ROOT / "examples"
+    monkeypatch.setattr(sys, "path", [str(folder), f"{folder}/../examples", *sys.path])
     spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -832,6 +855,12 @@ def script(monkeypatch):
         module.main()
 
     return main
+
+
+@pytest.mark.usefixtures("script")
+def test_script_does_not_hide_the_library_evaluate():
+    assert all(Path(entry).resolve() != ROOT / "examples" for entry in sys.path)
+    assert Path(importlib.util.find_spec("evaluate").origin).parent.name == "evaluate"
 
 
 def test_script_errors(folders, tmp_path, script, capsys):

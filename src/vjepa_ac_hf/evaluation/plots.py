@@ -37,24 +37,24 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def curves_figure(horizons: Sequence[dict[str, Any]]) -> "Figure":
+def curves_figure(horizons: Sequence[dict[str, Any]], seconds_per_step: float) -> "Figure":
     """Errors (left) and win rates (right) by horizon, with their intervals as bands.
 
     Args:
         horizons: what `aggregate_rows` returns.
+        seconds_per_step: duration of a tubelet.
     """
     figure = new_figure(10, 3.6)
     errors, rates = figure.subplots(1, 2)
     for name, colour in COLOURS.items():
         _draw_curve(errors, horizons, name, colour)
     errors.set(title="Error", ylabel="mean absolute difference to the target")
-    errors.set_ylim(bottom=0)
     for name, colour in RATE_COLOURS.items():
         _draw_curve(rates, horizons, name, colour)
     rates.axhline(0.5, color="black", linewidth=1, linestyle="--", label="chance")
     rates.set(title="Win rate of the true action", ylim=(0, 1.02), ylabel="share of pairs")
     for axes in (errors, rates):
-        axes.set(xlabel="horizon (steps)", xticks=[h["horizon"] for h in horizons])
+        axes.set(xlabel=f"horizon (steps of {seconds_per_step:g} s)", xticks=[h["horizon"] for h in horizons])
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
     return figure

@@ -82,7 +82,10 @@ def write_report(
         The path of `report.html`.
     """
     differences = (table.shuffled[:, :, 0] - table.error[:, None, 0]).reshape(-1)
-    figures = {"curves": curves_figure(metrics["horizons"]), "pairs": histogram_figure(differences)}
+    figures = {
+        "curves": curves_figure(metrics["horizons"], metrics["seconds_per_step"]),
+        "pairs": histogram_figure(differences),
+    }
     figures |= {f"clip-{i}": clip_figure(c) for i, c in enumerate(clips)}
     images = {}
     for name, figure in figures.items():
@@ -106,7 +109,8 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
     escape = html.escape
     facts = (
         f"{metrics['clips']} clips of {metrics['sessions']} sessions, split {metrics['split']} of "
-        f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps; {metrics['shuffles']} shuffles, "
+        f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps of "
+        f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, "
         f"seed {metrics['seed']}"
     )
     verdict_html = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(metrics))
