@@ -575,10 +575,36 @@ def test_report_holds_its_pictures(tmp_path):
     assert set(files) == {"curves.png", "pairs.png", "clip-0.png", "clip-1.png"}
     assert embedded == set(files.values()) and all(f.startswith(b"\x89PNG") for f in files.values())
     assert {p.name for p in tmp_path.iterdir()} == {*files, "report.html"}  # no temporary files
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "clip &lt;1&gt;" in page
+    assert (
+        "<script" not in page and "&lt;script&gt;alert(1)" in page and "clip &lt;1&gt;" in page and "clip <" not in page
+    )
     assert "a &amp; b" in page and not re.search(r'(src|href)="(?!data:)', page)
     first = aggregate_rows(table_rows(table), draws=50)[0]
     assert f"{first['win_rate']:.4f}" in page and f"{first['ci95']['win_rate'][0]:.4f}" in page
+
+
+def test_histogram_counts_every_pair_of_horizon_1():
+    table = make_table([[1.0, 7.0], [2.0, 7.0]], [[0.0] * 2] * 2, [[[1.5, 9.0], [0.0, 9.0]]] * 2, ["a", "b"])
+    assert report.first_differences(table).tolist() == [0.5, -1.0, -0.5, -2.0]
+    bars = plots.histogram_figure(report.first_differences(table)).axes[0].patches
+    left = [b.get_height() for b in bars if b.get_x() + b.get_width() / 2 < 0]
+    assert sum(left) == 3 and sum(b.get_height() for b in bars) == 4
+
+
+def test_curves_show_figures_and_intervals():
+    horizons = aggregate_rows(table_rows(random_table()), draws=50)
+    horizons[1]["win_rate_large_turns"] = None
+    errors, rates = plots.curves_figure(horizons, 0.4).axes
+    drawn = {line.get_label(): line.get_ydata() for line in (*errors.lines, *rates.lines)}
+    drawn = {label: list(values) for label, values in drawn.items()}
+    assert drawn["prediction"] == [h["error"] for h in horizons]
+    assert drawn["prediction, other clips' actions"] == [h["shuffled_actions"] for h in horizons]
+    assert drawn["all pairs"] == [h["win_rate"] for h in horizons]
+    assert drawn[plots.LABELS["win_rate_large_turns"]] == [horizons[0]["win_rate_large_turns"]]
+    assert drawn["chance"] == [0.5, 0.5] and "0.4 s" in rates.get_xlabel()
+    band = errors.collections[0].get_paths()[0].vertices[:, 1]
+    for low, high in (h["ci95"]["error"] for h in horizons):
+        assert np.isclose(band, low).any() and np.isclose(band, high).any()
 
 
 def test_report_without_clips_or_intervals(tmp_path):
@@ -660,6 +686,8 @@ def test_feature_colours():
     colours = pictures.FeatureColours(rows)
     correlation = torch.corrcoef(torch.cat([scores[:, :3].T, ((rows[:, 0] - colours.mean) @ colours.components).T]))
     assert (correlation[:3, 3:].abs().diagonal() > 0.98).all()
+    for component in colours.components.T:
+        assert component.abs().max() == component.max()  # a sign that does not depend on the solver
     found = colours(rows[:4].reshape(1, 4, 8))
     assert found.shape == (1, 2, 2, 3) and found.min() >= 0 and found.max() <= 1
     torch.testing.assert_close(found[0, 1, 0], colours(rows[2:3])[0, 0, 0])
@@ -736,6 +764,10 @@ def test_encoded_batches_are_the_clips_features():
         torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(records.actions, make_data(3)[1])
     torch.testing.assert_close(records.yaw_deltas, make_data(3)[1][..., 2])
+    last_broken = [{"video": dataset[0]["video"]}] * 2 + [{"video": {"bytes": b"broken", "path": None}}]
+    last_broken = datasets.Dataset.from_list(last_broken, features=dataset.select_columns("video").features)
+    with pytest.raises(ValueError, match="^clip 2 .*cannot be decoded"):
+        list(clips.encoded_batches(model, processor, last_broken, records.names, 2))
     assert records.names[2] == f"clip 2 (recording recording-{records.sessions[2]}, tick 2)"
 
 
@@ -808,6 +840,9 @@ def test_script(folders, tmp_path):
     named |= {"shuffles": 3, "seed": 5, "split": "validation", "encoding": "tubelet", "model": str(folders / "model")}
     assert {k: metrics[k] for k in named} == named
     assert metrics["versions"]["torch"] == torch.__version__ and "--shuffles 3" in metrics["command"]
+
+    documented = re.findall(r"`(\w+)`", (ROOT / "docs" / "evaluation.md").read_text().split("## metrics.json")[1])
+    assert {*metrics, *metrics["horizons"][0]} <= set(documented)
 
     processor, dataset = make_processor(), undecoded(make_dataset())
     records = clips.read_records(dataset, processor)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .figures import LARGE_TURN_DEGREES
 from .pictures import ClipPictures
 from .plots import clip_figure, curves_figure, histogram_figure
@@ -81,10 +83,9 @@ def write_report(
     Returns:
         The path of `report.html`.
     """
-    differences = (table.shuffled[:, :, 0] - table.error[:, None, 0]).reshape(-1)
     figures = {
         "curves": curves_figure(metrics["horizons"], metrics["seconds_per_step"]),
-        "pairs": histogram_figure(differences),
+        "pairs": histogram_figure(first_differences(table)),
     }
     figures |= {f"clip-{i}": clip_figure(c) for i, c in enumerate(clips)}
     images = {}
@@ -96,6 +97,11 @@ def write_report(
     path = directory / "report.html"
     write_file(path, render_html(metrics, images, [c.title for c in clips]).encode())
     return path
+
+
+def first_differences(table: RolloutTable) -> np.ndarray:
+    """`(pairs,)`, error with the other clip's action minus error with the true one, at horizon 1."""
+    return (table.shuffled[:, :, 0] - table.error[:, None, 0]).reshape(-1)
 
 
 def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: Sequence[str]) -> str:
@@ -110,8 +116,7 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
     facts = (
         f"{metrics['clips']} clips of {metrics['sessions']} sessions, split {metrics['split']} of "
         f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps of "
-        f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, "
-        f"seed {metrics['seed']}"
+        f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, seed {metrics['seed']}"
     )
     verdict_html = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(metrics))
     notes_html = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(metrics))
