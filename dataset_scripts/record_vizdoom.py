@@ -155,7 +155,7 @@ class Player:
         if self.move_left <= 0 or near:
             self.move_left = int(self.generator.integers(8, 33))
             draw, side = self.generator.random(2)
-            wanted = {"w": draw < 0.65, "s": draw > 0.88, "a": side < 0.15, "d": side > 0.85}
+            wanted = {"w": draw < 0.4, "s": draw > 0.9, "a": side < 0.1, "d": side > 0.9}
             self.keys = {key for key in MOVES if wanted[key] and clear[key] >= STOP_DISTANCE}
         if clear["w"] < VIEW_DISTANCE and clear["s"] >= STOP_DISTANCE:
             self.keys = {"s"}

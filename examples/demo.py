@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
-    parser.add_argument("--recordings", type=int, default=60, help="ViZDoom recordings (sessions)")
+    parser.add_argument("--recordings", type=int, default=48, help="ViZDoom recordings (sessions)")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
-    parser.add_argument("--max_steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--max_steps", type=int, default=2000, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--encoder",
@@ -47,7 +47,9 @@ def run(title: str, program: str, *flags: object, launcher: tuple[str, ...] = ()
 def accelerate_launch() -> tuple[str, ...]:
     """One process; on a CPU `accelerate launch` would leave it one thread."""
     program = str(Path(sys.executable).with_name("accelerate"))
-    return (program, "launch", "--num_processes", "1", "--num_cpu_threads_per_process", str(os.cpu_count()))
+    options = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    options["num_cpu_threads_per_process"] = os.cpu_count()
+    return (program, "launch", *(f"--{name}={value}" for name, value in options.items()))
 
 
 def main() -> None:
@@ -63,15 +65,16 @@ def main() -> None:
     )
     run(
         *("2/4 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
-        *("--output", out / "clips", "--resolution", size, "--clip_stride", 64 if real else 16),
-        *("--validation_fraction", 0.2, "--num_proc", 2),
+        *("--output", out / "clips", "--resolution", size, "--resize_mode", "squash"),
+        *("--clip_stride", 64 if real else 16, "--validation_fraction", 0.2, "--num_proc", 2),
     )
     run(
         *("3/4 train the predictor", "examples/train.py", "--dataset", out / "clips", "--output_dir", out / "model"),
         *("--model_config", "tiny", "--encoder", arguments.encoder, "--action_space", "vpt-38"),
         *("--cache_features", out / "features", "--num_workers", 0, "--seed", arguments.seed),
-        *("--max_steps", arguments.max_steps, "--per_device_batch_size", 32, "--learning_rate", 3e-3),
-        *("--loss_type", "l1", "--auto_steps", 1, "--eval_every", 250, "--checkpoint_every", 250),
+        *("--max_steps", arguments.max_steps, "--per_device_batch_size", 16, "--learning_rate", 4e-3),
+        *("--decay_steps", arguments.max_steps // 4, "--loss_type", "l1", "--auto_steps", 1),
+        *("--eval_every", 500, "--checkpoint_every", 500),
         launcher=accelerate_launch(),
     )
     run(

@@ -49,10 +49,10 @@ def naive_rollout(model, features, actions, states, horizon):
     return features[:, -horizon:]
 
 
-@given(context=st.integers(1, 4), horizon=st.integers(1, 4), embedding=st.sampled_from(["linear", "mlp"]))
+@given(context=st.integers(1, 4), horizon=st.integers(1, 4))
 @settings(max_examples=12, deadline=None)
-def test_cached_rollout_equals_uncached(context, horizon, embedding):
-    model, inputs = tiny_model(action_embedding=embedding), random_inputs()
+def test_cached_rollout_equals_uncached(context, horizon):
+    model, inputs = tiny_model(), random_inputs()
     with torch.no_grad():
         actions = inputs["actions"][:, : context - 1 + horizon]
         cached = model.rollout(inputs["features"][:, :context], actions, inputs["states"])

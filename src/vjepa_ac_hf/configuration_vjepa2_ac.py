@@ -50,8 +50,6 @@ class VJEPA2ACConfig(PreTrainedConfig):
         normalize_features: layer norm without parameters over features and predictions (eps 1e-5).
         loss_type: "mse", or "l1" (the V-JEPA 2-AC recipe).
         auto_steps: steps of the rollout loss.
-        action_embedding: "linear" (V-JEPA 2-AC: one linear layer for actions, one for states) or "mlp" (a two-layer
-            MLP each, which keeps an action's size where LayerNorm follows; docs/model.md).
         layer_norm_eps: epsilon of the predictor's LayerNorms.
         initializer_range: standard deviation of the truncated normal initialisation.
 
@@ -75,7 +73,6 @@ class VJEPA2ACConfig(PreTrainedConfig):
     normalize_features: bool = True
     loss_type: str = "mse"
     auto_steps: int = 2
-    action_embedding: str = "linear"
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
@@ -101,7 +98,6 @@ class VJEPA2ACConfig(PreTrainedConfig):
         choices = {
             "encoding": ("tubelet", "clip"),
             "loss_type": ("mse", "l1"),
-            "action_embedding": ("linear", "mlp"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

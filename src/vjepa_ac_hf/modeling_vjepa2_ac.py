@@ -203,19 +203,12 @@ class VJEPA2ACPredictor(nn.Module):
         assert config.action_dim is not None
         feature_dim, width = config.encoder_config.hidden_size, config.pred_hidden_size
         self.frame_embed = nn.Linear(feature_dim, width)
-        self.action_embed = self._conditioning_embed(config, config.action_dim)
-        self.state_embed = self._conditioning_embed(config, config.state_dim)
+        self.action_embed = nn.Linear(config.action_dim, width)
+        self.state_embed = nn.Linear(config.state_dim, width)
         self.rotary = VJEPA2ACRotaryEmbedding(config)
         self.layers = nn.ModuleList([VJEPA2ACLayer(config, i + 1) for i in range(config.pred_num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, feature_dim)
-
-    @staticmethod
-    def _conditioning_embed(config: VJEPA2ACConfig, columns: int) -> nn.Module:
-        width = config.pred_hidden_size
-        if config.action_embedding == "linear":
-            return nn.Linear(columns, width)
-        return nn.Sequential(nn.Linear(columns, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(
         self,
