@@ -39,6 +39,7 @@ from vjepa_ac_hf.data.clips import ClipSpec
 from vjepa_ac_hf.data.shards import LOG_SUFFIX, TAR_SUFFIXES, VIDEO_SUFFIX, Shard, list_shards, read_pairs
 from vjepa_ac_hf.data.vpt_tubelets import code_hash, split_shards
 from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
+from vjepa_ac_hf.records import write_file, write_json
 
 # Loose recordings of a folder are built in groups of this many, each like a shard.
 _RECORDINGS_PER_TASK = 32
@@ -219,12 +220,6 @@ def build_tasks(tasks: list[Task], output: Path, num_proc: int) -> Iterator[tupl
         executor.shutdown(cancel_futures=True)
 
 
-def write_json(file: Path, content: dict) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, file)
-
-
 # ---------------------------------------------------------------------------------------------------- results
 
 
@@ -253,9 +248,8 @@ def write_card(output: Path, splits: dict[str, dict], report: BuildReport, optio
     datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     data["configs"] = [{"config_name": "default", "data_files": files}]
-    temporary = output / ".README.md.tmp"
-    temporary.write_text(str(DatasetCard(f"---\n{data}\n---\n\n{card_text(splits, report, options)}")))
-    os.replace(temporary, output / "README.md")
+    card = DatasetCard(f"---\n{data}\n---\n\n{card_text(splits, report, options)}")
+    write_file(output / "README.md", str(card).encode())
 
 
 def card_text(splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> str:

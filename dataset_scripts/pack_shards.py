@@ -8,8 +8,6 @@ SHARDS/pack_report.json. Exit status 0 only if all shards are written.
 """
 
 import argparse
-import json
-import os
 import sys
 import tarfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vjepa_ac_hf.data.shards import LOG_SUFFIX, VIDEO_SUFFIX, write_tar
+from vjepa_ac_hf.records import write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,9 +86,7 @@ def main() -> int:
             num_written += 1
 
     report = {"recordings": len(paired), "shards": len(shards), "unpaired": unpaired}
-    temporary = arguments.output / ".pack_report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, arguments.output / "pack_report.json")
+    write_json(arguments.output / "pack_report.json", report)
     print(f"{len(paired)} recordings in {len(shards)} shards, {num_written} written, {len(unpaired)} files unpaired")
     for entry in unpaired:
         print(f"  unpaired: {entry['recording']}: {entry['reason']}")

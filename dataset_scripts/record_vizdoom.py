@@ -34,6 +34,7 @@ from torchcodec.encoders import Encoder
 from tqdm.auto import tqdm
 
 from vjepa_ac_hf.data.shards import write_tar
+from vjepa_ac_hf.records import write_json
 
 DEGREES_PER_COUNT = 0.15
 TICS_PER_TICK = 2
@@ -356,9 +357,7 @@ def claim_folder(output: Path, arguments: dict[str, Any]) -> None:
         return
     if any(output.glob("*.tar")):
         raise SystemExit(f"{output}: holds shards but no recording.json; choose another --output")
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(json.dumps(arguments, indent=2))
-    os.replace(temporary, manifest)
+    write_json(manifest, arguments)
 
 
 def main() -> None:

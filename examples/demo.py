@@ -71,6 +71,7 @@ def main() -> None:
     run(
         *("3/4 train the predictor", "examples/train.py", "--dataset", out / "clips", "--output_dir", out / "model"),
         *("--model_config", "tiny", "--encoder", arguments.encoder, "--action_space", "vpt-38"),
+        *("--resize_mode", "squash"),
         *("--cache_features", out / "features", "--num_workers", 0, "--seed", arguments.seed),
         *("--max_steps", arguments.max_steps, "--per_device_batch_size", 16, "--learning_rate", 4e-3),
         *("--decay_steps", arguments.max_steps // 4, "--loss_type", "l1", "--auto_steps", 1),

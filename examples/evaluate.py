@@ -15,17 +15,18 @@ import shlex
 from typing import Any
 
 import torch
-from datasets import Video, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.data.loading import decode_clip, load_clips
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
 from vjepa_ac_hf.evaluation import clips as clip_data
 from vjepa_ac_hf.evaluation.pictures import picture_clips
 from vjepa_ac_hf.evaluation.plots import new_figure
-from vjepa_ac_hf.evaluation.report import versions, write_metrics, write_report
+from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
+from vjepa_ac_hf.records import versions
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,10 +58,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device).eval()
     clip_data.check_model_and_processor(model, processor)
-    dataset = load_dataset(args.dataset, split=args.split)
+    dataset = load_clips(args.dataset, args.split)
     clip_data.check_columns(dataset)
-    dataset = dataset.select(clip_data.spread(len(dataset), args.max_clips))
-    return model, processor, dataset.cast_column("video", Video(decode=False))
+    return model, processor, dataset.select(clip_data.spread(len(dataset), args.max_clips))
 
 
 def make_pictures(
@@ -78,9 +78,7 @@ def make_pictures(
     if not shown:
         return []
     rows, names = dataset.select(shown), [records.names[i] for i in shown]
-    videos = [
-        clip_data.decode_clip(row["video"], n, processor.frames_per_clip) for row, n in zip(rows, names, strict=True)
-    ]
+    videos = [decode_clip(row["video"], n, processor.frames_per_clip) for row, n in zip(rows, names, strict=True)]
     return picture_clips(
         model,
         torch.cat(list(clip_data.encoded_batches(model, processor, rows, names, args.batch_size))),

@@ -34,12 +34,13 @@ from vjepa_ac_hf.data.loading import (
     load_action_statistics,
     load_clips,
 )
+from vjepa_ac_hf.records import versions
 from vjepa_ac_hf.training.checkpoints import find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, versions
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
 from vjepa_ac_hf.training.validation import validate
 
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
@@ -55,6 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
     data.add_argument("--action_space", default=None, help="vpt-13 (default), vpt-36, vpt-38, or columns by commas")
     data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
+    data.add_argument(
+        "--resize_mode",
+        choices=("crop", "squash"),
+        default="crop",
+        help="how the data set was built (default: %(default)s)",
+    )
     data.add_argument("--cache_features", type=Path, help="folder: encode every clip once and train from there")
 
     model = parser.add_argument_group("model")
@@ -129,6 +136,7 @@ def build_configuration(arguments: argparse.Namespace) -> tuple[VJEPA2ACConfig, 
 def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJEPA2ACProcessor:
     return VJEPA2ACProcessor(
         resolution=config.encoder_config.crop_size,
+        resize_mode=arguments.resize_mode,
         frames_per_clip=config.frames_per_clip,
         tubelet_size=config.encoder_config.tubelet_size,
         action_space=config.action_space,

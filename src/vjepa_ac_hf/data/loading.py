@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, Video, get_dataset_split_names, load_dataset
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from torchcodec.decoders import VideoDecoder
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
@@ -55,9 +55,7 @@ def check_clips(clips: Dataset | IterableDataset, processor: VJEPA2ACProcessor, 
     first = next(iter(clips), None)
     if first is None:
         raise ValueError(f"{name}: holds no clips")
-    frames = decode_clip(first)
-    if len(frames) != processor.frames_per_clip:
-        raise ValueError(f"{name}: clips have {len(frames)} frames, expected {processor.frames_per_clip}")
+    frames = decode_clip(first["video"], f"{name}, {clip_name(first)}", processor.frames_per_clip)
     if min(frames.shape[-2:]) < processor.resolution:
         raise ValueError(
             f"{name}: clips are {frames.shape[-1]} x {frames.shape[-2]} pixels, smaller than the model's "
@@ -65,18 +63,32 @@ def check_clips(clips: Dataset | IterableDataset, processor: VJEPA2ACProcessor, 
         )
 
 
-def decode_clip(row: dict[str, Any]) -> Tensor:
-    """Frames `(frames, 3, Y, X)` uint8 of a row whose video is still encoded.
+def clip_name(row: dict[str, Any]) -> str:
+    """What messages call a clip: its recording and first tick."""
+    return f"recording {row['recording_id']}, tick {row['start_tick']}"
+
+
+def decode_clip(video: dict[str, Any], name: str, num_frames: int) -> Tensor:
+    """Frames of an encoded clip, uint8 `(num_frames, 3, Y, X)`.
+
+    Args:
+        video: `{"bytes": ..., "path": ...}`, what `datasets.Video(decode=False)` gives.
+        name: what messages call the clip.
+        num_frames: how many frames it must have.
 
     Raises:
-        ValueError: a video that cannot be decoded, with its recording and start tick.
+        ValueError: a video that cannot be decoded, or of another length.
     """
-    video = row["video"]
+    from torchcodec.decoders import VideoDecoder  # loads FFmpeg's shared libraries
+
+    source = video["bytes"] if video["bytes"] is not None else video["path"]
     try:
-        decoder = VideoDecoder(video["bytes"] if video["bytes"] is not None else video["path"], num_ffmpeg_threads=1)
-        return decoder.get_frames_in_range(0, len(decoder)).data
+        frames = VideoDecoder(source, num_ffmpeg_threads=1)[:]
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"clip {row['recording_id']} at tick {row['start_tick']}: {error}") from error
+        raise ValueError(f"{name}: the video cannot be decoded: {error}") from error
+    if len(frames) != num_frames:
+        raise ValueError(f"{name}: the processor's frames_per_clip is {num_frames}, the video has {len(frames)} frames")
+    return frames
 
 
 class ClipCollator:
@@ -97,7 +109,9 @@ class ClipCollator:
         if "features" in rows[0]:
             batch["features"] = torch.stack([r["features"] for r in rows])
         else:
-            frames = self.processor.prepare_frames([decode_clip(r) for r in rows])
+            frames = self.processor.prepare_frames(
+                [decode_clip(r["video"], clip_name(r), self.processor.frames_per_clip) for r in rows]
+            )
             batch["pixel_values_videos"] = self.processor.normalize_pixels(frames)
         return batch
 
@@ -187,8 +201,6 @@ class EndlessStream(torch.utils.data.IterableDataset):
         world_size: int = 1,
         first_batch: int = 0,
     ):
-        from datasets.distributed import split_dataset_by_node
-
         shuffled = clips.shuffle(seed=seed, buffer_size=buffer_size)
         self.clips = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
         self.batch_size, self.first_batch = batch_size, first_batch

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..data.loading import COLUMNS, clip_name, decode_clip
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-
-COLUMNS = ("video", "actions", "states", "session_id")
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
     check_columns(dataset)
     steps = processor.frames_per_clip // processor.tubelet_size
     shapes = {"actions": (steps - 1, len(ACTION_COLUMNS)), "states": (steps, 2)}
-    light = [c for c in ("actions", "states", "session_id", "recording_id", "start_tick") if c in dataset.column_names]
+    light = [column for column in COLUMNS if column != "video"]
     names, sessions = [], []
     values: dict[str, list[Tensor]] = {"actions": [], "states": []}
     for row, example in enumerate(dataset.select_columns(light)):
-        names.append(_clip_name(row, example))
+        names.append(f"clip {row} ({clip_name(example)})")
         sessions.append(str(example["session_id"]))
         for column, shape in shapes.items():
             array = np.asarray(example[column], dtype=np.float32)
@@ -98,35 +97,6 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
             values[column].append(torch.from_numpy(array))
     decode_clip(dataset[0]["video"], names[0], processor.frames_per_clip)
     return ClipRecords(names, sessions, torch.stack(values["actions"]), torch.stack(values["states"]))
-
-
-def _clip_name(row: int, example: dict[str, Any]) -> str:
-    if "recording_id" in example and "start_tick" in example:
-        return f"clip {row} (recording {example['recording_id']}, tick {example['start_tick']})"
-    return f"clip {row} (session {example['session_id']})"
-
-
-def decode_clip(video: dict[str, Any], name: str, num_frames: int) -> Tensor:
-    """Frames of an mp4, uint8 `(num_frames, 3, Y, X)`.
-
-    Args:
-        video: `{"bytes": ..., "path": ...}`, what `datasets.Video(decode=False)` gives.
-        name: what messages call the clip.
-        num_frames: how many frames it must have.
-
-    Raises:
-        ValueError: a video that cannot be decoded, or of another length.
-    """
-    from torchcodec.decoders import VideoDecoder  # loads FFmpeg's shared libraries
-
-    source = video["bytes"] if video["bytes"] is not None else video["path"]
-    try:
-        frames = VideoDecoder(source)[:]
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name}: the video cannot be decoded: {error}") from error
-    if len(frames) != num_frames:
-        raise ValueError(f"{name}: the processor's frames_per_clip is {num_frames}, the video has {len(frames)} frames")
-    return frames
 
 
 def encoded_batches(

@@ -2,23 +2,18 @@
 
 import base64
 import html
-import importlib.metadata
 import io
-import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..records import write_file, write_json
 from .figures import LARGE_TURN_DEGREES
 from .pictures import ClipPictures
 from .plots import clip_figure, curves_figure, histogram_figure
 from .rollouts import RolloutTable
-
-PACKAGES = ("vjepa-ac-hf", "torch", "transformers", "datasets", "evaluate", "torchcodec", "numpy")
 
 # Percentile intervals from fewer sessions are known to come out too narrow.
 FEW_SESSIONS = 10
@@ -52,21 +47,9 @@ _READING = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the figures depend on."""
-    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: who finds the file finds all of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
     """Write `metrics.json`; a value that is not a number of JSON is an error."""
-    write_file(path, (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+    write_json(path, metrics)
 
 
 def write_report(

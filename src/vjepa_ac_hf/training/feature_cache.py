@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data.loading import ClipCollator
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..records import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,7 @@ def _claim_folder(folder: Path, key: dict[str, Any], accelerator: Accelerator) -
     path = folder / "key.json"
     if accelerator.is_main_process and not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(key, indent=2))
-        os.replace(temporary, path)
+        write_json(path, key)
     accelerator.wait_for_everyone()
     found = json.loads(path.read_text())
     differing = sorted(k for k in key.keys() | found.keys() if key.get(k) != found.get(k))

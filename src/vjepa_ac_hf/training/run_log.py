@@ -1,11 +1,10 @@
 """The record of a run: `metrics.jsonl`, what started it, and whether a continued run is still the same."""
 
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from ..records import write_file
 
 # Arguments that may differ between a run and its continuation: they do not change what is computed in a step.
 FREE_ARGUMENTS = frozenset(
@@ -27,12 +26,6 @@ FREE_ARGUMENTS = frozenset(
         "gradient_checkpointing",
     }
 )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    packages = ("vjepa-ac-hf", "torch", "transformers", "datasets", "accelerate", "torchcodec", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def jsonable(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +66,7 @@ class MetricsLog:
                     break  # a line cut off when the run was killed; the steps after it are done again
                 if row["step"] <= step:
                     rows.append(line + "\n")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(rows))
-        os.replace(temporary, path)
+        write_file(path, "".join(rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
