@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import VJEPA2Config
 
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor, records
 from vjepa_ac_hf.evaluation import (
     LatentPredictionMetric,
     RolloutTable,
@@ -531,7 +531,7 @@ def make_metrics(table, **kwargs):
         "loss_type": "mse",
         "encoding": "tubelet",
         "command": "python evaluate.py --model 'a & b'",
-        "versions": report.versions(),
+        "versions": records.versions(),
         "context_steps": 2,
         "seconds_per_step": 0.4,
         "future_states": "integrated",
