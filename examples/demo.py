@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument("--recordings", type=int, default=48, help="ViZDoom recordings (sessions)")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
-    parser.add_argument("--max_steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--max_steps", type=int, default=2500, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--encoder",
