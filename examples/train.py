@@ -9,6 +9,7 @@ AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-XXXXXXXX. Exit
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -35,7 +36,13 @@ from vjepa_ac_hf.data.loading import (
     load_clips,
 )
 from vjepa_ac_hf.records import versions
-from vjepa_ac_hf.training.checkpoints import find_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from vjepa_ac_hf.training.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
@@ -43,6 +50,7 @@ from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
 from vjepa_ac_hf.training.validation import validate
 
+logger = logging.getLogger(__name__)
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
 
 
@@ -96,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     run.add_argument("--log_every", type=int, default=10, help="steps")
     run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
-    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used (the first ones)")
+    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used, spread over the split")
     run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
     run.add_argument("--push_to_hub", action="store_true", help="upload the final model")
     run.add_argument("--hub_model_id", help="ORG/NAME")
@@ -148,7 +156,10 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     """Training clips and, where the data set has them, validation clips spread over the split; both checked."""
     train = load_clips(arguments.dataset, "train", streaming=arguments.streaming)
     check_clips(train, processor, f"{arguments.dataset}, split train")
-    if not arguments.eval_every or "validation" not in get_dataset_split_names(arguments.dataset):
+    if not arguments.eval_every:
+        return train, None
+    if "validation" not in get_dataset_split_names(arguments.dataset):
+        logger.warning("%s has no validation split: nothing is validated during training", arguments.dataset)
         return train, None
     validation = load_clips(arguments.dataset, "validation")
     check_clips(validation, processor, f"{arguments.dataset}, split validation")
@@ -215,8 +226,9 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
     scheduler = build_scheduler(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
     step, checkpoint = 0, find_checkpoint(folder, arguments.resume)
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model.predictor, optimizer)
+        state = read_state(checkpoint)
         check_same_run(state["arguments"], given, checkpoint)
+        load_checkpoint(checkpoint, model.predictor, optimizer)
         step = state["step"]
         scheduler.load_state_dict(state["schedule"])
         accelerator.print(f"continuing from {checkpoint}")

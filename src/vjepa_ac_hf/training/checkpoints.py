@@ -68,18 +68,21 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, predictor: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's tensors back and return its `state`.
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's step and what was saved as its `state`."""
+    return json.loads((path / "trainer_state.json").read_text())
+
+
+def load_checkpoint(path: Path, predictor: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors back.
 
     Raises:
         RuntimeError: the predictor of the checkpoint has other parameters or shapes.
         ValueError: the optimizer's state does not cover the predictor's parameters.
     """
-    state = json.loads((path / "trainer_state.json").read_text())
     predictor.load_state_dict(load_file(path / "predictor.safetensors"), strict=True)
     _load_optimizer_tensors(predictor, optimizer, load_file(path / "optimizer.safetensors"), path)
     torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
-    return state
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

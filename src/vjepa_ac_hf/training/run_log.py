@@ -6,13 +6,16 @@ from typing import Any
 
 from ..records import write_file
 
-# Arguments that may differ between a run and its continuation: they do not change what is computed in a step.
+# Arguments that may differ between a run and its continuation: they do not change what is computed in a step, but for
+# the ends of the schedule, which move with its length.
 FREE_ARGUMENTS = frozenset(
     {
         "output_dir",
         "cache_features",
         "num_workers",
         "max_steps",
+        "warmup_steps",
+        "decay_steps",
         "checkpoint_every",
         "keep_checkpoints",
         "resume",

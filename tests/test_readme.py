@@ -1,0 +1,48 @@
+"""The README's snippets run as they stand, and what it says about files is true."""
+
+import json
+import re
+from pathlib import Path
+
+from helpers_clips import write_clips
+from test_modeling import tiny_model
+
+from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.data.shards import write_tar
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run(tmp_path, monkeypatch):
+    recording = sorted((ROOT / "tests" / "data").glob("*.mp4")) + sorted((ROOT / "tests" / "data").glob("*.jsonl"))
+    (tmp_path / "demo" / "shards").mkdir(parents=True)
+    write_tar(tmp_path / "demo" / "shards" / "shard-000000.tar", [(path.name, path) for path in recording])
+    write_clips(tmp_path / "demo" / "clips", train=3, validation=2)
+    statistics = json.loads((tmp_path / "demo" / "clips" / "action_stats.json").read_text())
+    tiny_model().save_pretrained(tmp_path / "demo" / "model")
+    VJEPA2ACProcessor(resolution=32, action_statistics=statistics).save_pretrained(tmp_path / "demo" / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 3
+    names: dict = {}
+    for snippet in snippets:  # the third goes on from the second
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert names["future"].shape == names["imagined"].shape == (1, 6, 4, 48)
+    assert not names["future"].equal(names["imagined"])
+
+
+def test_files_that_are_named_exist():
+    tree = README.split("## Files")[1]
+    for line in re.findall(r"```\n(.*?)```", tree, flags=re.DOTALL)[0].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+            assert (ROOT / folder).exists(), folder
+        elif not line.startswith("   "):
+            assert (ROOT / folder / name).exists(), folder + name
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for program in re.findall(r"(?:examples|dataset_scripts)/\w+\.py", README):
+        assert (ROOT / program).exists(), program
