@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make sure that this machine has Python's venv module, FFmpeg's shared libraries (torchcodec loads them) and
-# libSDL/libGL for ViZDoom. Installs with apt as root, else says what to do. Usage: system_packages.sh PYTHON
+# Make sure that this machine has Python's venv module and FFmpeg's shared libraries, which torchcodec loads.
+# Installs with apt as root, else says what to do. Usage: system_packages.sh PYTHON
 set -eu
 python=${1:-python3}
 missing=""

@@ -4,7 +4,7 @@
 
 The encoder is frozen; only the predictor is trained, with teacher forcing and rollout losses (docs/model.md). Leaves in
 OUT: config.json, model.safetensors, processor_config.json, README.md and the model's code (load the folder with
-AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-XXXXXXXX. Exit status 0 only when all steps are done.
+AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-00001000. Exit status 0 only when all steps are done.
 """
 
 import argparse

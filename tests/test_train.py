@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from helpers_clips import write_clips
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from vjepa_ac_hf.data.loading import EndlessBatches
+from vjepa_ac_hf.data.loading import EndlessBatches, EndlessStream, clip_name, load_clips
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import PRESETS, build_config
@@ -183,10 +184,28 @@ def test_cached_features_equal_encoding(workspace, reference):
 
 
 @pytest.mark.slow
-def test_streaming_sees_every_clip_once_an_epoch(workspace):
+def test_streaming_trains_in_bfloat16(workspace):
     output = workspace / "streamed"
     run(command(workspace, output, "--streaming", "--shuffle_buffer=8", "--num_workers=1", "--mixed_precision=bf16"))
     assert len(losses(output)) == 8 and losses(output)[-1] < 0.9 * losses(output)[0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stream_holds_every_clip_once_an_epoch_and_continues(workspace, world):
+    clips = load_clips(str(workspace / "clips"), "train", streaming=True)
+
+    def names(rank: int, count: int, first_batch: int = 0) -> list[str]:
+        options = {"seed": 3, "buffer_size": 8, "rank": rank, "world_size": world, "first_batch": first_batch}
+        return [clip_name(row) for row in islice(EndlessStream(clips, 4, **options), count)]
+
+    share = 24 // world
+    ranks = [names(rank, 2 * share) for rank in range(world)]
+    for epoch in (0, 1):
+        seen = [name for rank in ranks for name in rank[epoch * share : (epoch + 1) * share]]
+        assert len(seen) == len(set(seen)) == 24
+    assert ranks[0][:share] != ranks[0][share:]
+    assert names(0, 5, first_batch=2) == ranks[0][8:13]
+    assert names(0, 3, first_batch=share // 4 + 1) == ranks[0][share + 4 : share + 7]  # in the second epoch
 
 
 @pytest.fixture(scope="module")

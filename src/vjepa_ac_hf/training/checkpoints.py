@@ -48,7 +48,7 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 def save_checkpoint(
     folder: Path, step: int, predictor: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`; `state` is JSON (schedule, arguments, position)."""
+    """Write `folder/step-<step>`; `state` is JSON (schedule, arguments, position)."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
