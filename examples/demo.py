@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
-    parser.add_argument("--recordings", type=int, default=48, help="ViZDoom recordings (sessions)")
+    parser.add_argument("--recordings", type=int, default=64, help="ViZDoom recordings (sessions)")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
     parser.add_argument("--max_steps", type=int, default=2500, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +66,7 @@ def main() -> None:
     run(
         *("2/4 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
         *("--output", out / "clips", "--resolution", size, "--resize_mode", "squash"),
-        *("--clip_stride", 64 if real else 16, "--validation_fraction", 0.2, "--num_proc", 2),
+        *("--clip_stride", 64 if real else 20, "--validation_fraction", 0.2, "--num_proc", 2),
     )
     run(
         *("3/4 train the predictor", "examples/train.py", "--dataset", out / "clips", "--output_dir", out / "model"),
