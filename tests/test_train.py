@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers_clips import write_clips
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, VJEPA2Config, VJEPA2Model
 
 from vjepa_ac_hf.data.loading import EndlessBatches, EndlessStream, clip_name, load_clips
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
@@ -124,6 +124,21 @@ def test_the_encoder_is_never_changed(workspace, reference):
     trained = load_file(reference / "model.safetensors")
     for name, tensor in fresh.encoder.state_dict().items():
         torch.testing.assert_close(trained[f"encoder.{name}"], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_is_used_and_kept(workspace):
+    """`--encoder` decides the encoder's sizes too, whatever the configuration file says."""
+    torch.manual_seed(4)
+    pretrained = VJEPA2Model(VJEPA2Config(**TINY["encoder_config"] | {"hidden_size": 32, "patch_size": 8}))
+    pretrained.save_pretrained(workspace / "encoder")
+    output = workspace / "with_encoder"
+    run(command(workspace, output, f"--encoder={workspace / 'encoder'}", "--max_steps=2", "--action_space=vpt-38"))
+    trained = load_file(output / "model.safetensors")
+    for name, tensor in pretrained.encoder.state_dict().items():
+        torch.testing.assert_close(trained[f"encoder.{name}"], tensor, rtol=0, atol=0)
+    config = AutoModel.from_pretrained(output).config
+    assert (config.grid_size, config.action_dim, config.encoder_config.hidden_size) == (4, 38, 32)
 
 
 @pytest.mark.slow
