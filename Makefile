@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
-demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (about 10 minutes on 2 cores)
+demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (8 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
 
 test: setup  ## all tests
