@@ -15,13 +15,16 @@ LARGE_TURN_DEGREES = 10.0
 BOOTSTRAP_DRAWS = 1000
 
 # A row is a clip at a horizon. Wins are counts of pairs (a tie is half a win); everything is summable over clips.
-VALUE_COLUMNS = (
+MEAN_COLUMNS = (
     "error",
     "persistence",
     "shuffled_actions",
     "error_mse",
     "persistence_mse",
     "shuffled_actions_mse",
+)
+VALUE_COLUMNS = (
+    *MEAN_COLUMNS,
     "wins",
     "pairs",
     "wins_large_turns",
@@ -140,17 +143,7 @@ def _check_rows(rows: Mapping[str, Sequence | np.ndarray]) -> dict[str, np.ndarr
 def _figures(sums: Mapping[str, Any]) -> dict[str, Any]:
     """Figures from sums over clips; every value may have a leading axis of draws. NaN or infinite without data."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = {
-            name: np.divide(sums[name], sums["clips"])
-            for name in (
-                "error",
-                "persistence",
-                "shuffled_actions",
-                "error_mse",
-                "persistence_mse",
-                "shuffled_actions_mse",
-            )
-        }
+        means = {name: np.divide(sums[name], sums["clips"]) for name in MEAN_COLUMNS}
         return {
             **means,
             "error_over_persistence": np.divide(sums["error"], sums["persistence"]),
