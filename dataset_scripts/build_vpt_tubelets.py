@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -27,16 +27,12 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm import tqdm
 
 from vjepa_ac_hf import ActionStatistics
-from vjepa_ac_hf.data.building import (
-    BuildOptions,
-    BuildReport,
-    clip_features,
-    iter_clips,
-    listing_report,
-    validation_set,
-)
+from vjepa_ac_hf.data.building import BuildReport, clip_features, iter_clips, listing_report
 from vjepa_ac_hf.data.clips import ClipSpec
+from vjepa_ac_hf.data.recording import REPAIRS, recording_id_of
+from vjepa_ac_hf.data.selection import BuildOptions, options_from, select_recordings, selection_from
 from vjepa_ac_hf.data.shards import LOG_SUFFIX, TAR_SUFFIXES, VIDEO_SUFFIX, Shard, list_shards, read_pairs
+from vjepa_ac_hf.data.splits import validation_set
 from vjepa_ac_hf.data.vpt_tubelets import code_hash, split_shards
 from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
 from vjepa_ac_hf.records import write_file, write_json
@@ -89,7 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--resolution", type=int, default=build.resolution, help="pixels (default: %(default)s)")
     add("--resize_mode", choices=RESIZE_MODES, default=build.resize_mode, help="default: %(default)s")
     add("--draw_cursor", action="store_true", help="paint the cursor into frames with a GUI open")
+    add("--skip_repairs", nargs="+", default=[], metavar="NAME", help=f"not to be done, of: {', '.join(REPAIRS)}")
+    add("--exclude", type=Path, metavar="FILE", help="recording ids to leave out, one a line (# begins a comment)")
+    add("--session_fraction", type=float, help="share of sessions to keep, by a stable hash")
+    add("--max_clips_per_session", type=int, help="clips of one session to keep at most")
     add("--max_gui_fraction", type=float, help="leave out clips with a GUI open for a larger share of ticks")
+    add("--min_action_fraction", type=float, help="leave out clips with input in a smaller share of ticks")
+    add("--clip_fraction", type=float, help="share of clips to keep, by a stable hash")
     add("--validation_fraction", type=float, help="share of sessions (default: 0.05 where no split is empty)")
     add("--validation_sessions", nargs="+", metavar="SESSION", help="their names, instead of a share")
     arguments = parser.parse_args()
@@ -98,10 +100,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def build_options(arguments: argparse.Namespace) -> BuildOptions:
-    clip = ClipSpec(**{spec.name: getattr(arguments, spec.name) for spec in fields(ClipSpec)})
-    others = (option.name for option in fields(BuildOptions) if option.name != "clip")
-    return BuildOptions(clip=clip, **{name: getattr(arguments, name) for name in others})
+def read_exclude(file: Path | None) -> list[str]:
+    """Recording ids of a list, one a line; what follows a # is a comment."""
+    if file is None:
+        return []
+    lines = (line.split("#")[0].strip() for line in file.read_text().splitlines())
+    return [recording_id_of(line) for line in lines if line]
 
 
 def find_files(patterns: list[str]) -> list[str]:
@@ -153,7 +157,7 @@ def build_task(task: Task, output: Path) -> dict:
         with ParquetWriter(features=clip_features(task.options.clip), path=str(temporary)) as writer:
             features = clip_features(task.options.clip)
             for shard in shards:
-                for row in iter_clips(read_pairs(shard), task.options, part):
+                for row in iter_clips(read_pairs(shard), task.options, part, split):
                     writer.write(features.encode_example(row))
                     if split == "train":
                         statistics.update(row["actions"])
@@ -263,6 +267,9 @@ def card_text(splits: dict[str, dict], report: BuildReport, options: BuildOption
         kinds[rejection.kind] = kinds.get(rejection.kind, 0) + 1
     rejected = "\n".join(f"- {count} x {kind}" for kind, count in sorted(kinds.items())) or "- none"
     repairs = "\n".join(f"- `{name}`: {count}" for name, count in report.repairs.items())
+    left_out = [(count, option, "clips") for option, count in report.skipped_clips.items()]
+    left_out += [(count, option, "recordings") for option, count in report.skipped_recordings.items()]
+    skipped = "\n".join(f"- {count} {what} by `{option}`" for count, option, what in left_out if count) or "- none"
     crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
     return f"""# VPT tubelets
 
@@ -297,7 +304,9 @@ Ticks repaired in the log, by repair:
 
 {repairs}
 
-Clips left out because of open GUIs (`max_gui_fraction`): {report.skipped_clips["max_gui_fraction"]}.
+Clips and recordings left out by options:
+
+{skipped}
 """
 
 
@@ -334,9 +343,12 @@ def push(output: Path, repo_id: str) -> None:
 
 
 def build(arguments: argparse.Namespace) -> int:
-    options, output = build_options(arguments), arguments.output
+    options, output = options_from(vars(arguments)), arguments.output
+    selection = selection_from({**vars(arguments), "exclude": read_exclude(arguments.exclude)})
     shards = list_shards(find_files(arguments.shards))
     report = listing_report(shards)
+    shards, skipped = select_recordings(shards, selection)
+    report.skip(skipped)
     sessions = [entry.session_id for shard in shards for entry in shard.entries]
     validation = validation_set(sessions, arguments.validation_fraction, arguments.validation_sessions)
     tasks = plan_tasks(shards, validation, options)
@@ -350,7 +362,10 @@ def build(arguments: argparse.Namespace) -> int:
         report.merge(BuildReport.from_dict(marker["report"]))
     splits = merge_splits(markers)
     remove_stale(output, tasks, markers)
-    write_json(output / "report.json", {**report.to_dict(), "splits": splits})
+    write_json(
+        output / "report.json",
+        {**report.to_dict(), "splits": splits, "options": {**asdict(options), **asdict(selection)}},
+    )
     if "train" not in splits:
         raise ValueError(f"the train split has no clip: {report.summary()}")
     asked = arguments.validation_sessions is not None or bool(arguments.validation_fraction)

@@ -218,7 +218,7 @@ def test_failure_is_the_exit_status(packed, tmp_path):
     ("options", "message"),
     [
         (("--fps", "6"), "found 20 / 6.0"),
-        (("--validation_sessions", "silly-s9"), "names sessions that no shard has: ['silly-s9']"),
+        (("--validation_sessions", "silly-s9"), "names sessions that are not to be built: ['silly-s9']"),
         (("--validation_fraction", "1e-9"), "leaves the validation split empty"),
         (("--validation_sessions", "silly-s3", "--clip_stride", "1", "--max_gui_fraction", "0"), "has no clip"),
     ],

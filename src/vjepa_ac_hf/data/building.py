@@ -1,59 +1,50 @@
-"""From recordings to data-set rows: splits by session, checks, clips, report (docs/data.md, "Splits", "Report")."""
+"""From recordings to data-set rows: checks, clips, and the report of what became of them (docs/data.md, "Report")."""
 
-import difflib
-import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import datasets
-import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
-from ..processing_vjepa2_ac import RESIZE_MODES, resize_frames
+from ..processing_vjepa2_ac import resize_frames
 from .clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
 from .recording import REPAIRS, Recording, RecordingError, parse_recording
+from .selection import CLIP_SELECTIONS, RECORDING_SELECTIONS, BuildOptions, select_clips
 from .shards import RecordingPair, Rejection, Shard
 from .video import VideoError, VideoReader, draw_cursor, encode_clip
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_VALIDATION_FRACTION = 0.05
-
 # Frames and lines, or frame rates, that differ by a larger share do not belong together.
 _TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """What clips are cut from a recording and how their frames are made.
+@dataclass
+class RecordingReport:
+    """What became of one accepted recording.
 
-    Args:
-        clip: tick arithmetic.
-        resolution: side of the square frames, even (4:2:0 colour).
-        resize_mode: `crop` or `squash`, as `resize_frames` takes it.
-        draw_cursor: paint the mouse cursor into frames with a GUI open.
-        max_gui_fraction: leave out clips with a GUI open in a larger share of their ticks; None keeps all.
-
-    Raises:
-        ValueError: values out of range; the message has them.
+    Attributes:
+        recording, session, shard: where it comes from.
+        split: the split its clips are in; None where splits are made elsewhere.
+        ticks: of log and video together, after trimming.
+        gui_ticks: those with a GUI open.
+        clips: rows built.
+        repairs: ticks touched, by repair; those that touched none are left out.
+        skipped_clips: clips left out, by the option; those that left out none are left out.
     """
 
-    clip: ClipSpec = field(default_factory=ClipSpec)
-    resolution: int = 256
-    resize_mode: str = "crop"
-    draw_cursor: bool = False
-    max_gui_fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.resolution < 2 or self.resolution % 2:
-            raise ValueError(f"resolution must be a positive even number of pixels, found {self.resolution}")
-        if self.resize_mode not in RESIZE_MODES:
-            raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {self.resize_mode!r}")
-        if self.max_gui_fraction is not None and not 0 <= self.max_gui_fraction <= 1:
-            raise ValueError(f"max_gui_fraction must be in [0, 1], found {self.max_gui_fraction}")
+    recording: str
+    session: str
+    shard: str
+    split: str | None
+    ticks: int
+    gui_ticks: int
+    clips: int
+    repairs: dict[str, int]
+    skipped_clips: dict[str, int]
 
 
 @dataclass
@@ -61,13 +52,15 @@ class BuildReport:
     """What became of the recordings; parts merge to the report of the whole.
 
     Attributes:
-        recordings: recordings found: accepted ones and rejected ones (second copies and lone halves included).
+        recordings: recordings found: accepted, rejected (second copies and lone halves included) and skipped ones.
         accepted: recordings that passed all checks.
         clips: rows built.
         rejected: what was left out, with its reason.
         repairs: ticks touched in accepted recordings, by repair.
         skipped_clips: clips left out by a selection option, by its name.
+        skipped_recordings: recordings left out, unread, by a selection option, by its name.
         other_files: files that belong to no recording.
+        per_recording: an entry for every accepted recording.
     """
 
     recordings: int = 0
@@ -75,8 +68,22 @@ class BuildReport:
     clips: int = 0
     rejected: list[Rejection] = field(default_factory=list)
     repairs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REPAIRS, 0))
-    skipped_clips: dict[str, int] = field(default_factory=lambda: {"max_gui_fraction": 0})
+    skipped_clips: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLIP_SELECTIONS, 0))
+    skipped_recordings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RECORDING_SELECTIONS, 0))
     other_files: int = 0
+    per_recording: list[RecordingReport] = field(default_factory=list)
+
+    def accept(self, recording: RecordingReport) -> None:
+        self.recordings += 1
+        self.accepted += 1
+        self.clips += recording.clips
+        self.per_recording.append(recording)
+        for total, part in ((self.repairs, recording.repairs), (self.skipped_clips, recording.skipped_clips)):
+            _add_counts(total, part)
+
+    def skip(self, recordings: dict[str, int]) -> None:
+        self.recordings += sum(recordings.values())
+        _add_counts(self.skipped_recordings, recordings)
 
     def reject(self, rejection: Rejection) -> None:
         self.recordings += rejection.recording is not None
@@ -89,9 +96,9 @@ class BuildReport:
         self.clips += other.clips
         self.other_files += other.other_files
         self.rejected.extend(other.rejected)
-        for mine, theirs in ((self.repairs, other.repairs), (self.skipped_clips, other.skipped_clips)):
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
+        self.per_recording.extend(other.per_recording)
+        for name in ("repairs", "skipped_clips", "skipped_recordings"):
+            _add_counts(getattr(self, name), getattr(other, name))
         return self
 
     def to_dict(self) -> dict:
@@ -99,7 +106,11 @@ class BuildReport:
 
     @classmethod
     def from_dict(cls, values: dict) -> "BuildReport":
-        return cls(**{**values, "rejected": [Rejection(**rejection) for rejection in values["rejected"]]})
+        lists = {
+            "rejected": [Rejection(**rejection) for rejection in values["rejected"]],
+            "per_recording": [RecordingReport(**recording) for recording in values["per_recording"]],
+        }
+        return cls(**{**values, **lists})
 
     def summary(self) -> str:
         """One line: accepted and rejected recordings, and how often each kind of reason."""
@@ -109,6 +120,11 @@ class BuildReport:
             f"{self.accepted} of {self.recordings} recordings accepted, {self.clips} clips, "
             f"{len(self.rejected)} rejected{reasons}"
         )
+
+
+def _add_counts(total: dict[str, int], part: dict[str, int]) -> None:
+    for name, count in part.items():
+        total[name] = total.get(name, 0) + count
 
 
 def listing_report(shards: Iterable[Shard]) -> BuildReport:
@@ -136,76 +152,8 @@ def clip_features(spec: ClipSpec) -> datasets.Features:
     )
 
 
-def session_share(session_id: str) -> float:
-    """Place of a session in [0, 1): the first 8 bytes of its name's SHA-256 over 2**64. Stable for ever."""
-    return int.from_bytes(hashlib.sha256(session_id.encode()).digest()[:8], "big") / 2**64
-
-
-def validation_set(
-    sessions: Iterable[str],
-    validation_fraction: float | None = None,
-    validation_sessions: Sequence[str] | None = None,
-) -> set[str]:
-    """Which sessions are for validation.
-
-    Args:
-        sessions: all sessions there are.
-        validation_fraction: share of sessions in [0, 1), chosen by `session_share`. None: 0.05, and where that leaves
-            a split without sessions, none is for validation (a warning says so).
-        validation_sessions: their names, instead of a share.
-
-    Raises:
-        ValueError: both options at once, a fraction out of range, an unknown session, a split asked for that comes
-            out empty, or none left for training. The message has names and counts.
-    """
-    known = sorted(set(sessions))
-    if validation_sessions is not None:
-        if validation_fraction is not None:
-            raise ValueError(
-                f"give validation_fraction or validation_sessions, found both: {validation_fraction} and "
-                f"{list(validation_sessions)}"
-            )
-        chosen = _named_sessions(known, validation_sessions)
-    else:
-        fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
-        if not 0 <= fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1), found {fraction}")
-        chosen = {session for session in known if session_share(session) < fraction}
-        if validation_fraction is None and (not chosen or len(chosen) == len(known)):
-            logger.warning(
-                "a share of %g of %d sessions leaves a split empty: all are for training, none for validation; "
-                "name some with validation_sessions",
-                fraction,
-                len(known),
-            )
-            return set()
-        if fraction > 0 and not chosen:
-            raise ValueError(
-                f"validation_fraction={fraction} leaves the validation split empty: none of {len(known)} sessions "
-                f"falls below it, the lowest share is {min(map(session_share, known), default=math.nan):.3f}; raise "
-                "it or name sessions with validation_sessions"
-            )
-    if known and len(chosen) == len(known):
-        raise ValueError(f"the train split is empty: all {len(known)} sessions are for validation: {known}")
-    return chosen
-
-
-def _named_sessions(known: list[str], names: Sequence[str]) -> set[str]:
-    names = [names] if isinstance(names, str) else list(names)
-    if not names:
-        raise ValueError(f"validation_sessions leaves the validation split empty: no name given, {len(known)} known")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        hint = f"did you mean {near}?" if near else f"there are {known[:10]}{' ...' if len(known) > 10 else ''}"
-        raise ValueError(
-            f"validation_sessions names sessions that no shard has: {unknown}; of {len(known)} sessions {hint}"
-        )
-    return set(names)
-
-
 def iter_clips(
-    pairs: Iterable[RecordingPair | Rejection], options: BuildOptions, report: BuildReport
+    pairs: Iterable[RecordingPair | Rejection], options: BuildOptions, report: BuildReport, split: str | None = None
 ) -> Iterator[dict]:
     """Rows of recordings, recording by recording, clips in order of time.
 
@@ -215,6 +163,7 @@ def iter_clips(
         pairs: recordings, as `read_pairs` gives them.
         options: what to cut and how.
         report: filled on the way.
+        split: what the report calls the split.
 
     Yields:
         dict: columns of `clip_features`, the video as `{"path", "bytes"}`.
@@ -224,31 +173,38 @@ def iter_clips(
             report.reject(pair)
             continue
         try:
-            recording, rows, num_skipped = _recording_clips(pair, options)
+            recording, rows, skipped = _recording_clips(pair, options)
         except (RecordingError, VideoError) as error:
             report.reject(Rejection(pair.entry.recording_id, pair.shard, str(error)))
             continue
-        report.recordings += 1
-        report.accepted += 1
-        report.clips += len(rows)
-        report.skipped_clips["max_gui_fraction"] += num_skipped
-        for repair, count in recording.repairs.items():
-            report.repairs[repair] += count
+        report.accept(
+            RecordingReport(
+                recording=pair.entry.recording_id,
+                session=pair.entry.session_id,
+                shard=pair.shard,
+                split=split,
+                ticks=recording.num_ticks,
+                gui_ticks=int(recording.gui_open.sum()),
+                clips=len(rows),
+                repairs={name: count for name, count in recording.repairs.items() if count},
+                skipped_clips={name: count for name, count in skipped.items() if count},
+            )
+        )
         yield from rows
 
 
-def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Recording, list[dict], int]:
+def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Recording, list[dict], dict[str, int]]:
+    """A recording's log, rows, and how many clips each selection option has left out."""
     name, spec = pair.entry.recording_id, options.clip
-    recording = parse_recording(pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version)
+    recording = parse_recording(
+        pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version, skip_repairs=options.skip_repairs
+    )
     reader = VideoReader(pair.video, f"{name}.mp4")
-    recording = _match_video(recording, reader, spec)
+    recording = _match_video(recording, reader, options)
     starts = clip_starts(recording.num_ticks, spec)
     if not len(starts):
         raise RecordingError(f"{name}: too short: one clip needs {spec.span} ticks, found {recording.num_ticks}")
-    num_clips = len(starts)
-    if options.max_gui_fraction is not None:
-        gui_share = recording.gui_open[starts[:, None] + np.arange(spec.span)].mean(axis=1)
-        starts = starts[gui_share <= options.max_gui_fraction]
+    starts, skipped = select_clips(recording, name, starts, options, pair.entry.max_clips)
     actions = aggregate_actions(recording, starts, spec)
     states = clip_states(recording, starts, spec)
     rows = [
@@ -265,11 +221,12 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
         }
         for index, start in enumerate(starts)
     ]
-    return recording, rows, num_clips - len(starts)
+    return recording, rows, skipped
 
 
-def _match_video(recording: Recording, reader: VideoReader, spec: ClipSpec) -> Recording:
+def _match_video(recording: Recording, reader: VideoReader, options: BuildOptions) -> Recording:
     """Check that log and video belong together; cut the log to the shorter of both."""
+    spec = options.clip
     if abs(reader.frame_rate - spec.native_fps) > _TOLERANCE * spec.native_fps:
         raise VideoError(f"{reader.name}: frame rate: expected {spec.native_fps:g} FPS, found {reader.frame_rate:g}")
     lines, frames = recording.num_ticks, reader.num_frames
@@ -277,7 +234,14 @@ def _match_video(recording: Recording, reader: VideoReader, spec: ClipSpec) -> R
         raise VideoError(
             f"{reader.name}: lengths differ by more than {_TOLERANCE:.0%}: {frames} frames, {lines} log lines"
         )
-    return recording.trim(frames) if lines != frames else recording
+    if lines == frames:
+        return recording
+    if "trimmed" in options.skip_repairs:
+        raise VideoError(
+            f"{reader.name}: lengths differ: {frames} frames, {lines} log lines, and the repair 'trimmed' is switched "
+            "off"
+        )
+    return recording.trim(frames)
 
 
 def _clip_video(reader: VideoReader, recording: Recording, start: int, options: BuildOptions) -> bytes:

@@ -1,6 +1,7 @@
 """The log of a VPT recording: one JSON line per video frame, parsed once (docs/data.md, "Recordings")."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -108,6 +109,11 @@ class Recording:
     def session_id(self) -> str:
         return session_id_of(self.name)
 
+    @property
+    def has_input(self) -> np.ndarray:
+        """bool (n,): the mouse moved, or a key or button was down during the tick, after repairs."""
+        return (self.mouse_dx != 0) | (self.mouse_dy != 0) | self.pressed.any(axis=1)
+
     def trim(self, num_frames: int) -> "Recording":
         """The recording cut to its video's length; `repairs["trimmed"]` is the difference in ticks."""
         rows: dict[str, Any] = {
@@ -137,35 +143,54 @@ def recorder_version_of(path: str) -> str | None:
     return versions[-1] if versions else None
 
 
-def parse_recording(log: bytes, name: str, *, recorder_version: str | None = None) -> Recording:
+def check_repairs(names: Collection[str]) -> None:
+    """Refuse names that are no repair, before any file is read.
+
+    Raises:
+        ValueError: an unknown name, or one string in place of a list of names.
+    """
+    unknown = [names] if isinstance(names, str) else sorted(set(names) - set(REPAIRS))
+    if unknown:
+        raise ValueError(f"skip_repairs must be a list of names among {REPAIRS}, found {unknown}")
+
+
+def parse_recording(
+    log: bytes, name: str, *, recorder_version: str | None = None, skip_repairs: Collection[str] = ()
+) -> Recording:
     """Parse and repair a VPT log.
 
     Args:
         log: the `.jsonl` file's bytes, one JSON object a line; empty lines at the end are ignored.
         name: the recording's name, for messages and for its session; folders and suffix may be part of it.
         recorder_version: such as "6.8"; None takes it from a folder in `name`, where there is one.
+        skip_repairs: names of `REPAIRS` not to be done: values stay as logged, and what cannot be used as logged
+            (`null_mouse`, `null_keyboard`, `unknown_buttons`) is an error. `trimmed` concerns the video, not the log.
 
     Returns:
         Recording: arrays per tick, repaired, with the number of ticks every repair touched.
 
     Raises:
         RecordingError: an empty log, a line that is not a JSON object, a field that is missing, of another type,
-            not finite or out of range. The message names file, line, field and what was found.
+            not finite or out of range, a fault whose repair is switched off. The message names file, line, field and
+            what was found.
+        ValueError: `skip_repairs` has a name that is no repair.
 
     Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Repairs".
     """
+    check_repairs(skip_repairs)
     lines = _decode_lines(log, name)
     mice = [line.mouse for line in lines]
-    version = recorder_version or recorder_version_of(name)
     repairs = dict.fromkeys(REPAIRS, 0)
     repairs["null_mouse"] = sum(mouse is None for mouse in mice)
     repairs["null_keyboard"] = sum(line.keyboard is None for line in lines)
+    _refuse_faults(name, lines, skip_repairs)
 
     hotbar = _numbers(name, "hotbar", [line.hotbar for line in lines], 0, NUM_SLOTS - 1).astype(np.int64)
     gui_open = np.array([line.isGuiOpen for line in lines])
     mouse_dx = _numbers(name, "mouse.dx", [mouse.dx if mouse else 0.0 for mouse in mice])
     mouse_dy = _numbers(name, "mouse.dy", [mouse.dy if mouse else 0.0 for mouse in mice])
-    scale = GUI_MOUSE_SCALE.get(version or "", 1.0)
+    version = recorder_version or recorder_version_of(name)
+    scale = 1.0 if "mouse_scaled" in skip_repairs else GUI_MOUSE_SCALE.get(version or "", 1.0)
     if scale != 1.0:
         repairs["mouse_scaled"] = int((gui_open & ((mouse_dx != 0) | (mouse_dy != 0))).sum())
         mouse_dx[gui_open] *= scale
@@ -173,8 +198,9 @@ def parse_recording(log: bytes, name: str, *, recorder_version: str | None = Non
 
     pressed = np.zeros((len(lines), len(PRESSED_COLUMNS)), dtype=bool)
     _press_keys(pressed, lines)
-    _press_buttons(pressed, mice, repairs)
-    _inject_hotbar_keys(pressed, hotbar, repairs)
+    _press_buttons(pressed, mice, repairs, release_stuck_attack="stuck_attack" not in skip_repairs)
+    if "hotbar_injected" not in skip_repairs:
+        _inject_hotbar_keys(pressed, hotbar, repairs)
     return Recording(
         name=name,
         recorder_version=version,
@@ -214,6 +240,24 @@ def _decode_lines(log: bytes, name: str) -> list[_Line]:
     return lines
 
 
+def _refuse_faults(name: str, lines: list[_Line], skip_repairs: Collection[str]) -> None:
+    """What cannot be used as logged is an error where its repair is switched off."""
+    if not {"null_mouse", "null_keyboard", "unknown_buttons"} & set(skip_repairs):
+        return
+    for number, line in enumerate(lines, start=1):
+        buttons = line.mouse.buttons if line.mouse else []
+        strange = [button for button in buttons if button not in _BUTTON_COLUMN]
+        for repair, field, fault in (
+            ("null_mouse", "mouse", "null" if line.mouse is None else ""),
+            ("null_keyboard", "keyboard", "null" if line.keyboard is None else ""),
+            ("unknown_buttons", "mouse.buttons", strange),
+        ):
+            if fault and repair in skip_repairs:
+                raise RecordingError(
+                    f"{name}: line {number}: field {field!r}: found {fault}, and the repair {repair!r} is switched off"
+                )
+
+
 def _or_nan(value: float | None) -> float:
     return np.nan if value is None else value
 
@@ -238,10 +282,12 @@ def _press_keys(pressed: np.ndarray, lines: list[_Line]) -> None:
                 pressed[tick, column] = True
 
 
-def _press_buttons(pressed: np.ndarray, mice: list[_Mouse | None], repairs: dict[str, int]) -> None:
+def _press_buttons(
+    pressed: np.ndarray, mice: list[_Mouse | None], repairs: dict[str, int], *, release_stuck_attack: bool
+) -> None:
     # A segment that starts with a fresh attack press was cut from a held one: the recorder then reports the
     # button as down until it is really pressed again.
-    attack_is_stuck = mice[0] is not None and mice[0].newButtons == [0]
+    attack_is_stuck = release_stuck_attack and mice[0] is not None and mice[0].newButtons == [0]
     for tick, mouse in enumerate(mice):
         if mouse is None:
             continue

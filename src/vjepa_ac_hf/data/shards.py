@@ -38,12 +38,13 @@ class Member:
 
 @dataclass(frozen=True)
 class RecordingEntry:
-    """A recording found in a shard: a video and its log."""
+    """A recording found in a shard: a video and its log; `max_clips` is how many clips may be cut from it."""
 
     recording_id: str
     recorder_version: str | None
     video: Member
     log: Member
+    max_clips: int | None = None
 
     @property
     def session_id(self) -> str:

@@ -12,16 +12,10 @@ import torch
 from datasets import packaged_modules
 from datasets.builder import Key
 
-from .building import (
-    BuildOptions,
-    BuildReport,
-    clip_features,
-    iter_clips,
-    listing_report,
-    validation_set,
-)
-from .clips import ClipSpec
+from .building import BuildReport, clip_features, iter_clips, listing_report
+from .selection import BuildOptions, Selection, options_from, select_recordings, selection_from
 from .shards import Shard, list_shards, read_pairs
+from .splits import validation_set
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +28,8 @@ _SOURCES = (
     "clips.py",
     "video.py",
     "shards.py",
+    "splits.py",
+    "selection.py",
     "building.py",
     "vpt_tubelets.py",
 )
@@ -55,7 +51,13 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
             have sessions, else no validation split.
         validation_sessions: sessions for validation, by name, instead of a share.
         draw_cursor: paint the mouse cursor into frames with a GUI open.
+        skip_repairs: repairs of the log (docs/data.md, "Repairs") that are not to be done.
+        exclude: recording ids to leave out.
+        session_fraction: share of sessions to keep, by a stable hash.
+        max_clips_per_session: clips of one session to keep at most.
         max_gui_fraction: leave out clips with a GUI open in a larger share of their ticks.
+        min_action_fraction: leave out clips with any input in a smaller share of their actions' ticks.
+        clip_fraction: share of clips to keep, by a stable hash.
 
     Raises:
         ValueError: options out of range or that do not fit together; the message has their values.
@@ -71,16 +73,25 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
     validation_fraction: float | None = None
     validation_sessions: Sequence[str] | None = None
     draw_cursor: bool = False
+    skip_repairs: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    session_fraction: float | None = None
+    max_clips_per_session: int | None = None
     max_gui_fraction: float | None = None
+    min_action_fraction: float | None = None
+    clip_fraction: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.build_options  # refuses what does not fit before any file is read
+        _ = (self.build_options, self.selection)  # refuse what does not fit before any file is read
 
     @property
     def build_options(self) -> BuildOptions:
-        clip = ClipSpec(self.native_fps, self.fps, self.frames_per_clip, self.tubelet_size, self.clip_stride)
-        return BuildOptions(clip, self.resolution, self.resize_mode, self.draw_cursor, self.max_gui_fraction)
+        return options_from(vars(self))
+
+    @property
+    def selection(self) -> Selection:
+        return selection_from(vars(self))
 
     @property
     def asks_for_validation(self) -> bool:
@@ -108,6 +119,8 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
             download_config=download_config,
         )
         report = listing_report(listed)
+        listed, skipped = select_recordings(listed, self.config.selection)
+        report.skip(skipped)
         if not any(shard.entries for shard in listed):
             raise ValueError(
                 f"no recording (.mp4 with .jsonl) to build in {sum(map(len, names.values()))} files: "
@@ -161,7 +174,7 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         if "train" in empty or self.config.asks_for_validation or len(empty) == len(self.info.splits):
             raise ValueError(
                 f"no clip could be built for the split {empty[0]!r}: all of its recordings were rejected or left out "
-                "by max_gui_fraction; the warnings above have the reasons"
+                "by a selection option; the warnings above have the reasons"
             )
         for name in empty:
             logger.warning("no clip could be built for the split %r: there is none", name)
