@@ -197,7 +197,10 @@ def test_default_share_that_leaves_no_validation_is_one_split_and_a_warning(shar
         ({"validation_fraction": 0.9999999}, "the train split is empty: all 2 sessions are for validation"),
         ({"validation_fraction": 1.5}, r"validation_fraction must be in \[0, 1\), found 1.5"),
         ({"validation_sessions": []}, "leaves the validation split empty: no name given"),
-        ({"validation_sessions": ["silly-s7"]}, r"that are not to be built: \['silly-s7'\]; of 2 sessions did you mean"),
+        (
+            {"validation_sessions": ["silly-s7"]},
+            r"not to be built: \['silly-s7'\]; of 2 sessions did you mean",
+        ),
         ({"validation_sessions": ["silly-s0", "silly-s1"]}, "the train split is empty"),
         ({"validation_sessions": ["silly-s0"], "validation_fraction": 0.5}, "found both: 0.5 and"),
     ],

@@ -2,11 +2,13 @@
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import datasets
+import numpy as np
+import torch
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..processing_vjepa2_ac import resize_frames
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Frames and lines, or frame rates, that differ by a larger share do not belong together.
 _TOLERANCE = 0.05
+# Frames in full size that are held at once.
+_FRAMES_AT_ONCE = 16
 
 
 @dataclass
@@ -209,17 +213,16 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
     states = clip_states(recording, starts, spec)
     rows = [
         {
-            "video": {
-                "path": f"{name}-{start:06d}.mp4",
-                "bytes": _clip_video(reader, recording, int(start), options),
-            },
+            "video": {"path": f"{name}-{start:06d}.mp4", "bytes": encode_clip(frames, spec.fps)},
             "actions": actions[index],
             "states": states[index],
             "recording_id": name,
             "session_id": pair.entry.session_id,
             "start_tick": int(start),
         }
-        for index, start in enumerate(starts)
+        for index, (start, frames) in enumerate(
+            zip(starts, _clip_frames(reader, recording, starts, options), strict=True)
+        )
     ]
     return recording, rows, skipped
 
@@ -244,12 +247,32 @@ def _match_video(recording: Recording, reader: VideoReader, options: BuildOption
     return recording.trim(frames)
 
 
-def _clip_video(reader: VideoReader, recording: Recording, start: int, options: BuildOptions) -> bytes:
-    ticks = frame_ticks(start, options.clip)
+def _clip_frames(
+    reader: VideoReader, recording: Recording, starts: np.ndarray, options: BuildOptions
+) -> Iterator[torch.Tensor]:
+    """Frames uint8 (frames_per_clip, 3, resolution, resolution) of each clip, in one pass over the video.
+
+    Ticks that several clips need, or that lie between those of an overlapping clip, are decoded and resized once and
+    held until the last of these clips has been cut: at most one clip's span of small frames.
+    """
+    ticks = [frame_ticks(start, options.clip) for start in starts]
+    waiting = deque(sorted({tick for clip in ticks for tick in clip}))
+    held: dict[int, torch.Tensor] = {}
+    for clip in ticks:
+        while waiting and waiting[0] <= clip[-1]:
+            chunk: list[int] = []
+            while waiting and waiting[0] <= clip[-1] and len(chunk) < _FRAMES_AT_ONCE:
+                chunk.append(waiting.popleft())
+            held.update(zip(chunk, _resized_frames(reader, recording, chunk, options), strict=True))
+        yield torch.stack([held[tick] for tick in clip])
+        held = {tick: frame for tick, frame in held.items() if tick > clip[0]}
+
+
+def _resized_frames(reader: VideoReader, recording: Recording, ticks: list[int], options: BuildOptions) -> torch.Tensor:
     frames = reader.frames(ticks)
     if options.draw_cursor:
         for frame, tick in zip(frames, ticks, strict=True):
             x, y = recording.cursor_x[tick], recording.cursor_y[tick]
             if recording.gui_open[tick] and math.isfinite(x) and math.isfinite(y):
                 draw_cursor(frame, x, y)
-    return encode_clip(resize_frames(frames, options.resolution, options.resize_mode), options.clip.fps)
+    return resize_frames(frames, options.resolution, options.resize_mode)

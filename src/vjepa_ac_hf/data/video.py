@@ -9,10 +9,16 @@ from pathlib import Path
 
 import torch
 
-# At 256x256 this keeps 38.2 dB PSNR in 96 kB per 16-frame clip on first-person play (the ceiling there is 4:2:0
-# colour, about 40 dB); `medium` gains 0.4 dB at the same size for 2.6 times the time.
-CLIP_CRF = 18
-CLIP_PRESET = "veryfast"
+# How clips are stored, chosen by measurement (docs/LOG.md, "How clips are stored"): at 256x256, 40.0 dB PSNR in 126 kB
+# per 16-frame clip on first-person play. Without arithmetic coding and deblocking (`fastdecode`) a clip decodes in half
+# the time, which every epoch pays; `superfast` takes 0.6 of the time of `veryfast` at the same size and quality once
+# adaptive quantisation is off.
+CLIP_CRF = 20
+CLIP_PRESET = "superfast"
+CLIP_TUNE = "fastdecode"
+# The same frames must give the same bytes anywhere: x264's result depends on the number of threads, and its macroblock
+# tree on memory it has not written (seen on small frames; costs 0.2 dB at the same size).
+CLIP_X264_PARAMS = "mbtree=0:aq-mode=0"
 
 # The log gives the cursor in these coordinates whatever the size of the video.
 CURSOR_WIDTH, CURSOR_HEIGHT = 1280, 720
@@ -51,27 +57,23 @@ class VideoReader:
             raise VideoError(
                 f"{name}: expected frames at a known rate, found {self.num_frames} frames at {self.frame_rate} FPS"
             )
-        self._recent: dict[int, torch.Tensor] = {}
 
     def frames(self, indices: Sequence[int]) -> torch.Tensor:
-        """Frames as uint8 (len(indices), 3, H, W), RGB. Cheap where indices increase from call to call.
+        """Frames as uint8 (len(indices), 3, H, W), RGB.
+
+        Where indices increase from call to call, every frame of the video is decoded once: going back means decoding
+        again from the last key frame.
 
         Raises:
             VideoError: a frame that does not exist or cannot be decoded.
         """
-        # Overlapping clips share frames; decoding those again would mean seeking back to the last key frame.
-        missing = [index for index in indices if index not in self._recent]
-        recent = {index: self._recent[index] for index in indices if index in self._recent}
-        if missing:
-            try:
-                recent.update(zip(missing, self._decoder.get_frames_at(missing).data, strict=True))
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise VideoError(
-                    f"{self.name}: cannot decode: frames {missing[0]} to {missing[-1]} of {self.num_frames}: "
-                    f"{_cause(error)}"
-                ) from error
-        self._recent = recent
-        return torch.stack([recent[index] for index in indices])
+        try:
+            return self._decoder.get_frames_at(list(indices)).data
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise VideoError(
+                f"{self.name}: cannot decode: frames {indices[0]} to {indices[-1]} of {self.num_frames}: "
+                f"{_cause(error)}"
+            ) from error
 
 
 def _cause(error: Exception) -> str:
@@ -111,8 +113,6 @@ def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
         pixel_format="yuv420p",
         crf=CLIP_CRF,
         preset=CLIP_PRESET,
-        # The same frames must give the same bytes anywhere: x264's result depends on the number of threads, and its
-        # macroblock tree on memory it has not written (seen on small frames; costs 0.2 dB at the same size).
-        extra_options={"threads": "1", "x264-params": "mbtree=0"},
+        extra_options={"threads": "1", "tune": CLIP_TUNE, "x264-params": CLIP_X264_PARAMS},
     )
     return encoded.numpy().tobytes()
