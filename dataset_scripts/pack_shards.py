@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vjepa_ac_hf.data.shards import LOG_SUFFIX, VIDEO_SUFFIX, write_tar
+from vjepa_ac_hf.data.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
 from vjepa_ac_hf.records import write_json
 
 
@@ -35,7 +35,7 @@ def find_recordings(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Stems (relative to the folder) that have both files, and what lacks its partner."""
     suffixes: dict[str, set[str]] = {}
     for file in folder.rglob("*"):
-        if file.is_file() and file.suffix in (VIDEO_SUFFIX, LOG_SUFFIX) and not file.name.startswith("."):
+        if file.is_file() and is_recording_file(file.name):
             suffixes.setdefault(file.relative_to(folder).with_suffix("").as_posix(), set()).add(file.suffix)
     paired = sorted(stem for stem, found in suffixes.items() if len(found) == 2)
     unpaired = [

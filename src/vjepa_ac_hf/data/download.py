@@ -19,7 +19,7 @@ import msgspec
 
 from .recording import RecordingError, parse_recording
 from .remote_index import OPTIONS_SUFFIX, RemoteRecording
-from .shards import LOG_SUFFIX, VIDEO_SUFFIX, Rejection
+from .shards import LOG_SUFFIX, MANIFEST_NAME, VIDEO_SUFFIX, Rejection
 from .transfer import (
     FetchedFile,
     OutOfSpaceError,
@@ -35,7 +35,6 @@ from .video import VideoError, VideoReader
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "manifest.jsonl"
 REPORT_NAME = "download_report.json"
 REJECTED_SUFFIX = ".rejected"
 

@@ -15,13 +15,11 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff
 
 from .recording import recorder_version_of
-from .shards import LOG_SUFFIX, VIDEO_SUFFIX
+from .shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file
 
 OPTIONS_SUFFIX = "-options.json"
 HUB_PREFIX = "hf://"
 
-# Files that the download itself writes at the top of its folder.
-RESERVED_RELPATHS = frozenset({"manifest"})
 _INDEX_TIMEOUT = 60.0
 _NUM_NAMED = 5
 
@@ -193,7 +191,7 @@ def _refuse_unsafe(relpaths: Sequence[str], source: str) -> None:
     if unsafe:
         raise ValueError(
             f"{source}: {len(unsafe)} of {len(relpaths)} relpaths are refused, expected folder/name below the output "
-            f"folder (no absolute path, no '..', no backslash, no control character, not {sorted(RESERVED_RELPATHS)}), "
+            "folder (no absolute path, no '..', no backslash, no control character, not hidden, not 'manifest'), "
             f"found {unsafe[:_NUM_NAMED]}{' ...' if len(unsafe) > _NUM_NAMED else ''}"
         )
 
@@ -201,7 +199,7 @@ def _refuse_unsafe(relpaths: Sequence[str], source: str) -> None:
 def _is_safe(relpath: str) -> bool:
     parts = relpath.split("/")
     return (
-        relpath not in RESERVED_RELPATHS
+        is_recording_file(relpath + LOG_SUFFIX)  # what nothing here would read is not worth getting
         and not any(part in ("", ".", "..") for part in parts)
         and not re.search(r"[\\\x00-\x1f\x7f\ud800-\udfff]", relpath)
         and not re.match(r"[A-Za-z]:", relpath)

@@ -23,6 +23,7 @@ from datasets.utils.file_utils import is_local_path, xopen
 from .recording import recorder_version_of, recording_id_of, session_id_of
 
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
+MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 
@@ -170,13 +171,19 @@ def _open_tar(path: str, download_config: DownloadConfig | None) -> Iterator[tar
         yield archive
 
 
+def is_recording_file(name: str) -> bool:
+    """Whether a name is that of a recording's video or log: not hidden, not a download's manifest."""
+    path = PurePosixPath(name)
+    return path.suffix in (VIDEO_SUFFIX, LOG_SUFFIX) and not path.name.startswith(".") and path.name != MANIFEST_NAME
+
+
 def _pair_members(shard: Shard, members: Iterable[tuple[str, Member]]) -> None:
     """Fill a shard's entries, in the order in which recordings become complete, and its rejections."""
     halves: dict[str, dict[str, Member]] = {}
     copies: dict[str, Counter[str]] = {}
     for name, member in members:
         stem, suffix = os.path.splitext(name)
-        if suffix not in (VIDEO_SUFFIX, LOG_SUFFIX) or PurePosixPath(name).name.startswith("."):
+        if not is_recording_file(name):
             shard.other_files += 1
             continue
         half = halves.setdefault(stem, {})
