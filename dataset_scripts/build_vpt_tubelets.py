@@ -1,69 +1,35 @@
 """Build a Parquet data set of clips from VPT recordings (docs/data.md, "Building a data set").
 
     python dataset_scripts/build_vpt_tubelets.py --shards "SHARDS/*.tar" --output DIR [--num_proc N]
+    python dataset_scripts/build_vpt_tubelets.py --shards "SHARDS/*.tar" --output DIR --dry_run
+    python dataset_scripts/build_vpt_tubelets.py --shards "SHARDS/*.tar" --output DIR --executor slurm --partition P
+    python dataset_scripts/build_vpt_tubelets.py --output DIR --finish [--push_to_hub ORG/NAME]
 
 Writes DIR/data/{train,validation}-*.parquet (one file per shard and split), DIR/action_stats.json, DIR/report.json and
 the card DIR/README.md; `load_dataset("DIR")` then needs none of this package's code. A run that was stopped goes on
-where it was: finished shards have a marker in DIR/.build. Exit status 0 only if at least one clip was built.
+where it was: finished shards have a marker in DIR/.build. Exit status 0 only if the data set is complete and has clips
+(with --no_wait: if the jobs are submitted; with --dry_run: if the plan can be made).
 """
 
 import argparse
-import glob
-import hashlib
-import json
 import logging
-import multiprocessing
-import os
+import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from pathlib import Path
 
-import datasets
 import torch
-from datasets.arrow_writer import ParquetWriter
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from tqdm import tqdm
 
-from vjepa_ac_hf import ActionStatistics
-from vjepa_ac_hf.data.building import BuildReport, clip_features, iter_clips, listing_report
 from vjepa_ac_hf.data.clips import ClipSpec
+from vjepa_ac_hf.data.local import run_local
+from vjepa_ac_hf.data.merging import check_finished, merge, push_dataset
+from vjepa_ac_hf.data.planning import check_output, describe_plan, find_files, make_plan
 from vjepa_ac_hf.data.recording import REPAIRS, recording_id_of
-from vjepa_ac_hf.data.selection import BuildOptions, options_from, select_recordings, selection_from
-from vjepa_ac_hf.data.shards import LOG_SUFFIX, TAR_SUFFIXES, VIDEO_SUFFIX, Shard, list_shards, read_pairs
-from vjepa_ac_hf.data.splits import validation_set
-from vjepa_ac_hf.data.vpt_tubelets import code_hash, split_shards
+from vjepa_ac_hf.data.selection import BuildOptions, options_from, selection_from
+from vjepa_ac_hf.data.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
 from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
-from vjepa_ac_hf.records import write_file, write_json
-
-# Loose recordings of a folder are built in groups of this many, each like a shard.
-_RECORDINGS_PER_TASK = 32
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one process builds: shards of each split, into one Parquet file per split."""
-
-    index: int
-    num_tasks: int
-    name: str
-    shards: dict[str, list[Shard]]
-    options: BuildOptions
-
-    @property
-    def key(self) -> str:
-        """Changes with everything that the result depends on: code, options, place, members with sizes, splits."""
-        content = json.dumps([code_hash(), asdict(self)], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def marker_name(self) -> str:
-        return f"task-{self.index:05d}-of-{self.num_tasks:05d}.json"
-
-    def file_name(self, split: str) -> str:
-        return f"{split}-{self.index:05d}-of-{self.num_tasks:05d}.parquet"
-
+from vjepa_ac_hf.records import write_json
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -71,11 +37,49 @@ class Task:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
-    add("--output", type=Path, required=True, help="folder of the data set")
-    add("--num_proc", type=int, default=1, help="processes, one shard each at a time (default: %(default)s)")
-    add("--executor", choices=["local"], default="local", help="where the processes run")
+    add("--shards", nargs="+", help="globs of .tar shards, or folders with recordings or shards")
+    add("--output", type=Path, required=True, help="folder of the data set, new or of an earlier run")
+    add("--dry_run", action="store_true", help="print the plan and an estimate, write them to DIR/plan.json, and stop")
+    add("--dry_run_sample", type=int, default=3, help="recordings built for the estimate (default: %(default)s)")
+    add("--finish", action="store_true", help="only merge a build whose tasks are finished")
     add("--push_to_hub", metavar="ORG/NAME", help="upload the finished data set to this repository")
+    add_executor_arguments(parser)
+    add_clip_arguments(parser)
+    arguments = parser.parse_args()
+    for name in ("num_proc", "cpus_per_task", "mem_per_cpu_gb"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    if arguments.dry_run_sample < 0:
+        parser.error(f"--dry_run_sample must not be negative, found {arguments.dry_run_sample}")
+    if arguments.finish == bool(arguments.shards):
+        parser.error("give --shards to build, or --finish to merge what is built")
+    if arguments.executor == "slurm" and not arguments.finish and not arguments.partition:
+        parser.error("--executor slurm needs --partition")
+    if arguments.no_wait and (arguments.executor != "slurm" or arguments.push_to_hub):
+        parser.error("--no_wait goes with --executor slurm and without --push_to_hub: push later, with --finish")
+    return arguments
+
+
+def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("where tasks run, one a shard").add_argument
+    add("--executor", choices=["local", "slurm", "ray"], default="local", help="default: %(default)s")
+    add("--num_proc", type=int, default=1, help="local: processes, one shard each at a time (default: %(default)s)")
+    add("--max_concurrent", type=int, default=-1, help="slurm, ray: tasks at once (default: no limit)")
+    add("--cpus_per_task", type=int, default=1, help="slurm, ray: cores; one is kept busy (default: %(default)s)")
+    add("--mem_per_cpu_gb", type=int, default=4, help="slurm, ray: memory per core (default: %(default)s)")
+    add("--log_folder", type=Path, help="slurm, ray: scripts and logs of jobs (default: below DIR/.build)")
+    add("--partition", help="slurm: partition")
+    add("--time", default="24:00:00", help="slurm: time limit of a task (default: %(default)s)")
+    add("--qos", help="slurm: quality of service")
+    add("--slurm_setup", nargs="+", default=[], metavar="COMMAND", help="slurm: shell commands before a job begins")
+    add("--slurm_args", nargs="+", default=[], metavar="NAME=VALUE", help="slurm: further options of sbatch")
+    add("--max_array", type=int, default=1001, help="slurm: the cluster's MaxArraySize (default: %(default)s)")
+    add("--no_wait", action="store_true", help="slurm: submit and leave")
+    add("--ray_address", help="ray: a running cluster, such as auto (default: this machine)")
+
+
+def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("clips").add_argument
     clip, build = ClipSpec(), BuildOptions()
     add("--native_fps", type=float, default=clip.native_fps, help="default: %(default)s")
     add("--fps", type=float, default=clip.fps, help="frames per second of clips (default: %(default)s)")
@@ -94,10 +98,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--clip_fraction", type=float, help="share of clips to keep, by a stable hash")
     add("--validation_fraction", type=float, help="share of sessions (default: 0.05 where no split is empty)")
     add("--validation_sessions", nargs="+", metavar="SESSION", help="their names, instead of a share")
-    arguments = parser.parse_args()
-    if arguments.num_proc < 1:
-        parser.error(f"--num_proc must be at least 1, found {arguments.num_proc}")
-    return arguments
 
 
 def read_exclude(file: Path | None) -> list[str]:
@@ -108,291 +108,145 @@ def read_exclude(file: Path | None) -> list[str]:
     return [recording_id_of(line) for line in lines if line]
 
 
-def find_files(patterns: list[str]) -> list[str]:
-    """Files of globs and folders, sorted within each, each once.
+def cluster_settings(arguments: argparse.Namespace):
+    """The flags of `add_executor_arguments` as cluster.py takes them."""
+    from vjepa_ac_hf.data.cluster import ClusterSettings
+
+    values = {field.name: getattr(arguments, field.name, None) for field in fields(ClusterSettings)}
+    wrong = [option for option in arguments.slurm_args if "=" not in option]
+    if wrong:
+        raise ValueError(f"--slurm_args must be NAME=VALUE, found {wrong[0]!r}")
+    values["sbatch_args"] = dict(option.lstrip("-").split("=", 1) for option in arguments.slurm_args)
+    values["setup"] = arguments.slurm_setup
+    return ClusterSettings(**values)
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+
+def plan_build(arguments: argparse.Namespace) -> Plan:
+    options = options_from(vars(arguments))
+    selection = selection_from({**vars(arguments), "exclude": read_exclude(arguments.exclude)})
+    files = find_files(arguments.shards, arguments.output)
+    check_output(arguments.output)
+    validation = (arguments.validation_fraction, arguments.validation_sessions)
+    return make_plan(files, arguments.output, options, selection, *validation)
+
+
+def dry_run(plan: Plan, arguments: argparse.Namespace) -> None:
+    processes = arguments.num_proc if arguments.executor == "local" else arguments.max_concurrent
+    if processes < 0:
+        processes = len(plan.tasks)
+    facts = describe_plan(plan, arguments.output, sample=arguments.dry_run_sample, num_processes=processes)
+    write_json(arguments.output / "plan.json", facts)
+    tasks, estimate = facts["tasks"], facts["estimate"]
+    print(f"{tasks['total']} tasks, {tasks['finished']} finished; {facts['recordings']} recordings to build in all")
+    for split, part in facts["splits"].items():
+        print(f"  {split}: {part['sessions']} sessions, {part['recordings']} recordings")
+    print(f"  rejected before reading: {facts['rejected'] or 'none'}; left out: {facts['skipped_recordings']}")
+    if estimate is not None:
+        errors = estimate["relative_standard_error"]
+        print(f"from {len(estimate['recordings'])} recordings, {estimate['rejected_in_sample']} of them rejected:")
+        print(f"  {estimate['clips']:,} clips{plus_minus(errors['clips'])}, {estimate['hours_of_play']:,.1f} h of play")
+        print(f"  {estimate['output_bytes'] / 1e9:,.2f} GB of Parquet{plus_minus(errors['output_bytes'])}")
+        print(
+            f"  to do: {estimate['processor_hours_to_do']:,.2f} processor hours{plus_minus(errors['hours_to_do'])}, "
+            f"{estimate['hours_to_do']:,.2f} h with {estimate['processes']} processes"
+        )
+        if estimate["bytes_to_write"] > facts["free_bytes"]:
+            needed, free = estimate["bytes_to_write"] / 1e9, facts["free_bytes"] / 1e9
+            print(f"warning: {needed:,.2f} GB to write, {free:,.2f} GB free at {arguments.output}", file=sys.stderr)
+    print(f"written to {arguments.output / 'plan.json'}; nothing is built")
+
+
+def plus_minus(relative_error: float | None) -> str:
+    return "" if relative_error is None else f" (± {relative_error:.0%})"
+
+
+def run_tasks(plan: Plan, waiting: list[Task], arguments: argparse.Namespace) -> None:
+    """Build what is not finished; returns when nothing runs any more.
 
     Raises:
-        ValueError: a pattern that matches no recording or shard.
+        ValueError: tasks that are not built, by name.
     """
-    files: dict[str, None] = {}
-    for pattern in patterns:
-        found: list[str] = []
-        for path in sorted(glob.glob(pattern, recursive=True)):
-            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
-            found += [file for file in inside if file.endswith((*TAR_SUFFIXES, VIDEO_SUFFIX, LOG_SUFFIX))]
-        if not found:
-            raise ValueError(f"--shards {pattern}: no .tar, .mp4 or .jsonl file found")
-        files.update(dict.fromkeys(found))
-    return list(files)
-
-
-# ---------------------------------------------------------------------------------------------------- building
-
-
-def plan_tasks(shards: list[Shard], validation: set[str], options: BuildOptions) -> list[Task]:
-    """One task per tar; loose recordings in groups."""
-    groups: list[list[Shard]] = []
-    loose: list[Shard] = []
-    for shard in shards:
-        if not shard.entries:
-            continue
-        if shard.source.endswith(TAR_SUFFIXES):
-            groups.append([shard])
-        else:
-            loose.append(shard)
-    groups += [loose[start : start + _RECORDINGS_PER_TASK] for start in range(0, len(loose), _RECORDINGS_PER_TASK)]
-    return [
-        Task(index, len(groups), group[0].name, split_shards(group, validation), options)
-        for index, group in enumerate(groups)
-    ]
-
-
-def build_task(task: Task, output: Path) -> dict:
-    """Build one task's Parquet files and, last, its marker; returns the marker."""
-    report, statistics = BuildReport(), ActionStatistics()
-    splits: dict[str, dict] = {}
-    for split, shards in task.shards.items():
-        temporary = output / ".build" / (task.file_name(split) + ".tmp")
-        part = BuildReport()
-        with ParquetWriter(features=clip_features(task.options.clip), path=str(temporary)) as writer:
-            features = clip_features(task.options.clip)
-            for shard in shards:
-                for row in iter_clips(read_pairs(shard), task.options, part, split):
-                    writer.write(features.encode_example(row))
-                    if split == "train":
-                        statistics.update(row["actions"])
-            writer.finalize()
-        if part.clips:
-            os.replace(temporary, output / "data" / task.file_name(split))
-        else:
-            temporary.unlink()
-        sessions = sorted({entry.session_id for shard in shards for entry in shard.entries})
-        splits[split] = {"clips": part.clips, "recordings": part.accepted, "sessions": sessions}
-        report.merge(part)
-    marker = {
-        "key": task.key,
-        "splits": splits,
-        "report": report.to_dict(),
-        "statistics": statistics.to_dict() if statistics.count else None,
-    }
-    write_json(output / ".build" / task.marker_name, marker)
-    return marker
-
-
-def read_marker(task: Task, output: Path) -> dict | None:
-    """The marker of a finished task, unless anything the result depends on has changed or a file is gone."""
-    marker_file = output / ".build" / task.marker_name
-    if not marker_file.exists():
-        return None
-    marker = json.loads(marker_file.read_text())
-    files = [output / "data" / task.file_name(split) for split, part in marker["splits"].items() if part["clips"]]
-    return marker if marker["key"] == task.key and all(file.exists() for file in files) else None
-
-
-def run_tasks(tasks: list[Task], output: Path, num_proc: int) -> tuple[list[dict], int]:
-    """Markers of all tasks in their order, built in `num_proc` processes, and how many were finished before."""
-    markers = {task.index: marker for task in tasks if (marker := read_marker(task, output)) is not None}
-    num_finished = len(markers)
-    waiting = [task for task in tasks if task.index not in markers]
-    with tqdm(total=len(tasks), initial=num_finished, desc="shards", unit="shard") as progress:
-        for index, marker in build_tasks(waiting, output, num_proc):
-            markers[index] = marker
-            progress.update()
-            progress.set_postfix(clips=sum(marker["report"]["clips"] for marker in markers.values()))
-    return [markers[index] for index in sorted(markers)], num_finished
-
-
-def build_tasks(tasks: list[Task], output: Path, num_proc: int) -> Iterator[tuple[int, dict]]:
-    """Index and marker of each task as it is finished, in this process or in several."""
-    if min(num_proc, len(tasks)) < 2:
-        for task in tasks:
-            yield task.index, build_task(task, output)
+    output = arguments.output
+    if arguments.executor == "local":
+        remove_dead_temporaries(output)
+        total = sum(task.num_recordings for task in plan.tasks)
+        begun = total - sum(task.num_recordings for task in waiting)
+        with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar:
+            failures = run_local(waiting, output, plan.key, arguments.num_proc, bar)
+        check_finished(list(failures), plan, failures)
         return
-    # Not fork: torch's threads do not survive it. One thread each: there is a process for every core asked for.
-    executor = ProcessPoolExecutor(
-        min(num_proc, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
-    try:
-        futures = {executor.submit(build_task, task, output): task.index for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        # After an error or an interrupt: what has not begun need not.
-        executor.shutdown(cancel_futures=True)
+    from vjepa_ac_hf.data import cluster
 
-
-# ---------------------------------------------------------------------------------------------------- results
-
-
-def merge_splits(markers: list[dict]) -> dict[str, dict]:
-    """Clips, recordings and sessions of each split that has clips, train first."""
-    merged: dict[str, dict] = {}
-    for split in ("train", "validation"):
-        parts = [marker["splits"][split] for marker in markers if split in marker["splits"]]
-        clips = sum(part["clips"] for part in parts)
-        if clips:
-            sessions = sorted({session for part in parts for session in part["sessions"]})
-            recordings = sum(part["recordings"] for part in parts)
-            merged[split] = {"clips": clips, "recordings": recordings, "sessions": sessions}
-    return merged
-
-
-def write_card(output: Path, splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> None:
-    """DIR/README.md: what `load_dataset` needs to know, and what a reader does."""
-    info = datasets.DatasetInfo(
-        features=clip_features(options.clip),
-        splits=datasets.SplitDict(
-            {split: datasets.SplitInfo(split, num_examples=part["clips"]) for split, part in splits.items()}
-        ),
-    )
-    data = DatasetCardData(tags=["world-model", "action-conditioned", "video", "vpt"])
-    datasets.info.DatasetInfosDict({"default": info}).to_dataset_card_data(data)
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    data["configs"] = [{"config_name": "default", "data_files": files}]
-    card = DatasetCard(f"---\n{data}\n---\n\n{card_text(splits, report, options)}")
-    write_file(output / "README.md", str(card).encode())
-
-
-def card_text(splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> str:
-    clip = options.clip
-    split_rows = "\n".join(
-        f"| {split} | {len(part['sessions'])} | {part['recordings']} | {part['clips']} |"
-        for split, part in splits.items()
-    )
-    kinds: dict[str, int] = {}
-    for rejection in report.rejected:
-        kinds[rejection.kind] = kinds.get(rejection.kind, 0) + 1
-    rejected = "\n".join(f"- {count} x {kind}" for kind, count in sorted(kinds.items())) or "- none"
-    repairs = "\n".join(f"- `{name}`: {count}" for name, count in report.repairs.items())
-    left_out = [(count, option, "clips") for option, count in report.skipped_clips.items()]
-    left_out += [(count, option, "recordings") for option, count in report.skipped_recordings.items()]
-    skipped = "\n".join(f"- {count} {what} by `{option}`" for count, option, what in left_out if count) or "- none"
-    crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
-    return f"""# VPT tubelets
-
-Clips of first-person play with keyboard and mouse, cut from recordings in the layout of OpenAI's VPT contractor data
-(arXiv 2206.11795): {clip.frames_per_clip} frames at {clip.fps:g} FPS in {clip.num_tubelets} tubelets of \
-{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed.
-
-| split | sessions | recordings | clips |
-|---|---|---|---|
-{split_rows}
-
-Splits are by session: no session is in both.
-
-## Columns
-
-- `video`: {clip.frames_per_clip} frames, {options.resolution}x{options.resolution}, H.264 ({crop}).
-- `actions`: float32 ({clip.num_tubelets - 1}, 38), raw units. Row k covers every tick of the log from the start of
-  tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
-  keys and buttons pressed in any tick, hotbar slot (one-hot) and open GUI at the first tick.
-- `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
-- `recording_id`, `session_id`, `start_tick`: where the clip comes from.
-
-`action_stats.json` has mean and standard deviation of the continuous action columns on the train split.
-
-## Recordings
-
-{report.accepted} of {report.recordings} recordings were used. Rejected, by reason (`report.json` has names):
-
-{rejected}
-
-Ticks repaired in the log, by repair:
-
-{repairs}
-
-Clips and recordings left out by options:
-
-{skipped}
-"""
-
-
-def remove_stale(output: Path, tasks: list[Task], splits_of: list[dict]) -> None:
-    """Parquet files and markers of earlier runs with other shards or options would be loaded as well: remove them."""
-    current = {
-        task.file_name(split)
-        for task, marker in zip(tasks, splits_of, strict=True)
-        for split, part in marker["splits"].items()
-        if part["clips"]
-    }
-    for file in (output / "data").glob("*.parquet"):
-        if file.name not in current:
-            file.unlink()
-    for file in (output / ".build").glob("*"):
-        if not file.name.endswith(f"-of-{len(tasks):05d}.json"):
-            file.unlink()
-
-
-def push(output: Path, repo_id: str) -> None:
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=output,
-        repo_type="dataset",
-        ignore_patterns=[".build/*", ".*.tmp"],
-        delete_patterns="data/*.parquet",
-        commit_message="Build of VPT tubelets",
-    )
+    if arguments.executor == "ray":
+        cluster.run_ray(plan, waiting, output, cluster_settings(arguments))
+        return
+    jobs = cluster.queued_jobs(cluster.job_name(plan, output))
+    if jobs is None:
+        raise ValueError("squeue does not answer: whether this build is in the queue already is not known")
+    if jobs:
+        print(f"already in the queue: {' '.join(jobs)}")
+    else:
+        logs = cluster.submit_slurm(plan, waiting, output, cluster_settings(arguments))
+        print(f"submitted {len(waiting)} tasks as {cluster.job_name(plan, output)}; scripts and logs: {logs}")
+    if not arguments.no_wait:
+        cluster.wait_for_slurm(plan, waiting, output)
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
 
 def build(arguments: argparse.Namespace) -> int:
-    options, output = options_from(vars(arguments)), arguments.output
-    selection = selection_from({**vars(arguments), "exclude": read_exclude(arguments.exclude)})
-    shards = list_shards(find_files(arguments.shards))
-    report = listing_report(shards)
-    shards, skipped = select_recordings(shards, selection)
-    report.skip(skipped)
-    sessions = [entry.session_id for shard in shards for entry in shard.entries]
-    validation = validation_set(sessions, arguments.validation_fraction, arguments.validation_sessions)
-    tasks = plan_tasks(shards, validation, options)
-    if not tasks:
-        raise ValueError(f"no recording to build: {report.summary()}")
+    output = arguments.output
+    if arguments.finish:
+        plan = read_plan(output)
+    else:
+        if arguments.executor == "slurm":
+            from vjepa_ac_hf.data.cluster import check_slurm
 
-    for folder in (output / "data", output / ".build"):
-        folder.mkdir(parents=True, exist_ok=True)
-    markers, num_finished = run_tasks(tasks, output, arguments.num_proc)
-    for marker in markers:
-        report.merge(BuildReport.from_dict(marker["report"]))
-    splits = merge_splits(markers)
-    remove_stale(output, tasks, markers)
-    write_json(
-        output / "report.json",
-        {**report.to_dict(), "splits": splits, "options": {**asdict(options), **asdict(selection)}},
-    )
-    if "train" not in splits:
-        raise ValueError(f"the train split has no clip: {report.summary()}")
-    asked = arguments.validation_sessions is not None or bool(arguments.validation_fraction)
-    if asked and "validation" not in splits:
-        raise ValueError(f"the validation split that was asked for has no clip: {report.summary()}")
+            check_slurm()
+        plan = plan_build(arguments)
+        if arguments.dry_run:
+            dry_run(plan, arguments)
+            return 0
+        write_plan(plan, output)
+    waiting = unfinished(plan.tasks, output)
+    num_finished = len(plan.tasks) - len(waiting)
+    if waiting and not arguments.finish:
+        run_tasks(plan, waiting, arguments)
+        if arguments.no_wait:
+            print(f"not finished yet: {output} is complete when it has a README.md")
+            return 0
 
-    statistics = ActionStatistics()
-    for marker in markers:
-        if marker["statistics"] is not None:
-            statistics.merge(ActionStatistics.from_dict(marker["statistics"]))
-    write_json(output / "action_stats.json", statistics.to_dict())
-    write_card(output, splits, report, options)
-    print(f"{report.summary()}; {num_finished} of {len(tasks)} shards were finished before; {output}")
+    report = merge(plan, output)
+    print(f"{report.summary()}; {num_finished} of {len(plan.tasks)} shards were finished before; {output}")
     if arguments.push_to_hub:
-        push(output, arguments.push_to_hub)
+        push_dataset(output, arguments.push_to_hub)
         print(f"pushed to {arguments.push_to_hub}")
     return 0
+
+
+def stop(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)
 
 
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     arguments = parse_arguments()
+    torch.set_num_threads(1)  # a process keeps one core busy; --num_proc is how many
+    before = signal.signal(signal.SIGTERM, stop)  # so that workers end and temporary files go
     try:
         return build(arguments)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: what is finished stays, the same command goes on with the rest", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

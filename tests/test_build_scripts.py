@@ -232,6 +232,6 @@ def test_failures_exit_1_with_a_message(packed, tmp_path, options, message):
 def test_no_shards_and_unknown_executor(tmp_path):
     code, _, err = build(tmp_path / "*.tar", tmp_path / "built")
     assert code == 1 and "no .tar, .mp4 or .jsonl file found" in err
-    code, _, err = build(tmp_path, tmp_path / "built", "--executor", "slurm")
-    assert code == 2 and "invalid choice: 'slurm'" in err
+    code, _, err = build(tmp_path, tmp_path / "built", "--executor", "spark")
+    assert code == 2 and "invalid choice: 'spark'" in err
     assert not os.path.exists(tmp_path / "built")

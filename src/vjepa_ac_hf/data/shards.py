@@ -9,7 +9,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
@@ -114,6 +114,7 @@ def list_shards(
     paths: Sequence[str] | None = None,
     *,
     download_config: DownloadConfig | None = None,
+    listed_tars: Mapping[str, Shard] | None = None,
 ) -> list[Shard]:
     """List the recordings of tar shards and of loose `.mp4`/`.jsonl` files, in the order given.
 
@@ -121,6 +122,7 @@ def list_shards(
         names: paths or URLs as the user knows them; recordings are named after these.
         paths: where the files really are (downloads lose their names); None: at `names`.
         download_config: access to remote files.
+        listed_tars: tars of `names` that `list_tar` has listed before.
 
     Returns:
         One `Shard` per tar and per loose recording. Unreadable shards, recordings without `.mp4` or `.jsonl` and
@@ -130,7 +132,8 @@ def list_shards(
     loose: dict[str, tuple[Shard, list[tuple[str, Member]]]] = {}
     for name, path in zip(names, paths or names, strict=True):
         if name.endswith(TAR_SUFFIXES):
-            shards.append(_list_tar(name, path, download_config))
+            known = listed_tars.get(name) if listed_tars else None
+            shards.append(known or list_tar(name, path, download_config))
         elif name.endswith((VIDEO_SUFFIX, LOG_SUFFIX)):
             stem = os.path.splitext(name)[0]
             if stem not in loose:
@@ -145,7 +148,8 @@ def list_shards(
     return shards
 
 
-def _list_tar(source: str, path: str, download_config: DownloadConfig | None) -> Shard:
+def list_tar(source: str, path: str, download_config: DownloadConfig | None = None) -> Shard:
+    """List one tar; a recording that other shards have too is not known here."""
     shard = Shard(PurePosixPath(source).name, source)
     members: list[tuple[str, Member]] = []
     try:

@@ -1,0 +1,187 @@
+"""From finished tasks to a data set: statistics, report, card (docs/data.md, "Building a data set")."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from ..actions_vjepa2_ac import ActionStatistics
+from ..records import write_file, write_json
+from .building import BuildReport, clip_features
+from .selection import BuildOptions
+from .tasks import BUILD_FOLDER, BuildError, Plan, check_plan, read_marker, temporary_files
+
+# A message with a thousand names is not read.
+_NAMES_SHOWN = 10
+
+
+def merge(plan: Plan, output: Path) -> BuildReport:
+    """Make a data set of a build whose tasks are all finished; may be repeated, and stopped anywhere.
+
+    Writes `report.json`, `action_stats.json` and, last, the card README.md; removes Parquet files and markers of other
+    plans and what stopped processes have left.
+
+    Raises:
+        BuildError: tasks are missing (with their names and number), the folder is built by another plan by now, or a
+            split that was asked for has no clip.
+    """
+    markers = [read_marker(task, output) for task in plan.tasks]
+    check_finished([task.name for task, marker in zip(plan.tasks, markers, strict=True) if marker is None], plan)
+    check_plan(output, plan.key)
+    finished = [marker for marker in markers if marker is not None]
+    report = BuildReport.from_dict(plan.listing)
+    statistics = ActionStatistics()
+    for marker in finished:
+        report.merge(BuildReport.from_dict(marker["report"]))
+        if marker["statistics"] is not None:
+            statistics.merge(ActionStatistics.from_dict(marker["statistics"]))
+    splits = merge_splits(finished)
+    remove_stale(plan, finished, output)
+    options = {**asdict(plan.options), **asdict(plan.selection)}
+    write_json(output / "report.json", {**report.to_dict(), "splits": splits, "options": options})
+    if "train" not in splits:
+        raise BuildError(f"the train split has no clip: {report.summary()}")
+    if plan.asks_for_validation and "validation" not in splits:
+        raise BuildError(f"the validation split that was asked for has no clip: {report.summary()}")
+    write_json(output / "action_stats.json", statistics.to_dict())
+    write_card(output, splits, report, plan.options)
+    return report
+
+
+def check_finished(missing: Sequence[str], plan: Plan, reasons: dict[str, str] | None = None) -> None:
+    """Refuse a build with missing tasks.
+
+    Args:
+        missing: names of the shards that are not built.
+        plan: of the build.
+        reasons: why, by name, where that is known.
+
+    Raises:
+        BuildError: with number, names and reasons.
+    """
+    if not missing:
+        return
+    shown = [f"{name} ({reasons[name]})" if reasons and name in reasons else name for name in missing[:_NAMES_SHOWN]]
+    more = f" and {len(missing) - len(shown)} more" if len(missing) > len(shown) else ""
+    raise BuildError(
+        f"{len(missing)} of {len(plan.tasks)} shards are not built: {', '.join(shown)}{more}; what is finished stays, "
+        "the same command goes on with the rest"
+    )
+
+
+def merge_splits(markers: Sequence[dict]) -> dict[str, dict]:
+    """Clips, recordings and sessions of each split that has clips, train first."""
+    merged: dict[str, dict] = {}
+    for split in ("train", "validation"):
+        parts = [marker["splits"][split] for marker in markers if split in marker["splits"]]
+        clips = sum(part["clips"] for part in parts)
+        if clips:
+            sessions = sorted({session for part in parts for session in part["sessions"]})
+            recordings = sum(part["recordings"] for part in parts)
+            merged[split] = {"clips": clips, "recordings": recordings, "sessions": sessions}
+    return merged
+
+
+def remove_stale(plan: Plan, markers: Sequence[dict], output: Path) -> None:
+    """Parquet files of earlier runs with other shards or options would be loaded as well: remove them."""
+    current = {
+        task.file_name(split)
+        for task, marker in zip(plan.tasks, markers, strict=True)
+        for split, part in marker["splits"].items()
+        if part["clips"]
+    }
+    for file in (output / "data").glob("*.parquet"):
+        if file.name not in current:
+            file.unlink(missing_ok=True)
+    valid = {task.marker_name for task in plan.tasks}
+    for file in (output / BUILD_FOLDER).glob("task-*.json"):
+        if file.name not in valid:
+            file.unlink(missing_ok=True)
+    for file in temporary_files(output):
+        file.unlink(missing_ok=True)
+
+
+def write_card(output: Path, splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> None:
+    """DIR/README.md: what `load_dataset` needs to know, and what a reader does."""
+    info = datasets.DatasetInfo(
+        features=clip_features(options.clip),
+        splits=datasets.SplitDict(
+            {split: datasets.SplitInfo(split, num_examples=part["clips"]) for split, part in splits.items()}
+        ),
+    )
+    data = DatasetCardData(tags=["world-model", "action-conditioned", "video", "vpt"])
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    data["configs"] = [{"config_name": "default", "data_files": files}]
+    card = DatasetCard(f"---\n{data}\n---\n\n{_card_text(splits, report, options)}")
+    write_file(output / "README.md", str(card).encode())
+
+
+def _card_text(splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> str:
+    clip = options.clip
+    split_rows = "\n".join(
+        f"| {split} | {len(part['sessions'])} | {part['recordings']} | {part['clips']} |"
+        for split, part in splits.items()
+    )
+    kinds = Counter(rejection.kind for rejection in report.rejected)
+    rejected = "\n".join(f"- {count} x {kind}" for kind, count in sorted(kinds.items())) or "- none"
+    repairs = "\n".join(f"- `{name}`: {count}" for name, count in report.repairs.items())
+    left_out = [(count, option, "clips") for option, count in report.skipped_clips.items()]
+    left_out += [(count, option, "recordings") for option, count in report.skipped_recordings.items()]
+    skipped = "\n".join(f"- {count} {what} by `{option}`" for count, option, what in left_out if count) or "- none"
+    crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
+    return f"""# VPT tubelets
+
+Clips of first-person play with keyboard and mouse, cut from recordings in the layout of OpenAI's VPT contractor data
+(arXiv 2206.11795): {clip.frames_per_clip} frames at {clip.fps:g} FPS in {clip.num_tubelets} tubelets of \
+{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed.
+
+| split | sessions | recordings | clips |
+|---|---|---|---|
+{split_rows}
+
+Splits are by session: no session is in both.
+
+## Columns
+
+- `video`: {clip.frames_per_clip} frames, {options.resolution}x{options.resolution}, H.264 ({crop}).
+- `actions`: float32 ({clip.num_tubelets - 1}, 38), raw units. Row k covers every tick of the log from the start of
+  tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
+  keys and buttons pressed in any tick, hotbar slot (one-hot) and open GUI at the first tick.
+- `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
+- `recording_id`, `session_id`, `start_tick`: where the clip comes from.
+
+`action_stats.json` has mean and standard deviation of the continuous action columns on the train split.
+
+## Recordings
+
+{report.accepted} of {report.recordings} recordings were used. Rejected, by reason (`report.json` has names):
+
+{rejected}
+
+Ticks repaired in the log, by repair:
+
+{repairs}
+
+Clips and recordings left out by options:
+
+{skipped}
+"""
+
+
+def push_dataset(output: Path, repo_id: str) -> None:
+    """Upload a finished data set to a data-set repository of the Hub, which is made where there is none."""
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=output,
+        repo_type="dataset",
+        ignore_patterns=[f"{BUILD_FOLDER}/*", ".*.tmp", "plan.json"],
+        delete_patterns="data/*.parquet",
+        commit_message="Build of VPT tubelets",
+    )
