@@ -27,10 +27,9 @@ from tqdm.auto import tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.data.loader import ClipLoader, worker_options
 from vjepa_ac_hf.data.loading import (
     ClipCollator,
-    EndlessBatches,
-    EndlessStream,
     check_clips,
     load_action_statistics,
     load_clips,
@@ -60,8 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, help="built data set: a folder or a Hub repository")
     data.add_argument("--streaming", action="store_true", help="read the training split as a stream")
-    data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips in the shuffle buffer of a stream")
+    data.add_argument(
+        "--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed (default: %(default)s)"
+    )
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
+    data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
     data.add_argument("--action_space", default=None, help="vpt-13 (default), vpt-36, vpt-38, or columns by commas")
     data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
     data.add_argument(
@@ -112,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 
     arguments = parser.parse_args()
     positive = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every")
-    for name in (*positive, "keep_checkpoints"):
+    for name in (*positive, "keep_checkpoints", "shuffle_buffer", "prefetch_factor"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
     if arguments.push_to_hub and not arguments.hub_model_id:
@@ -167,13 +169,11 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     return train, validation.select(range(0, len(validation), every)[: arguments.eval_clips])
 
 
-def build_loaders(arguments, accelerator, model, processor, train, validation, first_batch):
-    """Endless batches of this process from `first_batch` on, and its share of the validation clips."""
+def build_loaders(arguments, accelerator, model, processor, train, validation):
+    """Endless training batches of this process, and its share of the validation clips."""
     collator = ClipCollator(processor)
     size, workers = arguments.per_device_batch_size, arguments.num_workers
-    common = {"collate_fn": collator, "num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    position = {"seed": arguments.seed, "rank": rank, "world_size": world_size, "first_batch": first_batch}
     if arguments.cache_features:
         dtype = torch.bfloat16 if arguments.mixed_precision == "bf16" else torch.float32
         cached = {"dtype": dtype, "num_workers": workers}
@@ -181,14 +181,26 @@ def build_loaders(arguments, accelerator, model, processor, train, validation, f
         if validation is not None:
             folder = arguments.cache_features / f"validation-{len(validation)}"
             validation = cache_features(model, validation, collator, folder, accelerator, **cached)
-    if arguments.streaming:
-        stream = EndlessStream(train, size, buffer_size=arguments.shuffle_buffer, **position)
-        batches = DataLoader(stream, size, **common)
-    else:
-        batches = DataLoader(train, batch_sampler=EndlessBatches(len(train), size, **position), **common)
+    batches = ClipLoader(
+        *(train, processor, size),
+        seed=arguments.seed,
+        rank=rank,
+        world_size=world_size,
+        window=arguments.shuffle_buffer,
+        num_workers=workers,
+        prefetch_factor=arguments.prefetch_factor,
+        device=accelerator.device,
+    )
     if validation is not None:
         share = torch.utils.data.Subset(validation, range(rank, len(validation), world_size))
-        validation = DataLoader(share, size, **common)
+        # Its own generator: every pass draws a seed for its workers, not to be taken from the model's.
+        validation = DataLoader(
+            *(share, size),
+            collate_fn=collator,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),
+            **worker_options(workers, arguments.prefetch_factor),
+        )
     return batches, validation
 
 
@@ -203,7 +215,7 @@ def train_step(arguments, accelerator, model, optimizer, batches) -> tuple[torch
         batch = next(batches)
         clips += batch.pop("clips")
         with accelerator.accumulate(model):
-            output = model(**{k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
+            output = model(**batch)
             accelerator.backward(output.loss)
         losses += torch.stack([output.loss, output.teacher_forcing_loss, output.rollout_loss]).detach()
     losses = accelerator.reduce(losses / arguments.gradient_accumulation_steps, reduction="mean")
@@ -224,21 +236,21 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
     given = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
     optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
     scheduler = build_scheduler(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
-    step, checkpoint = 0, find_checkpoint(folder, arguments.resume)
+    step, loader_state, checkpoint = 0, None, find_checkpoint(folder, arguments.resume)
     if checkpoint is not None:
         state = read_state(checkpoint)
         check_same_run(state["arguments"], given, checkpoint)
         load_checkpoint(checkpoint, model.predictor, optimizer)
-        step = state["step"]
+        step, loader_state = state["step"], state.get("loader", {})
         scheduler.load_state_dict(state["schedule"])
         accelerator.print(f"continuing from {checkpoint}")
 
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    batches, validation = build_loaders(
-        arguments, accelerator, model, processor, *splits, step * arguments.gradient_accumulation_steps
-    )
+    loader, validation = build_loaders(arguments, accelerator, model, processor, *splits)
+    if loader_state is not None:
+        loader.load_state_dict(loader_state)
     log = MetricsLog(arguments.output_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-    batches, metrics, started, logged = iter(batches), {}, time.perf_counter(), step
+    batches, metrics, started, logged = iter(loader), {}, time.perf_counter(), step
     clips_per_step = arguments.per_device_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     progress = tqdm(total=arguments.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
     model.train()
@@ -264,7 +276,7 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
                 log.write(metrics)
             started, logged = time.perf_counter(), step
         if accelerator.is_main_process and (last or step % arguments.checkpoint_every == 0):
-            state = {"arguments": given, "schedule": scheduler.state_dict()}
+            state = {"arguments": given, "schedule": scheduler.state_dict(), "loader": loader.state_dict()}
             save_checkpoint(folder, step, model.predictor, optimizer.optimizer, state)
             prune_checkpoints(folder, arguments.keep_checkpoints)
     progress.close()

@@ -189,7 +189,8 @@ class VJEPA2ACProcessor(ProcessorMixin):
         """uint8 `(..., 3, Y, X)` -> float32, divided by 255 and standardised."""
         mean = torch.tensor(self.pixel_mean, device=frames.device).view(3, 1, 1) * 255
         std = torch.tensor(self.pixel_std, device=frames.device).view(3, 1, 1) * 255
-        return (frames.float() - mean) / std
+        # In place: on a CPU, most of the time would go into fresh memory for every step.
+        return frames.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def normalize_actions(self, actions: Any) -> Tensor:
         """Raw actions `(..., 38)` or `(..., A)` -> the action space's columns `(..., A)`, continuous ones standardised.

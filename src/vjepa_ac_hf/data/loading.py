@@ -1,33 +1,45 @@
 """Reading a built data set of clips: columns checked, videos decoded, batches made for the model."""
 
 import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, Video, get_dataset_split_names, load_dataset
-from datasets.distributed import split_dataset_by_node
+from datasets import Dataset, DatasetDict, Video, get_dataset_split_names, load_dataset, load_dataset_builder
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from .streaming import ParquetClips
 
 COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "start_tick")
 
 
-def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:
+def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset | ParquetClips:
     """A split of a built data set (folder or Hub repository), videos left encoded.
 
+    Args:
+        dataset: folder or repository of a built data set.
+        split: its name.
+        streaming: read the Parquet files where they lie; otherwise `load_dataset` copies them into its Arrow cache
+            once, for random access.
+
     Raises:
-        ValueError: an unknown split or missing columns, with what was found.
+        ValueError: an unknown split, missing columns, or (streaming) files that are not Parquet, with what was found.
     """
     splits = get_dataset_split_names(dataset)
     if split not in splits:
         raise ValueError(f"{dataset}: no split {split!r}, found {splits}")
-    clips = load_dataset(dataset, split=split, streaming=streaming)
+    if streaming:
+        files = [str(file) for file in (load_dataset_builder(dataset).config.data_files or {})[split]]
+        others = [file for file in files if not file.endswith(".parquet")]
+        if others:
+            raise ValueError(f"{dataset}, split {split}: a stream is read from .parquet files, found {others[0]}")
+        return ParquetClips(files, COLUMNS)
+    clips = load_dataset(dataset, split=split)
     assert not isinstance(clips, DatasetDict)
     missing = [c for c in COLUMNS if c not in (clips.features or {})]
     if missing:
@@ -37,7 +49,7 @@ def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset 
     return clips.cast_column("video", Video(decode=False))
 
 
-def check_clips(clips: Dataset | IterableDataset, processor: VJEPA2ACProcessor, name: str) -> None:
+def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, name: str) -> None:
     """Compare a data set's shapes with the processor's, before any expensive work; decodes one clip.
 
     Raises:
@@ -95,24 +107,32 @@ class ClipCollator:
     """Rows of a built data set -> a batch: `pixel_values_videos` (or cached `features`), `actions`, `states`, `clips`.
 
     `clips` names the batch's clips as "recording_id@start_tick", for messages.
+
+    Args:
+        processor: makes the tensors.
+        normalize_pixels: False leaves frames as uint8 `frames` for `processor.normalize_pixels` on another device: a
+            quarter of the bytes to hand over.
     """
 
-    def __init__(self, processor: VJEPA2ACProcessor):
-        self.processor = processor
+    def __init__(self, processor: VJEPA2ACProcessor, *, normalize_pixels: bool = True):
+        self.processor, self.normalize_pixels = processor, normalize_pixels
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
-            "actions": self.processor.normalize_actions(torch.tensor([r["actions"] for r in rows])),
-            "states": self.processor.normalize_states(torch.tensor([r["states"] for r in rows])),
+            "actions": self.processor.normalize_actions(np.array([r["actions"] for r in rows])),
+            "states": self.processor.normalize_states(np.array([r["states"] for r in rows])),
             "clips": [f"{r['recording_id']}@{r['start_tick']}" for r in rows],
         }
         if "features" in rows[0]:
             batch["features"] = torch.stack([r["features"] for r in rows])
-        else:
-            frames = self.processor.prepare_frames(
-                [decode_clip(r["video"], clip_name(r), self.processor.frames_per_clip) for r in rows]
-            )
+            return batch
+        frames = self.processor.prepare_frames(
+            [decode_clip(r["video"], clip_name(r), self.processor.frames_per_clip) for r in rows]
+        )
+        if self.normalize_pixels:
             batch["pixel_values_videos"] = self.processor.normalize_pixels(frames)
+        else:
+            batch["frames"] = frames
         return batch
 
 
@@ -149,76 +169,3 @@ def load_action_statistics(dataset: str, source: str = "auto") -> ActionStatisti
         return ActionStatistics.from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-class EndlessBatches(torch.utils.data.Sampler[list[int]]):
-    """Indices of a process's batches, for ever: every epoch a new permutation, epochs joined without a gap.
-
-    Batch m of rank r takes positions `(m * world_size + r) * batch_size ...` of the joined permutations, so what is
-    seen in which step depends on the product of batch size and processes alone, and a run continues anywhere.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
-    ):
-        if size < 1:
-            raise ValueError("the data set holds no clips")
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size, self.first_batch = rank, world_size, first_batch
-        self._permutations: dict[int, list[int]] = {}
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, self.size)
-        if epoch not in self._permutations:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = torch.randperm(self.size, generator=generator).tolist()
-        return self._permutations[epoch][offset]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batch = self.first_batch
-        while True:
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self._index(position) for position in range(start, start + self.batch_size)]
-            batch += 1
-
-
-class EndlessStream(torch.utils.data.IterableDataset):
-    """A streamed data set for ever, shuffled anew every epoch, this process's share only.
-
-    A continued run skips what it has consumed by reading past it: exact with at most one worker; with more workers
-    nothing is lost or seen twice, but batches of different workers may come in another order.
-    """
-
-    def __init__(
-        self,
-        clips: IterableDataset,
-        batch_size: int,
-        *,
-        seed: int,
-        buffer_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        first_batch: int = 0,
-    ):
-        shuffled = clips.shuffle(seed=seed, buffer_size=buffer_size)
-        self.clips = split_dataset_by_node(shuffled, rank=rank, world_size=world_size)
-        self.batch_size, self.first_batch = batch_size, first_batch
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        epoch = 0
-        while True:
-            self.clips.set_epoch(epoch)
-            count = 0
-            for row in self.clips:
-                count += 1
-                yield row
-            if count == 0:
-                return  # more workers than shards: this one has nothing to read
-            epoch += 1
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        batches_done = len(range(index, self.first_batch, workers))
-        return islice(self._rows(), batches_done * self.batch_size, None)

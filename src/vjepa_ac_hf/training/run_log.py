@@ -13,6 +13,7 @@ FREE_ARGUMENTS = frozenset(
         "output_dir",
         "cache_features",
         "num_workers",
+        "prefetch_factor",
         "max_steps",
         "warmup_steps",
         "decay_steps",
