@@ -18,6 +18,7 @@ class Fault:
         drop_after: body bytes after which the connection is closed.
         stall_after: body bytes after which nothing more is sent for `stall` seconds.
         ignore_range, ignore_if_range: answer as if the header were not there.
+        range_shift: serve another range, of the length asked for, so many bytes behind; the header says so.
         content: another body, of the length that it has.
     """
 
@@ -28,6 +29,7 @@ class Fault:
     stall: float = 5.0
     ignore_range: bool = False
     ignore_if_range: bool = False
+    range_shift: int = 0
     content: bytes | None = None
 
 
@@ -129,8 +131,9 @@ class FaultyServer:
                 if first >= len(content):
                     status, headers, body = 416, {"Content-Range": f"bytes */{len(content)}"}, b""
                 else:
-                    headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-                    status, body = 206, content[first:]
+                    first, end = first + fault.range_shift, len(content) + fault.range_shift
+                    headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+                    status, body = 206, content[first:end]
         if fault.status is not None:
             status, headers, body = fault.status, {}, b""
         request.status = status

@@ -230,7 +230,7 @@ def _list_hub_data_set(source: str, endpoint: str | None) -> RecordingIndex:
         url = hf_hub_url(place.id, entry.path, repo_type="dataset", revision=commit, endpoint=endpoint)
         file = RemoteFile(url, entry.size, entry.lfs.sha256 if entry.lfs else None)
         for suffix in (VIDEO_SUFFIX, LOG_SUFFIX):
-            if entry.path.endswith(suffix):
+            if is_recording_file(entry.path) and entry.path.endswith(suffix):
                 found.setdefault(entry.path.removesuffix(suffix), {})[suffix] = file
         if entry.path.endswith(OPTIONS_SUFFIX):
             options[entry.path.removesuffix(OPTIONS_SUFFIX)] = file
