@@ -1,7 +1,7 @@
 """The log of a VPT recording: one JSON line per video frame, parsed once (docs/data.md, "Recordings")."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,6 +32,13 @@ GUI_MOUSE_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
 # Beyond this, float32 no longer resolves one degree or one pixel: no real log comes near it.
 _LARGEST_NUMBER = 1e7
 
+# Limits that real recordings stay far below (five minutes: 6,000 ticks, some 10 MB), so that a damaged or hostile log
+# costs bounded memory. The most that a log within them takes while it is parsed is about 1 GB.
+LARGEST_LOG = 256 * 2**20  # bytes
+LONGEST_LINE = 2**20  # bytes
+MOST_TICKS = 2**17  # 1.8 hours at 20 per second
+MOST_KEYS = 64  # keys, or mouse buttons, in one line
+
 _KEY_COLUMN = {
     "key.keyboard." + column.removeprefix("key."): index
     for index, column in enumerate(PRESSED_COLUMNS)
@@ -41,7 +48,7 @@ _BUTTON_COLUMN = {
     button: PRESSED_COLUMNS.index(column) for button, column in enumerate(("mouse.left", "mouse.right", "mouse.middle"))
 }
 _SESSION_NAME = re.compile(r"(?P<session>.+-[^-]+)-\d{8}-\d{6}")
-_NOT_A_NUMBER = re.compile(rb'"(\w+)"\s*:\s*(-?(?:NaN|Infinity|inf))\b', re.IGNORECASE)
+_NOT_A_NUMBER = re.compile(rb'"(\w{1,40})"\s*:\s*(-?(?:NaN|Infinity|inf))\b', re.IGNORECASE)
 
 
 class RecordingError(ValueError):
@@ -170,9 +177,9 @@ def parse_recording(
         Recording: arrays per tick, repaired, with the number of ticks every repair touched.
 
     Raises:
-        RecordingError: an empty log, a line that is not a JSON object, a field that is missing, of another type,
-            not finite or out of range, a fault whose repair is switched off. The message names file, line, field and
-            what was found.
+        RecordingError: an empty log, one beyond the limits of this module, a line that is not a JSON object, a field
+            that is missing, of another type, not finite or out of range, a fault whose repair is switched off. The
+            message names file, line, field and what was found.
         ValueError: `skip_repairs` has a name that is no repair.
 
     Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Repairs".
@@ -206,8 +213,8 @@ def parse_recording(
         recorder_version=version,
         mouse_dx=mouse_dx,
         mouse_dy=mouse_dy,
-        cursor_x=np.array([_or_nan(mouse.x) if mouse else np.nan for mouse in mice]),
-        cursor_y=np.array([_or_nan(mouse.y) if mouse else np.nan for mouse in mice]),
+        cursor_x=_numbers(name, "mouse.x", [mouse.x if mouse else None for mouse in mice]),
+        cursor_y=_numbers(name, "mouse.y", [mouse.y if mouse else None for mouse in mice]),
         yaw=_numbers(name, "yaw", [line.yaw for line in lines]),
         pitch=_numbers(name, "pitch", [line.pitch for line in lines]),
         pressed=pressed,
@@ -218,26 +225,56 @@ def parse_recording(
 
 
 def _decode_lines(log: bytes, name: str) -> list[_Line]:
+    if len(log) > LARGEST_LOG:
+        raise RecordingError(f"{name}: log too large: expected at most {LARGEST_LOG} bytes, found {len(log)}")
     decoder = msgspec.json.Decoder(_Line)
     lines: list[_Line] = []
-    for number, text in enumerate(log.rstrip().split(b"\n") if log.strip() else [], start=1):
+    for number, text in enumerate(_split_lines(log), start=1):
+        where = f"{name}: line {number}"
+        if number > MOST_TICKS:
+            raise RecordingError(f"{name}: too long: expected at most {MOST_TICKS} lines, found more")
+        if len(text) > LONGEST_LINE:
+            raise RecordingError(f"{where}: line too long: expected at most {LONGEST_LINE} bytes, found {len(text)}")
         if not text.strip():
-            raise RecordingError(f"{name}: line {number}: expected a JSON object, found an empty line")
+            raise RecordingError(f"{where}: expected a JSON object, found an empty line")
         try:
-            lines.append(decoder.decode(text))
+            line = decoder.decode(text)
         except msgspec.ValidationError as error:
-            raise RecordingError(f"{name}: line {number}: {error}") from error
+            raise RecordingError(f"{where}: {error}") from error
         except msgspec.DecodeError as error:
             # JSON has no NaN: the parser cannot name the field, so that it is looked up for the message.
             if match := _NOT_A_NUMBER.search(text):
                 field, found = (group.decode() for group in match.groups())
-                raise RecordingError(
-                    f"{name}: line {number}: field {field!r}: expected a finite number, found {found}"
-                ) from error
-            raise RecordingError(f"{name}: line {number}: broken JSON: {error}") from error
+                raise RecordingError(f"{where}: field {field!r}: expected a finite number, found {found}") from error
+            raise RecordingError(f"{where}: broken JSON: {error}") from error
+        except UnicodeDecodeError as error:  # msgspec looks at the encoding of strings that it keeps
+            raise RecordingError(f"{where}: broken JSON: expected UTF-8, found {error.object[error.start]:#04x}") from error
+        except RecursionError as error:
+            raise RecordingError(f"{where}: broken JSON: nested too deeply") from error
+        _limit_entries(where, line)
+        lines.append(line)
     if not lines:
         raise RecordingError(f"{name}: expected one JSON line per frame, found an empty log ({len(log)} bytes)")
     return lines
+
+
+def _split_lines(log: bytes) -> Iterator[bytes]:
+    """Lines up to the last one that is not empty, one at a time: millions of them are as many objects."""
+    start, end = 0, len(log.rstrip())
+    while start < end:
+        line_end = log.find(b"\n", start, end)
+        line_end = end if line_end < 0 else line_end
+        yield log[start:line_end]
+        start = line_end + 1
+
+
+def _limit_entries(where: str, line: _Line) -> None:
+    lists = [("keyboard.keys", line.keyboard.keys)] if line.keyboard else []
+    if line.mouse:
+        lists += [("mouse.buttons", line.mouse.buttons), ("mouse.newButtons", line.mouse.newButtons)]
+    for field, entries in lists:
+        if len(entries) > MOST_KEYS:
+            raise RecordingError(f"{where}: field {field!r}: expected at most {MOST_KEYS} entries, found {len(entries)}")
 
 
 def _refuse_faults(name: str, lines: list[_Line], skip_repairs: Collection[str]) -> None:
@@ -258,18 +295,21 @@ def _refuse_faults(name: str, lines: list[_Line], skip_repairs: Collection[str])
                 )
 
 
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
-
-
 def _numbers(
     name: str, field: str, values: list, low: float = -_LARGEST_NUMBER, high: float = _LARGEST_NUMBER
 ) -> np.ndarray:
-    numbers = np.array(values, dtype=np.float64)
-    wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high)))
+    """float64 of all lines' values within the limits; NaN for None."""
+    try:
+        numbers = np.array(values, dtype=np.float64)
+    except OverflowError:  # an integer beyond float64
+        numbers = np.array([min(max(value, low - 1), high + 1) for value in values], dtype=np.float64)
+    absent = np.array([value is None for value in values])
+    wrong = np.flatnonzero(~((numbers >= low) & (numbers <= high) | absent))
     if len(wrong):
+        found = values[wrong[0]]
+        text = f"{found:g}" if abs(found) < 1e300 else f"{'-' if found < 0 else ''}1e300 or more"
         raise RecordingError(
-            f"{name}: line {wrong[0] + 1}: field {field!r}: expected {low:g} to {high:g}, found {numbers[wrong[0]]:g}"
+            f"{name}: line {wrong[0] + 1}: field {field!r}: expected {low:g} to {high:g}, found {text}"
         )
     return numbers
 

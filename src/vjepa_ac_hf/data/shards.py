@@ -1,31 +1,46 @@
 """Which recordings lie in tar shards and folders, reading them, writing shards (docs/data.md, "Shards").
 
 Listing reads tar headers only and notes where every member lies; reading then takes one recording at a time from
-there, so that memory holds one recording whatever the order of the members. Nothing is ever extracted to disk.
+there, so that memory holds one recording whatever the order of the members. Nothing is ever extracted to disk. What a
+header claims is believed only within the limits below.
 """
 
+import gzip
+import io
 import os
 import re
+import stat
 import tarfile
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import BinaryIO, Self
 
 from datasets import DownloadConfig
 from datasets.utils.file_utils import is_local_path, xopen
 
-from .recording import recorder_version_of, recording_id_of, session_id_of
+from .recording import LARGEST_LOG, recorder_version_of, recording_id_of, session_id_of
 
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
+_READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
+
+# Limits far beyond what recordings need, so that a damaged or hostile shard costs bounded time and memory.
+LARGEST_VIDEO = 2 * 2**30  # bytes of one .mp4: a video in a tar is held in memory while it is cut into clips
+LARGEST_TAR_HEADER = 64 * 2**10  # bytes of one member's headers, long names and extended (pax) headers included
+MOST_ZEROS = 2 * 2**20  # bytes of zeros between two archives in one file, or at its end
+MOST_FILES = 2**18  # .mp4 and .jsonl files in one shard
+MOST_EXPANSION = 100  # times the size of a compressed tar that it may have decompressed; logs alone reach about 20
+LONGEST_NAME = 200  # bytes of a recording's name in UTF-8: with the clip's tick it is a file name of at most 255
+_EXPANSION_ALWAYS = 64 * 2**20  # bytes that any compressed tar may have decompressed
+_LONG_NUMBER = re.compile(rb"\d{256}")
+_NOT_IN_NAMES = '<>:"|?*\\'
 
 
 @dataclass(frozen=True)
@@ -96,17 +111,94 @@ class RecordingPair:
     video: bytes | str
 
 
+@dataclass(frozen=True)
+class _FoundFile:
+    """A `.mp4` or `.jsonl` file as it was found; `fault` says why it cannot be used."""
+
+    name: str
+    member: Member
+    fault: str | None = None
+
+    @property
+    def stem(self) -> str:
+        # Names that look alike are alike: macOS writes an accent as a character of its own.
+        return unicodedata.normalize("NFC", os.path.splitext(self.name)[0])
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1]
+
+
+class _HeaderReader:
+    """What tarfile reads headers from: a file that gives no more than headers can need."""
+
+    def __init__(self, file: BinaryIO, compressed_size: int | None):
+        self._file = file
+        self._largest = 2**62
+        if compressed_size is not None:
+            self._largest = max(MOST_EXPANSION * compressed_size, _EXPANSION_ALWAYS)
+        self._left = LARGEST_TAR_HEADER
+        self.num_zeros = 0
+
+    def next_member(self) -> None:
+        self._left = LARGEST_TAR_HEADER
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, position: int) -> int:
+        self._check_place(position)
+        return self._file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise tarfile.ReadError(f"headers of a member: expected at most {LARGEST_TAR_HEADER} bytes, found more")
+        self._check_place(self.tell() + size)
+        self._left -= size
+        data = self._file.read(size)
+        # tarfile looks for numbers with a regular expression that takes quadratic time on long ones (CVE-2024-6232).
+        if size > tarfile.BLOCKSIZE and _LONG_NUMBER.search(data):
+            raise tarfile.ReadError("headers of a member: found a number of more than 255 digits")
+        return data
+
+    def _check_place(self, position: int) -> None:
+        if 0 <= position <= self._largest:
+            return
+        if self._largest == 2**62 or position < 0:
+            raise tarfile.ReadError(f"member at byte {position}: there is no such place")
+        raise tarfile.ReadError(f"expands too much: expected at most {self._largest} bytes decompressed, found more")
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """Makes damage inside an archive an error: tarfile takes a broken or missing header for the archive's end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        reader = archive.fileobj
+        assert isinstance(reader, _HeaderReader)
         try:
-            return super().fromtarfile(archive)
+            info = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # two blocks of zeros: the proper end
+            # A block of zeros: the proper end, unless another archive follows (`cat a.tar b.tar`).
+            reader.num_zeros += tarfile.BLOCKSIZE
+            if reader.num_zeros > MOST_ZEROS:
+                raise tarfile.ReadError(f"expected at most {MOST_ZEROS} bytes of zeros, found more") from None
+            reader.next_member()
+            raise
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            if reader.num_zeros:
+                raise
+            raise tarfile.ReadError(f"damaged or missing header ({error})") from error
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or missing header ({error})") from error
+        except (ValueError, OverflowError, RecursionError) as error:
+            # tarfile converts numbers and text of extended headers without checking them, and follows chains of them.
+            raise tarfile.ReadError(f"damaged header ({type(error).__name__}: {error})") from error
+        if info.size < 0 or archive.offset < info.offset_data:
+            raise tarfile.ReadError(f"damaged header (size: expected 0 or more, found {info.size})")
+        reader.num_zeros = 0
+        reader.next_member()
+        return info
 
 
 def list_shards(
@@ -117,6 +209,8 @@ def list_shards(
     listed_tars: Mapping[str, Shard] | None = None,
 ) -> list[Shard]:
     """List the recordings of tar shards and of loose `.mp4`/`.jsonl` files, in the order given.
+
+    Nothing that a shard holds makes this fail: what is wrong is in `rejected`.
 
     Args:
         names: paths or URLs as the user knows them; recordings are named after these.
@@ -129,21 +223,21 @@ def list_shards(
         second copies of a recording (the first one is kept) are in `rejected`; other files are counted.
     """
     shards: list[Shard] = []
-    loose: dict[str, tuple[Shard, list[tuple[str, Member]]]] = {}
+    loose: dict[str, tuple[Shard, list[_FoundFile]]] = {}
     for name, path in zip(names, paths or names, strict=True):
         if name.endswith(TAR_SUFFIXES):
             known = listed_tars.get(name) if listed_tars else None
             shards.append(known or list_tar(name, path, download_config))
         elif name.endswith((VIDEO_SUFFIX, LOG_SUFFIX)):
-            stem = os.path.splitext(name)[0]
-            if stem not in loose:
-                loose[stem] = (Shard(PurePosixPath(name).parent.name or ".", name), [])
-                shards.append(loose[stem][0])
-            loose[stem][1].append((name, Member(path)))
+            found = _FoundFile(name, Member(path))
+            if found.stem not in loose:
+                loose[found.stem] = (Shard(PurePosixPath(name).parent.name or ".", name), [])
+                shards.append(loose[found.stem][0])
+            loose[found.stem][1].append(found)
         else:
             shards.append(Shard(PurePosixPath(name).name, name, other_files=1))
-    for shard, members in loose.values():
-        _pair_members(shard, members)
+    for shard, files in loose.values():
+        _pair_files(shard, files)
     _reject_doubled(shards)
     return shards
 
@@ -151,28 +245,43 @@ def list_shards(
 def list_tar(source: str, path: str, download_config: DownloadConfig | None = None) -> Shard:
     """List one tar; a recording that other shards have too is not known here."""
     shard = Shard(PurePosixPath(source).name, source)
-    members: list[tuple[str, Member]] = []
+    files: list[_FoundFile] = []
+    last, num_members = "", 0
     try:
-        with _open_tar(path, download_config) as archive:
-            for info in archive:
-                if info.isreg() and not info.sparse:
-                    members.append((info.name, Member(path, info.offset_data, info.size)))
-                elif not info.isdir():
+        with _open_file(path, download_config) as (file, compressed_size):
+            reader = _HeaderReader(file, compressed_size)
+            archive = tarfile.TarFile(fileobj=reader, tarinfo=_StrictTarInfo, ignore_zeros=True)  # type: ignore[arg-type]
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # it keeps all that it has seen
+                if info.isdir():
+                    continue
+                last, num_members = info.name, num_members + 1
+                if info.name.endswith((VIDEO_SUFFIX, LOG_SUFFIX)):
+                    files.append(_FoundFile(info.name, Member(path, info.offset_data, info.size), _type_fault(info)))
+                else:
                     shard.other_files += 1
+                if len(files) > MOST_FILES:
+                    raise tarfile.ReadError(f"expected at most {MOST_FILES} .mp4 and .jsonl files, found more")
     except _READ_ERRORS as error:
-        lost = f"everything after {members[-1][0]} (member {len(members)})" if members else "all of it"
+        lost = f"everything after {_printable(last)} (file {num_members})" if num_members else "all of it"
         shard.rejected.append(Rejection(None, shard.name, f"unreadable tar: {_cause(error, path)}; {lost} is lost"))
-    _pair_members(shard, members)
+    _pair_files(shard, files)
     return shard
 
 
 @contextmanager
-def _open_tar(path: str, download_config: DownloadConfig | None) -> Iterator[tarfile.TarFile]:
-    with (
-        xopen(path, "rb", download_config=download_config) as file,
-        tarfile.open(fileobj=file, mode="r:*", tarinfo=_StrictTarInfo) as archive,
-    ):
-        yield archive
+def _open_file(path: str, download_config: DownloadConfig | None) -> Iterator[tuple[BinaryIO, int | None]]:
+    """A file, decompressed where it is gzipped, and its compressed size in that case."""
+    _check_regular(path)
+    with xopen(path, "rb", download_config=download_config) as file:
+        is_gzipped = file.read(2) == b"\x1f\x8b"
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if is_gzipped:
+            with gzip.GzipFile(fileobj=file) as decompressed:
+                yield decompressed, size  # type: ignore[misc]
+        else:
+            yield file, None
 
 
 def is_recording_file(name: str) -> bool:
@@ -181,30 +290,82 @@ def is_recording_file(name: str) -> bool:
     return path.suffix in (VIDEO_SUFFIX, LOG_SUFFIX) and not path.name.startswith(".") and path.name != MANIFEST_NAME
 
 
-def _pair_members(shard: Shard, members: Iterable[tuple[str, Member]]) -> None:
+def _check_regular(path: str) -> None:
+    """Opening a named pipe waits for ever, and a device may have no end."""
+    if is_local_path(path) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+        raise OSError(f"expected a regular file, found {stat.filemode(mode)!r}")
+
+
+def _type_fault(info: tarfile.TarInfo) -> str | None:
+    if info.sparse is not None:
+        return "a sparse file"
+    if info.isreg():
+        return None
+    kinds = {
+        tarfile.SYMTYPE: "a symbolic link",
+        tarfile.LNKTYPE: "a hard link",
+        tarfile.CHRTYPE: "a device",
+        tarfile.BLKTYPE: "a device",
+        tarfile.FIFOTYPE: "a named pipe",
+    }
+    return kinds.get(info.type, f"of unknown type {info.type!r}")
+
+
+def _printable(name: str) -> str:
+    """A name for a report: nothing that breaks a line, a terminal or an encoding, and not too long."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+
+
+def _fault(found: _FoundFile) -> str | None:
+    """Why a file cannot be half of a recording."""
+    file = PurePosixPath(found.name).name
+    recording = PurePosixPath(found.stem).name
+    if not recording.isprintable() or set(recording) & set(_NOT_IN_NAMES):
+        return f"unusable name: expected printable characters without {_NOT_IN_NAMES}, found {_printable(file)}"
+    if len(recording.encode()) > LONGEST_NAME:
+        return f"name too long: expected at most {LONGEST_NAME} bytes, found {len(recording.encode())}"
+    if found.fault:
+        return f"unusable {found.suffix}: expected a regular file, found {found.fault}"
+    largest = LARGEST_VIDEO if found.suffix == VIDEO_SUFFIX else LARGEST_LOG
+    if found.member.size is not None and found.member.size > largest:
+        return f"{found.suffix} too large: expected at most {largest} bytes, found {found.member.size}"
+    return None
+
+
+def _pair_files(shard: Shard, files: Iterable[_FoundFile]) -> None:
     """Fill a shard's entries, in the order in which recordings become complete, and its rejections."""
     halves: dict[str, dict[str, Member]] = {}
     copies: dict[str, Counter[str]] = {}
-    for name, member in members:
-        stem, suffix = os.path.splitext(name)
-        if not is_recording_file(name):
+    faults: dict[str, str] = {}
+    for found in files:
+        stem, suffix = found.stem, found.suffix
+        if not is_recording_file(found.name):
             shard.other_files += 1
             continue
         half = halves.setdefault(stem, {})
         if suffix in half:
             copies.setdefault(stem, Counter())[suffix] += 1
             continue
-        half[suffix] = member
-        if len(half) == 2:
-            version = recorder_version_of(name)
-            shard.entries.append(RecordingEntry(recording_id_of(name), version, half[VIDEO_SUFFIX], half[LOG_SUFFIX]))
+        half[suffix] = found.member
+        if fault := _fault(found):
+            faults.setdefault(stem, fault)
+        if len(half) == 2 and stem not in faults:
+            recording, version = PurePosixPath(stem).name, recorder_version_of(stem)
+            shard.entries.append(RecordingEntry(recording, version, half[VIDEO_SUFFIX], half[LOG_SUFFIX]))
+
+    def reject(stem: str, reason: str, times: int = 1) -> None:
+        shard.rejected.extend([Rejection(_printable(PurePosixPath(stem).name), shard.name, reason)] * times)
+
     for stem, surplus in copies.items():
         reason = f"doubled: {' and '.join(sorted(surplus))} found again in the same shard, the first is used"
-        copy = Rejection(recording_id_of(stem), shard.name, reason)
-        shard.rejected.extend([copy] * max(surplus.values()))
+        reject(stem, reason, max(surplus.values()))
     for stem, half in halves.items():
+        if stem in faults:
+            reject(stem, faults[stem])
+            continue
         for missing in {VIDEO_SUFFIX, LOG_SUFFIX} - half.keys():
-            shard.rejected.append(Rejection(recording_id_of(stem), shard.name, f"missing {missing}"))
+            reject(stem, f"missing {missing}")
 
 
 def _reject_doubled(shards: list[Shard]) -> None:
@@ -224,23 +385,25 @@ def _reject_doubled(shards: list[Shard]) -> None:
 def read_pairs(shard: Shard, *, download_config: DownloadConfig | None = None) -> Iterator[RecordingPair | Rejection]:
     """Read a listed shard's recordings one after another; what cannot be read comes as a `Rejection`."""
     with ExitStack() as open_files:
-        archive: tarfile.TarFile | None = None
+        tar: BinaryIO | None = None
         for entry in shard.entries:
             halves: dict[Member, bytes | str] = {}
             try:
-                if archive is None and entry.video.offset is not None:
-                    archive = open_files.enter_context(_open_tar(entry.video.path, download_config))
+                if tar is None and entry.video.offset is not None:
+                    tar, _ = open_files.enter_context(_open_file(entry.video.path, download_config))
                 # A compressed tar can only go back by starting over: what lies first is read first.
                 for member in sorted((entry.video, entry.log), key=lambda member: member.offset or 0):
-                    if archive is not None:
-                        halves[member] = _read_member(archive, member)
+                    if tar is not None:
+                        halves[member] = _read_member(tar, member)
                     elif member is entry.video and is_local_path(member.path):
+                        _check_regular(member.path)
                         halves[member] = member.path
                     else:
-                        with xopen(member.path, "rb", download_config=download_config) as file:
-                            halves[member] = file.read()
+                        largest = LARGEST_VIDEO if member is entry.video else LARGEST_LOG
+                        halves[member] = _read_file(member.path, largest, download_config)
             except _READ_ERRORS as error:
-                reason = f"cannot be read from the shard: {_cause(error, entry.video.path)}"
+                where = "from the shard" if entry.video.offset is not None else "from its file"
+                reason = f"cannot be read {where}: {_cause(error, entry.video.path)}"
                 yield Rejection(entry.recording_id, shard.name, reason)
                 continue
             log = halves[entry.log]
@@ -248,13 +411,30 @@ def read_pairs(shard: Shard, *, download_config: DownloadConfig | None = None) -
             yield RecordingPair(entry, shard.name, log, halves[entry.video])
 
 
-def _read_member(archive: tarfile.TarFile, member: Member) -> bytes:
-    assert archive.fileobj is not None and member.offset is not None and member.size is not None
-    archive.fileobj.seek(member.offset)
-    data = archive.fileobj.read(member.size)
+def _read_member(tar: BinaryIO, member: Member) -> bytes:
+    assert member.offset is not None and member.size is not None
+    tar.seek(member.offset)
+    data = _read_up_to(tar, member.size)
     if len(data) != member.size:
         raise EOFError(f"expected {member.size} bytes, found {len(data)}: the shard is truncated")
     return data
+
+
+def _read_file(path: str, largest: int, download_config: DownloadConfig | None) -> bytes:
+    _check_regular(path)
+    with xopen(path, "rb", download_config=download_config) as file:
+        data = _read_up_to(file, largest + 1)
+    if len(data) > largest:
+        raise EOFError(f"{PurePosixPath(path).suffix} too large: expected at most {largest} bytes, found more")
+    return data
+
+
+def _read_up_to(file: BinaryIO, size: int) -> bytes:
+    # Piece by piece: a size that is only claimed is not allocated.
+    data = io.BytesIO()
+    while piece := file.read(min(size - data.tell(), 2**20)):
+        data.write(piece)
+    return data.getvalue()
 
 
 def _cause(error: Exception, path: str) -> str:
