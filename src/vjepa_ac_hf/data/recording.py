@@ -248,7 +248,9 @@ def _decode_lines(log: bytes, name: str) -> list[_Line]:
                 raise RecordingError(f"{where}: field {field!r}: expected a finite number, found {found}") from error
             raise RecordingError(f"{where}: broken JSON: {error}") from error
         except UnicodeDecodeError as error:  # msgspec looks at the encoding of strings that it keeps
-            raise RecordingError(f"{where}: broken JSON: expected UTF-8, found {error.object[error.start]:#04x}") from error
+            raise RecordingError(
+                f"{where}: broken JSON: expected UTF-8, found {error.object[error.start]:#04x}"
+            ) from error
         except RecursionError as error:
             raise RecordingError(f"{where}: broken JSON: nested too deeply") from error
         _limit_entries(where, line)
@@ -274,7 +276,9 @@ def _limit_entries(where: str, line: _Line) -> None:
         lists += [("mouse.buttons", line.mouse.buttons), ("mouse.newButtons", line.mouse.newButtons)]
     for field, entries in lists:
         if len(entries) > MOST_KEYS:
-            raise RecordingError(f"{where}: field {field!r}: expected at most {MOST_KEYS} entries, found {len(entries)}")
+            raise RecordingError(
+                f"{where}: field {field!r}: expected at most {MOST_KEYS} entries, found {len(entries)}"
+            )
 
 
 def _refuse_faults(name: str, lines: list[_Line], skip_repairs: Collection[str]) -> None:

@@ -24,7 +24,7 @@ from typing import BinaryIO, Self
 from datasets import DownloadConfig
 from datasets.utils.file_utils import is_local_path, xopen
 
-from .recording import LARGEST_LOG, recorder_version_of, recording_id_of, session_id_of
+from .recording import LARGEST_LOG, recorder_version_of, session_id_of
 
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none

@@ -3,11 +3,15 @@
 torchcodec is imported where it is used: it loads FFmpeg's shared libraries, and the package must import without.
 """
 
+import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from .mp4 import check_mp4
 
 # How clips are stored, chosen by measurement (docs/LOG.md, "How clips are stored"): at 256x256, 40.0 dB PSNR in 126 kB
 # per 16-frame clip on first-person play. Without arithmetic coding and deblocking (`fastdecode`) a clip decodes in half
@@ -25,6 +29,9 @@ CURSOR_WIDTH, CURSOR_HEIGHT = 1280, 720
 _CURSOR_SIZE = 28
 
 
+LARGEST_PICTURE = 3840 * 2160  # pixels of a recording's frame: a clip's frames lie in memory together
+
+
 class VideoError(ValueError):
     """A video that cannot be used; the message names the file and what is wrong."""
 
@@ -37,7 +44,8 @@ class VideoReader:
         name: what messages call the video.
 
     Raises:
-        VideoError: an empty, truncated or corrupt file; a file without frames or frame rate.
+        VideoError: an empty, truncated or corrupt file, one of another format than mp4 or beyond the limits of
+            `mp4` and `LARGEST_PICTURE`; a file without frames or frame rate.
     """
 
     def __init__(self, source: bytes | str | Path, name: str) -> None:
@@ -48,9 +56,21 @@ class VideoReader:
             size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
             if size == 0:
                 raise VideoError(f"{name}: empty video file: expected an mp4 video, found 0 bytes")
-            self._decoder = VideoDecoder(source, seek_mode="exact")
-        except (OSError, RuntimeError) as error:
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+                check_mp4(file)
+            # Absolute: FFmpeg takes what comes before a colon in a relative path for a protocol.
+            self._decoder = VideoDecoder(
+                source if isinstance(source, bytes) else os.path.abspath(source), seek_mode="exact"
+            )
+        except VideoError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
             raise VideoError(f"{name}: cannot open the video: {_cause(error)}") from error
+        width, height = self._decoder.metadata.width or 0, self._decoder.metadata.height or 0
+        if width * height > LARGEST_PICTURE:
+            raise VideoError(
+                f"{name}: picture too large: expected at most {LARGEST_PICTURE} pixels, found {width}x{height}"
+            )
         self.num_frames = self._decoder.metadata.num_frames or 0
         self.frame_rate = self._decoder.metadata.average_fps or 0.0
         if self.num_frames == 0 or self.frame_rate <= 0:

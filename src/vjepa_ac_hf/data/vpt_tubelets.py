@@ -26,6 +26,7 @@ _SOURCES = (
     "../processing_vjepa2_ac.py",
     "recording.py",
     "clips.py",
+    "mp4.py",
     "video.py",
     "shards.py",
     "splits.py",
