@@ -271,7 +271,7 @@ def _split_lines(log: bytes) -> Iterator[bytes]:
 
 
 def _limit_entries(where: str, line: _Line) -> None:
-    lists = [("keyboard.keys", line.keyboard.keys)] if line.keyboard else []
+    lists: list[tuple[str, list]] = [("keyboard.keys", line.keyboard.keys)] if line.keyboard else []
     if line.mouse:
         lists += [("mouse.buttons", line.mouse.buttons), ("mouse.newButtons", line.mouse.newButtons)]
     for field, entries in lists:

@@ -252,7 +252,7 @@ def list_tar(source: str, path: str, download_config: DownloadConfig | None = No
             reader = _HeaderReader(file, compressed_size)
             archive = tarfile.TarFile(fileobj=reader, tarinfo=_StrictTarInfo, ignore_zeros=True)  # type: ignore[arg-type]
             while (info := archive.next()) is not None:
-                archive.members.clear()  # it keeps all that it has seen
+                archive.members.clear()  # type: ignore[attr-defined]  # it keeps all that it has seen
                 if info.isdir():
                     continue
                 last, num_members = info.name, num_members + 1
