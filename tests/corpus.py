@@ -253,6 +253,8 @@ def encoded(size: tuple[int, int] = SIZE, num_frames: int = NUM_TICKS, fps: floa
     frames = torch.arange(num_frames * 3 * size[0] * size[1]).reshape(num_frames, 3, *size) // 7 % 256
     encoder = VideoEncoder(frames.to(torch.uint8), frame_rate=fps)
     options = {"format": "mp4", "codec": "libx264", "pixel_format": "yuv420p", **options}
+    # As in `make_video`: the same bytes every time. No frames out of order, so that times can be changed one by one.
+    options["extra_options"] = {"threads": "1", "x264-params": "mbtree=0", "bf": "0"}
     return encoder.to_tensor(**options).numpy().tobytes()
 
 
@@ -401,9 +403,9 @@ def built_videos() -> Iterator[tuple[str, bytes]]:
     )
     yield "picture-65535-claimed", patched(video, b"stsd", 48, struct.pack(">HH", 65535, 65535))
     yield "duration-0", patched(video, b"mdhd", 24, uint32(0))
-    moov = place_of(video, b"moov")
     uneven = box(b"stts", uint32(0, 4, 17, 256, 18, 768, 17, 256, 18, 760))
-    yield "uneven-rate", video[:moov] + rebuilt(video[moov:], {b"stts": uneven})
+    even = encoded()
+    yield "uneven-rate", even[: place_of(even, b"moov")] + rebuilt(even[place_of(even, b"moov") :], {b"stts": uneven})
     yield "zeros-behind", video + bytes(4096)
     yield "free-boxes-behind", video + box(b"free", bytes(100)) * 50
 

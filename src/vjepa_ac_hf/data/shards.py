@@ -225,7 +225,11 @@ def list_shards(
     shards: list[Shard] = []
     loose: dict[str, tuple[Shard, list[_FoundFile]]] = {}
     for name, path in zip(names, paths or names, strict=True):
-        if name.endswith(TAR_SUFFIXES):
+        if not _is_text(name):  # nothing that records what was built could name it
+            reason = "unusable path: expected UTF-8"
+            shards.append(Shard(_printable(PurePosixPath(name).name), _printable(name)))
+            shards[-1].rejected.append(Rejection(None, shards[-1].name, f"{reason}, found {_printable(name)}"))
+        elif name.endswith(TAR_SUFFIXES):
             known = listed_tars.get(name) if listed_tars else None
             shards.append(known or list_tar(name, path, download_config))
         elif name.endswith((VIDEO_SUFFIX, LOG_SUFFIX)):
@@ -257,11 +261,11 @@ def list_tar(source: str, path: str, download_config: DownloadConfig | None = No
                     continue
                 last, num_members = info.name, num_members + 1
                 if info.name.endswith((VIDEO_SUFFIX, LOG_SUFFIX)):
+                    if len(files) == MOST_FILES:
+                        raise tarfile.ReadError(f"expected at most {MOST_FILES} .mp4 and .jsonl files, found more")
                     files.append(_FoundFile(info.name, Member(path, info.offset_data, info.size), _type_fault(info)))
                 else:
                     shard.other_files += 1
-                if len(files) > MOST_FILES:
-                    raise tarfile.ReadError(f"expected at most {MOST_FILES} .mp4 and .jsonl files, found more")
     except _READ_ERRORS as error:
         lost = f"everything after {_printable(last)} (file {num_members})" if num_members else "all of it"
         shard.rejected.append(Rejection(None, shard.name, f"unreadable tar: {_cause(error, path)}; {lost} is lost"))
@@ -309,6 +313,10 @@ def _type_fault(info: tarfile.TarInfo) -> str | None:
         tarfile.FIFOTYPE: "a named pipe",
     }
     return kinds.get(info.type, f"of unknown type {info.type!r}")
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _printable(name: str) -> str:
