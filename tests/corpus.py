@@ -347,7 +347,7 @@ def rejected_videos() -> Iterator[tuple[str, bytes, str]]:
     yield "fps-10", patched(video, b"mdhd", 20, uint32(5120)), "frame rate: expected 20 FPS, found 10"
     yield "60-frames", encoded(num_frames=60), "lengths differ by more than 5%: 60 frames, 70 log lines"
     yield "one-frame", encoded(num_frames=1), "lengths differ by more than 5%: 1 frames|frame rate"
-    yield "matroska", encoded(format="matroska"), OPEN + "expected an mp4 file"
+    yield "avi", encoded(format="avi"), OPEN + "expected an mp4 file"
     audio = AudioEncoder(torch.zeros(1, 16_000), sample_rate=16_000)
     yield "sound-only", audio.to_tensor("mp4").numpy().tobytes(), OPEN
     yield "wave", audio.to_tensor("wav").numpy().tobytes(), OPEN + "expected an mp4 file"
