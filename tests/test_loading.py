@@ -146,7 +146,8 @@ def test_streams_mix_sessions():
     assert in_file_order < 0.1 * ideal and sessions(1).mean() < 0.2 * ideal
     mixed = sessions(1000)
     assert mixed.mean() > 0.85 * ideal  # 32 draws from about 100 row groups meet 28 of them
-    assert mixed.min() > 0.6 * ideal  # at the ends of the epoch too: it has 300 batches
+    assert mixed.min() > 0.65 * ideal
+    assert min(mixed[:10].mean(), mixed[-10:].mean()) > 0.75 * ideal  # 300 batches are an epoch: at its ends as well
 
 
 @pytest.mark.parametrize(
@@ -253,17 +254,17 @@ def test_a_remote_stream_reads_every_row_group_once_and_skips_on_resume(dataset,
     assert all(groups[file, first] == size for file, first, size in http_files.ranges)
 
 
-def test_a_reader_holds_no_more_than_it_needs(dataset, monkeypatch):
+def test_a_reader_holds_no_more_than_it_needs(dataset):
     """Row groups are released after their last row, those that a continued run has partly behind it as well."""
     clips = clips_of(dataset, "stream")
     order = ClipOrder(clips.group_sizes, 2, seed=0, window=8)
     for first_batch in (0, 5):
         batches = GroupReader(clips, order, batches_ahead=1).batches(first_batch)
-        most = 0
-        for _ in range(60):
+        for batch in range(first_batch, first_batch + 60):
             next(batches)
-            most = max(most, len(batches.gi_frame.f_locals["groups"]))
-        assert 1 <= most <= 8
+            held = batches.gi_frame.f_locals["groups"]
+            # 13 batches an epoch; with a batch read ahead, an epoch's last row groups and the next one's first.
+            assert len(held) <= 8 and all(batch // 13 <= epoch <= (batch + 2) // 13 for epoch, _ in held)
 
 
 def test_a_hub_repository_is_streamed_without_a_download(dataset, tmp_path):

@@ -1,0 +1,70 @@
+"""The benchmark of the data side runs, and what it compares is the same work."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_data import make_lines, make_video, to_log, write_shard
+
+from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.data.loading import ClipCollator, load_action_statistics, load_clips
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    specification = importlib.util.spec_from_file_location("benchmark_data", ROOT / "benchmarks" / "data.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_runs_and_compares_the_same_work(benchmark, tmp_path, monkeypatch):
+    lines = make_lines(200, seed=3)
+    for line in lines:  # what only the builder repairs is left out of the comparison
+        line["mouse"] = line["mouse"] or {"dx": 0, "dy": 0, "buttons": [], "newButtons": []}
+        line["keyboard"] = line["keyboard"] or {"keys": []}
+        line["hotbar"] = 0
+    (tmp_path / "shards").mkdir()
+    members = [
+        ("a-1-20260101-000000.mp4", make_video(200, size=(256, 320))),
+        ("a-1-20260101-000000.jsonl", to_log(lines)),
+    ]
+    shard = write_shard(tmp_path / "shards" / "shard-000000.tar", members)
+    arguments = [
+        "--work",
+        tmp_path / "work",
+        "--output",
+        tmp_path / "out.json",
+        "--shards",
+        tmp_path / "shards",
+        "--smoke",
+    ]
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    benchmark.main()
+
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["build"]["1"]["clips"] == 2  # three clips less the one that counts as start
+    assert set(results["loading"]) == {"table", "stream", "usual", "usual_lean"}
+    assert all(figure["clips_per_second"] > 0 for figure in results["loading"].values())
+    assert results["loading"]["usual"]["over_usual"] == 1
+
+    dataset = str(tmp_path / "work" / "clips-1")
+    statistics = load_action_statistics(dataset)
+    processor = VJEPA2ACProcessor(action_statistics=statistics.to_dict())
+    ours = ClipCollator(processor)(list(load_clips(dataset, "train", streaming=True)))
+    usual, lean = (benchmark.UsualDataset([shard], statistics, whole_log=whole) for whole in (True, False))
+    for index, start in enumerate((0, 64, 128)):
+        theirs = usual.__getitem__(0, start)
+        assert all(torch.equal(theirs[name], value) for name, value in lean.__getitem__(0, start).items())
+        np.testing.assert_allclose(theirs["actions"], ours["actions"][index], atol=1e-4)
+        np.testing.assert_allclose(theirs["states"], ours["states"][index], atol=1e-5)
+        assert theirs["pixel_values_videos"].shape == (16, 3, 256, 256)
+        error = (theirs["pixel_values_videos"] - ours["pixel_values_videos"][index]).abs().mean()
+        other = (theirs["pixel_values_videos"] - torch.roll(ours["pixel_values_videos"][index], 1, dims=0)).abs().mean()
+        assert error < 0.15 and error < 0.5 * other  # stored clips are compressed once more
