@@ -39,6 +39,7 @@ from vjepa_ac_hf.data.alignment import (
     lag_correlations,
     picture_shifts,
     sample_windows,
+    yaw_changes,
 )
 from vjepa_ac_hf.data.recording import parse_recording
 from vjepa_ac_hf.data.shards import Member, RecordingEntry, RecordingPair, list_shards, read_pairs
@@ -310,6 +311,31 @@ def test_flag_over(play):
 def test_lag_beyond_the_range_is_not_aligned(play):
     result = check_recording(pair_of(shifted(play["lines"], 9), play["video"]), AlignmentOptions(max_lag=4))
     assert result.verdict in ("undecided", "shifted")
+
+
+def test_yaw_changes_are_circular_and_without_gui():
+    lines = lines_of(np.zeros(8), np.zeros(8))
+    for line, yaw, gui in zip(
+        lines, (178, 179.5, -179, 541, 545, 545, 550, 590), (0, 0, 0, 0, 0, 1, 0, 0), strict=True
+    ):
+        line.update(yaw=float(yaw), isGuiOpen=bool(gui))
+    changes = yaw_changes(parse_recording(to_log(lines), "a.jsonl"))
+    nan = np.nan
+    np.testing.assert_allclose(changes, [1.5, 1.5, 0, 4, nan, nan, nan])  # the last turns 40 degrees in a tick
+
+
+@pytest.mark.parametrize("lag", [-10, 3])
+def test_gui_frames_are_left_out_at_any_lag(lag):
+    """Whatever the picture does while the GUI is shown, it has no part in the correlation."""
+    yaw, pitch = make_angles(TICKS, seed=3)
+    recording = parse_recording(to_log(shifted(lines_of(yaw, pitch), lag)), "a.jsonl")
+    shift = np.diff(yaw)
+    shift[GUI.start - 1 : GUI.stop] = 1000 * (-1.0) ** np.arange(len(GUI) + 1)
+    shift[np.abs(np.diff(yaw)) > 20] = np.nan
+    windows = [(0, TICKS - 1)]
+    found = assess(recording, shift, np.full(TICKS - 1, ""), windows, AlignmentOptions())
+    assert found["estimate"].lag == lag and found["estimate"].correlation == pytest.approx(1)
+    assert found["excluded"]["gui"] == len(GUI) + 1 + 2 * 10
 
 
 @pytest.mark.parametrize("lag", [0, -2])
