@@ -410,7 +410,7 @@ def voxel_pairs():
 def test_full_voxel_recordings(voxel_pairs):
     for pair in voxel_pairs:
         lines = [json.loads(line) for line in pair.log.splitlines()]
-        for lag in (0, 3, -3):
+        for lag in (0, 3):
             result = check_recording(replace(pair, log=to_log(shifted(lines, lag))))
             assert result.estimate.lag == lag and result.verdict == ("shifted" if lag else "aligned"), result
 
