@@ -10,13 +10,12 @@ changes of the log over lags: `lag: 3` says that the video shows things 3 frames
   which nothing can be said;
 - DIR/alignment.html, with DIR/alignment.png: correlation over lags of flagged recordings (extra "report").
 
-A run that was stopped goes on where it was (DIR/results.jsonl). Exit status: 0 when all recordings have a verdict,
+A run that was stopped goes on where it was (DIR/progress.ndjson). Exit status: 0 when all recordings have a verdict,
 whatever it is; with --fail_on_flagged, 2 when any is flagged; 1 when the work could not be done.
 """
 
 import argparse
 import base64
-import glob
 import hashlib
 import html
 import importlib.util
@@ -45,16 +44,8 @@ from vjepa_ac_hf.data.alignment import (
     AlignmentResult,
     check_recording,
 )
-from vjepa_ac_hf.data.shards import (
-    LOG_SUFFIX,
-    TAR_SUFFIXES,
-    VIDEO_SUFFIX,
-    RecordingEntry,
-    Rejection,
-    Shard,
-    list_shards,
-    read_pairs,
-)
+from vjepa_ac_hf.data.planning import find_files
+from vjepa_ac_hf.data.shards import TAR_SUFFIXES, RecordingEntry, Rejection, Shard, list_shards, read_pairs
 from vjepa_ac_hf.records import write_file, write_json
 
 # What a process is given at once. A compressed tar is given whole: every opening reads it from the start.
@@ -83,24 +74,6 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, found {value}")
     return arguments
-
-
-def find_files(patterns: list[str]) -> list[str]:
-    """Files of globs and folders, sorted within each, each once.
-
-    Raises:
-        ValueError: a pattern that matches no recording or shard.
-    """
-    files: dict[str, None] = {}
-    for pattern in patterns:
-        found: list[str] = []
-        for path in sorted(glob.glob(pattern, recursive=True)):
-            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
-            found += [file for file in inside if file.endswith((*TAR_SUFFIXES, VIDEO_SUFFIX, LOG_SUFFIX))]
-        if not found:
-            raise ValueError(f"--shards {pattern}: no .tar, .mp4 or .jsonl file found")
-        files.update(dict.fromkeys(found))
-    return list(files)
 
 
 # ---------------------------------------------------------------------------------------------------- checking
@@ -184,7 +157,7 @@ def run_tasks(tasks: list[Shard], options: AlignmentOptions, num_proc: int) -> I
 
 def check_all(shards: list[Shard], options: AlignmentOptions, output: Path, num_proc: int) -> tuple[list[dict], int]:
     """Results of all recordings in the order of the shards, and how many were there before."""
-    journal = output / "results.jsonl"
+    journal = output / "progress.ndjson"
     before = read_finished(journal)
     entries = [entry for shard in shards for entry in shard.entries]
     code = Path(alignment.__file__).read_text()
@@ -247,17 +220,18 @@ def summary_table(results: list[dict]) -> str:
 
 
 def curves_png(results: list[dict], max_lag: int) -> bytes:
-    """Correlation over lags, a panel per recording; whole recording in black, windows in colour."""
+    """Correlation over lags, a panel per recording; whole recording in black, windows with enough pairs in colour."""
     from vjepa_ac_hf.evaluation.plots import new_figure
 
-    columns = 4
+    columns = min(4, len(results))
     rows = -(-len(results) // columns)
-    figure = new_figure(3.4 * columns, 2.5 * rows)
+    figure = new_figure(3.4 * columns + 0.4, 2.5 * rows + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     lags = range(-max_lag, max_lag + 1)
     for axes, result in zip(panels, results, strict=False):
         for window in result["windows"]:
-            draw_curve(axes, lags, window["correlations"], linewidth=1, alpha=0.6)
+            if window["pairs"] >= alignment.MIN_PAIRS:
+                draw_curve(axes, lags, window["correlations"], linewidth=1, alpha=0.6)
         draw_curve(axes, lags, result["correlations"], color="black", linewidth=1.6)
         axes.axvline(0, color="grey", linewidth=0.6)
         axes.set_title(f"{result['recording'][-34:]}\n{result['verdict']}, best lag {result['best_lag']}", fontsize=7)
@@ -314,7 +288,7 @@ img {{ max-width: 100%; }}</style>
 
 def run(arguments: argparse.Namespace) -> int:
     options = AlignmentOptions(**{option.name: getattr(arguments, option.name) for option in fields(AlignmentOptions)})
-    shards = list_shards(find_files(arguments.shards))
+    shards = list_shards(find_files(arguments.shards, arguments.output))
     refused = [
         AlignmentResult(rejection.recording, rejection.shard, None, "rejected", rejection.reason).to_dict()
         for shard in shards

@@ -589,7 +589,7 @@ def test_killed_run_goes_on(shards, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, str(PROGRAM), "--shards", str(shards), "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = output / "results.jsonl"
+    journal = output / "progress.ndjson"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
