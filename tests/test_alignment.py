@@ -30,7 +30,6 @@ from vjepa_ac_hf.data.alignment import (
     PICTURE_WIDTH,
     AlignmentOptions,
     LagEstimate,
-    SmallVideo,
     assess,
     check_recording,
     decode_shifts,
@@ -43,6 +42,7 @@ from vjepa_ac_hf.data.alignment import (
 )
 from vjepa_ac_hf.data.recording import parse_recording
 from vjepa_ac_hf.data.shards import Member, RecordingEntry, RecordingPair, list_shards, read_pairs
+from vjepa_ac_hf.data.video import VideoReader
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "dataset_scripts" / "check_alignment.py"
@@ -376,8 +376,9 @@ def test_nothing_to_see_is_undecided(play):
 
 def test_rejected_with_the_reason(play):
     for lines, video, reason in (
-        (play["lines"], play["video"][:3000], r"0000.mp4: cannot open the video"),
-        (play["lines"], b"", r"cannot open the video"),
+        (play["lines"], play["video"][:3000], r"0000.mp4: "),
+        (play["lines"], b"#EXTM3U\n/etc/hostname\n" * 20, r"0000.mp4: cannot open the video"),
+        (play["lines"], b"", r"empty video file"),
         (play["lines"][:400], play["video"], r"480 frames, 400 log lines"),
         (b'{"yaw": 1}\n', play["video"], r"0000.jsonl: line 1: .*missing required field"),
     ):
@@ -422,7 +423,7 @@ def test_voxel_recordings_at_all_lags(voxel_pairs):
     videos, logs = {}, {}
     for pair in voxel_pairs:
         name = pair.entry.recording_id
-        video = SmallVideo(pair.video, name)
+        video = VideoReader(pair.video, name)
         videos[name] = decode_shifts(video, [(0, video.num_frames - 1)], video.num_frames - 1)
         logs[name] = [json.loads(line) for line in pair.log.splitlines()]
     for name, (shift, cause) in videos.items():

@@ -2,8 +2,6 @@
 
 When the view turns, the picture moves sideways: its shift from frame v to v + 1 must follow the yaw change that the log
 has for the same tick. The lag at which it follows best tells whether line t of the log belongs to frame t.
-
-torchcodec is imported where it is used: it loads FFmpeg's shared libraries, and the package must import without.
 """
 
 import time
@@ -16,7 +14,7 @@ import torch
 
 from .recording import Recording, RecordingError, parse_recording
 from .shards import RecordingPair
-from .video import VideoError
+from .video import VideoError, VideoReader
 
 VERDICTS = ("aligned", "shifted", "drifting", "mirrored", "undecided", "rejected")
 FLAGGED_VERDICTS = ("shifted", "drifting", "mirrored")
@@ -49,7 +47,8 @@ NUM_RESAMPLES = 1000
 # What a lag must have to count: see docs/LOG.md for how often the verdict is then wrong.
 MIN_PAIRS, MIN_TURNING_PAIRS, TURNING_DEGREES = 60, 20, 0.5
 MIN_SUPPORT, MIN_CORRELATION = 0.95, 0.3
-_FRAMES_AT_ONCE = 64
+# Pictures compared at once; frames decoded at once, which lie in memory in full size.
+_FRAMES_AT_ONCE, _FRAMES_DECODED = 64, 16
 _LENGTH_TOLERANCE = 0.05
 
 
@@ -215,46 +214,20 @@ def _phase_correlation(tiles: torch.Tensor) -> torch.Tensor:
     return -((column + width // 2) % width - width // 2 + fraction.clamp(-0.5, 0.5))
 
 
-class SmallVideo:
-    """A video decoded to grey pictures of `PICTURE_HEIGHT` x `PICTURE_WIDTH`.
+def grey_pictures(video: VideoReader, start: int, end: int) -> torch.Tensor:
+    """Frames start .. end - 1 as uint8 (end - start, `PICTURE_HEIGHT`, `PICTURE_WIDTH`).
 
-    Args:
-        source: a path, or the file's bytes.
-        name: what messages call the video.
+    The green channel, which is most of the brightness, by means over areas.
 
     Raises:
-        VideoError: a file that cannot be opened.
+        VideoError: a frame that does not exist or cannot be decoded.
     """
-
-    def __init__(self, source: bytes | str, name: str) -> None:
-        from torchcodec.decoders import VideoDecoder
-        from torchcodec.transforms import Resize
-
-        self.name = name
-        try:
-            resize = Resize((PICTURE_HEIGHT, PICTURE_WIDTH))
-            self._decoder = VideoDecoder(source, seek_mode="exact", transforms=[resize])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise VideoError(f"{name}: cannot open the video: {_first_line(error)}") from error
-        self.num_frames = self._decoder.metadata.num_frames or 0
-
-    def grey(self, start: int, end: int) -> torch.Tensor:
-        """Frames start .. end - 1 as uint8 (end - start, H, W): the green channel, most of the brightness.
-
-        Raises:
-            VideoError: a frame that does not exist or cannot be decoded.
-        """
-        try:
-            return self._decoder.get_frames_in_range(start, end).data[:, 1]
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise VideoError(
-                f"{self.name}: cannot decode: frames {start} to {end - 1} of {self.num_frames}: {_first_line(error)}"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    # torchcodec prefixes its messages with source files of its own build.
-    return str(error).splitlines()[0].rsplit(".cpp:", 1)[-1].strip() if str(error) else type(error).__name__
+    pictures = []
+    for first in range(start, end, _FRAMES_DECODED):
+        green = video.frames(range(first, min(first + _FRAMES_DECODED, end)))[:, 1:2]
+        small = torch.nn.functional.interpolate(green.float(), (PICTURE_HEIGHT, PICTURE_WIDTH), mode="area")
+        pictures.append(small[:, 0].round().to(torch.uint8))
+    return torch.cat(pictures)
 
 
 # ------------------------------------------------------------------------------------------------------- lag
@@ -417,7 +390,7 @@ def check_recording(pair: RecordingPair, options: AlignmentOptions | None = None
 def _check(pair: RecordingPair, options: AlignmentOptions) -> dict[str, Any]:
     name = pair.entry.recording_id
     recording = parse_recording(pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version)
-    video = SmallVideo(pair.video, f"{name}.mp4")
+    video = VideoReader(pair.video, f"{name}.mp4")
     lines, frames = recording.num_ticks, video.num_frames
     if abs(lines - frames) > _LENGTH_TOLERANCE * max(lines, frames):
         raise VideoError(
@@ -432,7 +405,7 @@ def _check(pair: RecordingPair, options: AlignmentOptions) -> dict[str, Any]:
 
 
 def decode_shifts(
-    video: "SmallVideo", windows: Sequence[tuple[int, int]], num_pairs: int
+    video: VideoReader, windows: Sequence[tuple[int, int]], num_pairs: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`picture_shifts` of the frame pairs in `windows`: shift float64 and cause str (num_pairs,); others are "unread".
 
@@ -443,7 +416,7 @@ def decode_shifts(
     for start, end in windows:
         for first in range(start, end, _FRAMES_AT_ONCE):
             last = min(first + _FRAMES_AT_ONCE, end)
-            shift[first:last], cause[first:last] = picture_shifts(video.grey(first, last + 1))
+            shift[first:last], cause[first:last] = picture_shifts(grey_pictures(video, first, last + 1))
     return shift, cause
 
 
