@@ -176,7 +176,7 @@ def run_tasks(plan: Plan, waiting: list[Task], arguments: argparse.Namespace) ->
         begun = total - sum(task.num_recordings for task in waiting)
         with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar:
             failures = run_local(waiting, output, plan.key, arguments.num_proc, bar)
-        check_finished(list(failures), plan, failures)
+        check_finished([task.name for task in unfinished(plan.tasks, output)], plan, failures)
         return
     from vjepa_ac_hf.data import cluster
 

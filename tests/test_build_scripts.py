@@ -4,6 +4,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from helpers_build import assert_same_files, contents, fork_build, status_of
 from helpers_data import name_of, oracle_actions, write_recording
 from test_vpt_tubelets import assert_same_rows
 
@@ -24,15 +27,10 @@ from vjepa_ac_hf import ActionStatistics
 SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
 
 
-def start(script, *arguments):
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def run_process(script, *arguments):
-    process = start(script, *arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return process.returncode, process.stdout, process.stderr
 
 
 def run(script, *arguments):
@@ -63,7 +61,7 @@ def packed(tmp_path_factory):
         name = name_of(session, segment)
         lines[name] = write_recording(folder / "in/6.8", name, 50 if (session, segment) == ("s3", 1) else 130, index)
     (folder / "in/6.8/lonely.mp4").write_bytes(b"x")
-    code, out, err = run_process(
+    code, out, err = run(
         "pack_shards.py", "--input", folder / "in", "--output", folder / "out", "--recordings_per_shard", 2
     )
     assert code == 0, err
@@ -76,7 +74,7 @@ def built(packed):
     folder, _ = packed
     output = folder / "built"
     options = ("--resolution", 32, "--num_proc", 2, "--validation_sessions", "silly-s1")
-    result = run_process("build_vpt_tubelets.py", "--shards", folder / "out/*.tar", "--output", output, *options)
+    result = run("build_vpt_tubelets.py", "--shards", folder / "out/*.tar", "--output", output, *options)
     assert result[0] == 0, result[2]
     return output
 
@@ -161,32 +159,19 @@ def test_results_beside_the_data(packed, built):
 def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):
     folder, _ = packed
     output = tmp_path / "built"
-    options = (
-        "--shards",
-        folder / "out/*.tar",
-        "--output",
-        output,
-        "--resolution",
-        32,
-        "--validation_sessions",
-        "silly-s1",
-    )
-    process = start("build_vpt_tubelets.py", *options)
-    deadline = time.monotonic() + 90
-    while not list(output.glob(".build/*.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    finished = {marker: marker.stat().st_mtime_ns for marker in output.glob(".build/*.json")}
+    options = ("--shards", folder / "out/*.tar", "--output", output, "--resolution", 32)
+    options += ("--validation_sessions", "silly-s1")
+    process = fork_build(options)
+    while not list(output.glob(".build/task-*.json")):
+        time.sleep(0.0005)
+    os.kill(process, signal.SIGINT)
+    assert status_of(process) == 130
+    finished = {marker: marker.stat().st_mtime_ns for marker in output.glob(".build/task-*.json")}
     (output / ".build/train-left-over.parquet.tmp").write_bytes(b"x")
     code, out, err = run("build_vpt_tubelets.py", *options)
     assert code == 0 and f"{len(finished)} of 3 shards were finished before" in out, err
     assert all(marker.stat().st_mtime_ns == written for marker, written in finished.items())
-    assert not list(output.glob(".build/*.tmp"))
-    for file in sorted(built.rglob("*")):
-        if file.is_file():
-            assert file.read_bytes() == (output / file.relative_to(built)).read_bytes(), file.name
+    assert_same_files(output, contents(built))
 
 
 def test_other_options_or_shards_build_again_and_leave_nothing_of_before(packed, tmp_path):
@@ -227,6 +212,80 @@ def test_failures_exit_1_with_a_message(packed, tmp_path, options, message):
     code, _, err = build(packed[0] / "out/*.tar", tmp_path / "built", *options)
     assert code == 1 and message in err.splitlines()[-1], err
     assert "Traceback" not in err
+
+
+def test_output_must_be_a_folder_of_its_own(packed, tmp_path):
+    shards, output = packed[0] / "out", tmp_path / "built"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    code, _, err = build(shards / "*.tar", output)
+    assert code == 1 and "holds 'thesis.tex' (1 entries) and no .build folder" in err.splitlines()[-1]
+    assert os.listdir(output) == ["thesis.tex"]
+    code, _, err = build(shards / "*.tar", output / "thesis.tex")
+    assert code == 1 and "thesis.tex is a file, expected a folder" in err
+    code, _, err = build(shards, shards)
+    assert code == 1 and f"holds what is to be built from, such as {shards}/shard-000000.tar" in err
+    assert build(shards, shards / "built")[0] == 0  # below the shards is no harm, and no input of the next run
+    assert "3 of 3 shards were finished before" in build(shards, shards / "built")[1]
+    shutil.rmtree(shards / "built")
+
+
+def test_changed_files_are_built_again(packed, tmp_path):
+    """A recording that is replaced by another of the same name and size, and shards written anew."""
+    folder, output = tmp_path / "in", tmp_path / "built"
+    for segment in range(2):
+        write_recording(folder, name_of("s0", segment), 130, segment)
+    assert build(folder, output)[0] == 0
+    before = json.loads((output / "action_stats.json").read_text())
+    assert "1 of 1 shards were finished before" in build(folder, output)[1]
+    log = folder / f"{name_of('s0')}.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[8:16], *lines[:8], *lines[16:]]))
+    assert "0 of 1 shards were finished before" in build(folder, output)[1]
+    assert json.loads((output / "action_stats.json").read_text()) != before
+
+
+def test_finish_refuses_an_unfinished_build_by_name_and_number(packed, tmp_path):
+    output = tmp_path / "built"
+    finish = ("build_vpt_tubelets.py", "--output", output, "--finish")
+    code, _, err = run(*finish)
+    assert code == 1 and "holds no build: expected .build/plan.ndjson" in err
+    assert build(packed[0] / "out/*.tar", output)[0] == 0
+    expected = contents(output)
+    removed = sorted(output.glob(".build/task-*.json"))[1]
+    marker = removed.read_bytes()
+    removed.unlink()
+    code, _, err = run(*finish)
+    assert code == 1 and "error: 1 of 3 shards are not built: shard-000001.tar; what is finished stays" in err
+    removed.write_bytes(marker)
+    (output / "README.md").unlink()
+    assert run(*finish)[0] == 0
+    assert_same_files(output, expected)
+
+
+def test_dry_run_says_what_the_build_then_does(packed, tmp_path):
+    output, options = tmp_path / "built", ("--validation_sessions", "silly-s1")
+    code, out, err = build(packed[0] / "out/*.tar", output, *options, "--dry_run", "--dry_run_sample", 6)
+    assert code == 0 and "3 tasks, 0 finished; 6 recordings" in out and "nothing is built" in out, err
+    assert not (output / "data").exists() and not (output / ".build/plan.ndjson").exists()
+    plan = json.loads((output / "plan.json").read_text())
+    assert build(packed[0] / "out/*.tar", output, *options)[0] == 0
+    report = json.loads((output / "report.json").read_text())
+    files = list((output / "data").glob("*.parquet"))
+    # With all recordings in the sample the estimate is the truth.
+    assert plan["tasks"] == {"total": 3, "finished": 0} and plan["recordings"] == report["recordings"]
+    assert plan["estimate"]["clips"] == report["clips"] and plan["estimate"]["rejected_in_sample"] == 1
+    ticks = sum(recording["ticks"] for recording in report["per_recording"])
+    assert plan["estimate"]["hours_of_play"] == pytest.approx(ticks / 20 / 3600)
+    videos = [row["bytes"] for file in files for row in pq.read_table(file)["video"].to_pylist()]
+    assert plan["estimate"]["output_bytes"] == sum(map(len, videos)) + len(videos) * (7 * 38 + 8 * 2) * 4
+    assert plan["splits"] == {
+        "train": {"sessions": 3, "recordings": 5},
+        "validation": {"sessions": 1, "recordings": 1},
+    }
+    code, out, _ = build(packed[0] / "out/*.tar", output, *options, "--dry_run", "--dry_run_sample", 0)
+    assert code == 0 and "3 tasks, 3 finished" in out
+    assert json.loads((output / "plan.json").read_text())["estimate"] is None
 
 
 def test_no_shards_and_unknown_executor(tmp_path):

@@ -40,7 +40,7 @@ def run_local(tasks: Iterable[Task], output: Path, plan_key: str, num_proc: int,
         bar: counts recordings; shows clips.
 
     Returns:
-        Why tasks are not built, by the name of their shard.
+        Why tasks have failed, by the name of their shard.
     """
     waiting, clips = deque(tasks), 0
 
@@ -52,8 +52,7 @@ def run_local(tasks: Iterable[Task], output: Path, plan_key: str, num_proc: int,
 
     num_proc = min(num_proc, len(waiting))
     run = _run_here if num_proc <= 1 else _run_workers
-    failures = run(waiting, output, plan_key, num_proc, progress)
-    return failures | {task.name: "not begun" for task in waiting}
+    return run(waiting, output, plan_key, num_proc, progress)
 
 
 def _run_here(waiting: deque[Task], output: Path, plan_key: str, num_proc: int, progress: Progress) -> dict[str, str]:

@@ -65,7 +65,9 @@ def check_finished(missing: Sequence[str], plan: Plan, reasons: dict[str, str] |
     """
     if not missing:
         return
-    shown = [f"{name} ({reasons[name]})" if reasons and name in reasons else name for name in missing[:_NAMES_SHOWN]]
+    known = reasons or {}
+    names = sorted(missing, key=lambda name: name not in known)[:_NAMES_SHOWN]
+    shown = [f"{name} ({known[name]})" if name in known else name for name in names]
     more = f" and {len(missing) - len(shown)} more" if len(missing) > len(shown) else ""
     raise BuildError(
         f"{len(missing)} of {len(plan.tasks)} shards are not built: {', '.join(shown)}{more}; what is finished stays, "

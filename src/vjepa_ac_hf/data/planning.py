@@ -136,6 +136,9 @@ def make_plan(
     report = listing_report(shards)
     shards, skipped = select_recordings(shards, selection)
     report.skip(skipped)
+    # As a process that reads the plan sees them: 20 frames per second and 20.0 are one.
+    options = msgspec.json.decode(msgspec.json.encode(options), type=BuildOptions)
+    selection = msgspec.json.decode(msgspec.json.encode(selection), type=Selection)
     sessions = [entry.session_id for shard in shards for entry in shard.entries]
     validation = validation_set(sessions, validation_fraction, validation_sessions)
     tasks = plan_tasks(shards, stamps, validation, options)

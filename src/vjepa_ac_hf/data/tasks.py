@@ -2,7 +2,7 @@
 
 A task ends with its marker in DIR/.build, written last and renamed into place: what has a marker is finished, anything
 else is built again, to the same bytes. So tasks may be killed, repeated and even run twice at once. The plan of all
-tasks lies in DIR/.build/plan.jsonl, where the processes of a cluster find theirs.
+tasks lies in DIR/.build/plan.ndjson, where the processes of a cluster find theirs.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .vpt_tubelets import code_hash
 logger = logging.getLogger(__name__)
 
 BUILD_FOLDER = ".build"
-_PLAN_FILE = "plan.jsonl"
+_PLAN_FILE = "plan.ndjson"
 # Files that only a finished data set has.
 RESULT_FILES = ("README.md", "report.json", "action_stats.json")
 
