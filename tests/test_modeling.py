@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, VJEPA2Config, VJEPA2Model
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
-from vjepa_ac_hf.modeling_vjepa2_ac import frame_causal_attention
+from vjepa_ac_hf.modeling_vjepa2_ac import sdpa_frame_causal_attention
 
 B, T, N, D, A, S = 2, 8, 4, 48, 13, 2
 
@@ -126,7 +126,7 @@ def test_frame_causal_attention_equals_a_dense_mask(past, new, per_step):
     allowed = step_of[total - length :, None] >= step_of[None, :]
     scores = (q @ k.transpose(-1, -2)) * 8**-0.5
     expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
-    torch.testing.assert_close(frame_causal_attention(q, k, v, per_step), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sdpa_frame_causal_attention(q, k, v, per_step), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_tensor_of_the_clips_tokens_squared_is_made():

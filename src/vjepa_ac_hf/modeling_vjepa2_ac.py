@@ -7,14 +7,17 @@ transformers and its siblings only.
 """
 
 import copy
+import functools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, VJEPA2Config, VJEPA2Model
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import Cache, DynamicCache, PreTrainedModel, VJEPA2Config, VJEPA2Model
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Encoder
@@ -23,6 +26,7 @@ from transformers.utils import ModelOutput
 from .configuration_vjepa2_ac import VJEPA2ACConfig
 
 KeyValues = tuple[Tensor, Tensor]
+Past = Cache | Sequence[KeyValues]
 CONDITIONING_TOKENS = 2  # the action token and the state token in front of every step's frame tokens
 
 
@@ -60,20 +64,22 @@ class VJEPA2ACRotaryEmbedding(nn.Module):
         super().__init__()
         self.grid_size = config.grid_size
         self.head_dim = config.pred_hidden_size // config.pred_num_attention_heads
-        self._tables: dict[torch.device, KeyValues] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], KeyValues] = {}
 
-    def forward(self, first_step: int, num_steps: int, device: torch.device) -> KeyValues:
-        """Tables `(L, head_dim)` in float32 for the steps from `first_step` on, made once a device."""
+    def forward(self, first_step: int, num_steps: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
+        """Tables `(L, head_dim)` for the steps from `first_step` on; angles in float32, made once a device and type."""
         tokens_per_step = self.grid_size**2 + CONDITIONING_TOKENS
         last = (first_step + num_steps) * tokens_per_step
-        tables = self._tables.get(device)
+        tables = self._tables.get((device, dtype))
         if tables is None or len(tables[0]) < last:
-            # Made under inference mode they could not be used in training later.
-            with torch.inference_mode(False), torch.no_grad():
-                tables = self._tables[device] = self._build(first_step + num_steps, device)
+            tables = self._build(first_step + num_steps, device, dtype)
+            # What is made while tracing belongs to the graph, and what is made under inference mode cannot be used in
+            # training later: neither is kept.
+            if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+                self._tables[device, dtype] = tables
         return tables[0][first_step * tokens_per_step : last], tables[1][first_step * tokens_per_step : last]
 
-    def _build(self, num_steps: int, device: torch.device) -> KeyValues:
+    def _build(self, num_steps: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
         axis_dim = 2 * ((self.head_dim // 3) // 2)
         half = torch.arange(axis_dim // 2, dtype=torch.float32, device=device)
         frequencies = (10000.0 ** -(half / (axis_dim / 2))).repeat(2)
@@ -88,23 +94,22 @@ class VJEPA2ACRotaryEmbedding(nn.Module):
         )  # (L, 3)
         angles = (positions[:, :, None] * frequencies).flatten(1)
         angles = F.pad(angles, (0, self.head_dim - angles.shape[1]))
-        return angles.cos(), angles.sin()
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x_BHLd: Tensor, cos_Ld: Tensor, sin_Ld: Tensor) -> Tensor:
-    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension; angles in float32, result in the input's type."""
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by tables of the same type."""
     even, odd = x_BHLd.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x_BHLd * cos_Ld.to(x_BHLd.dtype) + turned * sin_Ld.to(x_BHLd.dtype)
+    return x_BHLd * cos_Ld + turned * sin_Ld
 
 
-def frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, tokens_per_step: int) -> Tensor:
-    """Attention in which the tokens of a step see all tokens of that step and of every earlier one.
+# Attention in which the tokens of a step see all tokens of that step and of every earlier one, in three ways that give
+# the same numbers. Queries (B, H, L, head_dim) are those of the last L / tokens_per_step steps of keys and values.
 
-    The queries are those of the last `L_q / tokens_per_step` steps of the keys. One unmasked attention a step: it
-    equals a block-triangular mask, computes only the blocks that count (half of them in a long clip) and stores no
-    mask over the clip.
-    """
+
+def sdpa_frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, tokens_per_step: int) -> Tensor:
+    """One unmasked fused attention a step: computes the blocks that count (half of a long clip's), stores no mask."""
     past = k_BHLd.shape[2] - q_BHLd.shape[2]
     steps = []
     for start in range(0, q_BHLd.shape[2], tokens_per_step):
@@ -118,25 +123,150 @@ def frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, token
     return steps[0] if len(steps) == 1 else torch.cat(steps, dim=2)
 
 
+def eager_frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, tokens_per_step: int) -> Tensor:
+    """The definition, with a dense mask and all scores in memory: to check the others against."""
+    length, total = q_BHLd.shape[2], k_BHLd.shape[2]
+    step = torch.arange(total, device=q_BHLd.device) // tokens_per_step
+    allowed = step[total - length :, None] >= step
+    scores = (q_BHLd @ k_BHLd.transpose(-1, -2)) * q_BHLd.shape[-1] ** -0.5
+    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v_BHLd.dtype) @ v_BHLd
+
+
+def flex_frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, tokens_per_step: int) -> Tensor:
+    """FlexAttention over a block mask: one kernel for all steps, compiled on first use."""
+    if q_BHLd.shape[2] == tokens_per_step:  # one step sees everything: nothing to mask
+        return F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, dropout_p=0.0)
+    if q_BHLd.device.type == "cpu" and torch.is_grad_enabled() and q_BHLd.requires_grad:
+        raise ValueError(
+            "attn_implementation 'flex_attention' has no gradients on a CPU; use 'sdpa', which has the same result"
+        )
+    mask = frame_causal_block_mask(q_BHLd.shape[2], k_BHLd.shape[2], tokens_per_step, q_BHLd.device)
+    kernel = uncompiled_flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    return kernel(q_BHLd, k_BHLd, v_BHLd, block_mask=mask)
+
+
+uncompiled_flex_attention: Callable = flex_attention
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=32)
+def frame_causal_block_mask(length: int, total: int, tokens_per_step: int, device: torch.device) -> BlockMask:
+    """Which blocks of 128 queries and keys are seen wholly or in part: from the steps alone, without a dense mask."""
+    block = 128
+    past = total - length
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query + past) // tokens_per_step >= key // tokens_per_step
+
+    first_query = torch.arange(0, length, block, device=device)
+    last_query = (first_query + block - 1).clamp(max=length - 1)
+    first_key = torch.arange(0, total, block, device=device)
+    last_key = (first_key + block - 1).clamp(max=total - 1)
+    seen_by_all = ((first_query + past) // tokens_per_step)[:, None] >= last_key // tokens_per_step
+    seen_by_some = ((last_query + past) // tokens_per_step)[:, None] >= first_key // tokens_per_step
+    blocks: list[Tensor] = []
+    for chosen in (seen_by_some & ~seen_by_all, seen_by_all):
+        count = chosen.sum(dim=1, dtype=torch.int32)
+        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+        blocks += [count[None, None], order[None, None]]
+    partial_count, partial_order, full_count, full_order = blocks
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial_order,
+        full_count,
+        full_order,
+        BLOCK_SIZE=block,
+        mask_mod=seen,
+        seq_lengths=(length, total),
+    )
+
+
+FRAME_CAUSAL_ATTENTION = {
+    "sdpa": sdpa_frame_causal_attention,
+    "flex_attention": flex_frame_causal_attention,
+    "eager": eager_frame_causal_attention,
+}
+
+
+def shared_context_attention(q_BHLd: Tensor, shared: KeyValues, own: KeyValues) -> Tensor:
+    """Attention of many candidates over a context they share and over keys and values of their own, all of them seen.
+
+    The context is attended to once for all candidates, their queries laid end to end, so that its keys and values are
+    never copied; both parts are joined by the logarithms of their normalisers. Where no kernel gives these, or
+    gradients are needed, the context is expanded and joined to the candidates' own keys and values.
+
+    Args:
+        q_BHLd: `(contexts * candidates, H, K, head_dim)`.
+        shared: keys and values `(contexts, H, P, head_dim)`.
+        own: keys and values `(contexts * candidates, H, O, head_dim)`.
+    """
+    contexts = len(shared[0])
+    candidates, length = len(q_BHLd) // contexts, q_BHLd.shape[2]
+    attention = None if torch.is_grad_enabled() and q_BHLd.requires_grad else attention_with_normaliser(q_BHLd)
+    if attention is None:
+        keys, values = (
+            torch.cat([c.repeat_interleave(candidates, dim=0), o], dim=2) for c, o in zip(shared, own, strict=True)
+        )
+        return F.scaled_dot_product_attention(q_BHLd, keys, values, dropout_p=0.0)
+    folded = q_BHLd.unflatten(0, (contexts, candidates)).transpose(1, 2).flatten(2, 3)
+    parts = [attention(folded, *shared), attention(q_BHLd, *own)]
+    out, normaliser = (part.unflatten(2, (candidates, length)).transpose(1, 2).flatten(0, 1) for part in parts[0])
+    weight = torch.sigmoid(normaliser - parts[1][1]).unsqueeze(-1)
+    return torch.lerp(parts[1][0].float(), out.float(), weight.float()).to(q_BHLd.dtype)
+
+
+def attention_with_normaliser(q_BHLd: Tensor) -> Callable[[Tensor, Tensor, Tensor], KeyValues] | None:
+    """Fused attention that also gives log(sum(exp(scores))) `(B, H, L)` of every query, or None where there is none.
+
+    These are the kernels behind `scaled_dot_product_attention`, whose public form keeps the normalisers to itself.
+    """
+    ops = torch.ops.aten
+    kind = (q_BHLd.device.type, q_BHLd.dtype)
+    if kind[0] == "cpu" and kind[1] in (torch.float32, torch.float64, torch.bfloat16):
+        return lambda q, k, v: ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+    if kind[0] == "cuda" and kind[1] in (torch.float16, torch.bfloat16) and q_BHLd.shape[-1] % 8 == 0:
+        return lambda q, k, v: ops._scaled_dot_product_flash_attention(q, k, v)[:2]
+    if kind == ("cuda", torch.float32):
+
+        def efficient(q: Tensor, k: Tensor, v: Tensor) -> KeyValues:
+            out, normaliser = ops._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+            return out, normaliser[..., : q.shape[2]]  # padded by the kernel
+
+        return efficient
+    return None
+
+
 class VJEPA2ACAttention(nn.Module):
     """Frame-causal self-attention with rotary embeddings, over new tokens and the keys and values of past steps."""
 
-    def __init__(self, config: VJEPA2ACConfig):
+    def __init__(self, config: VJEPA2ACConfig, layer_index: int):
         super().__init__()
+        self.config = config
+        self.layer_index = layer_index
         self.num_heads = config.pred_num_attention_heads
         self.tokens_per_step = config.grid_size**2 + CONDITIONING_TOKENS
         self.qkv = nn.Linear(config.pred_hidden_size, 3 * config.pred_hidden_size)
         self.proj = nn.Linear(config.pred_hidden_size, config.pred_hidden_size)
 
     def forward(
-        self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: KeyValues | None
+        self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: Cache | KeyValues | None, shared: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
-        q_BHLd, k_BHLd, v_BHLd = self.qkv(x_BLE).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q_BHLd, k_BHLd = rotate(q_BHLd, cos_Ld, sin_Ld), rotate(k_BHLd, cos_Ld, sin_Ld)
-        if past is not None:
+        qkv = self.qkv(x_BLE).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (q_BHLd, k_BHLd), v_BHLd = rotate(qkv[:2], cos_Ld, sin_Ld), qkv[2]
+        if isinstance(past, Cache):
+            k_BHLd, v_BHLd = past.update(k_BHLd, v_BHLd, self.layer_index)
+        elif past is not None:
             k_BHLd = torch.cat([past[0], k_BHLd], dim=2)
             v_BHLd = torch.cat([past[1], v_BHLd], dim=2)
-        out_BHLd = frame_causal_attention(q_BHLd, k_BHLd, v_BHLd, self.tokens_per_step)
+        if shared is not None:
+            out_BHLd = shared_context_attention(q_BHLd, shared, (k_BHLd, v_BHLd))
+        else:
+            attention = FRAME_CAUSAL_ATTENTION[self.config._attn_implementation or "sdpa"]
+            out_BHLd = attention(q_BHLd, k_BHLd, v_BHLd, self.tokens_per_step)
         return self.proj(out_BHLd.transpose(1, 2).flatten(2)), (k_BHLd, v_BHLd)
 
 
@@ -157,17 +287,17 @@ class VJEPA2ACLayer(GradientCheckpointingLayer):
     def __init__(self, config: VJEPA2ACConfig, layer_index: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.pred_hidden_size, eps=config.layer_norm_eps)
-        self.attention = VJEPA2ACAttention(config)
+        self.attention = VJEPA2ACAttention(config, layer_index)
         self.norm2 = nn.LayerNorm(config.pred_hidden_size, eps=config.layer_norm_eps)
         self.mlp = VJEPA2ACMLP(config)
         # Read where weights are initialised, at the leaves: transformers skips containers of custom models there.
         for projection in (self.attention.proj, self.mlp.fc2):
-            projection.init_divisor = (2 * layer_index) ** 0.5
+            projection.init_divisor = (2 * (layer_index + 1)) ** 0.5
 
     def forward(
-        self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: KeyValues | None
+        self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: Cache | KeyValues | None, shared: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
-        attended_BLE, present = self.attention(self.norm1(x_BLE), cos_Ld, sin_Ld, past)
+        attended_BLE, present = self.attention(self.norm1(x_BLE), cos_Ld, sin_Ld, past, shared)
         x_BLE = x_BLE + attended_BLE
         return x_BLE + self.mlp(self.norm2(x_BLE)), present
 
@@ -206,7 +336,7 @@ class VJEPA2ACPredictor(nn.Module):
         self.action_embed = nn.Linear(config.action_dim, width)
         self.state_embed = nn.Linear(config.state_dim, width)
         self.rotary = VJEPA2ACRotaryEmbedding(config)
-        self.layers = nn.ModuleList([VJEPA2ACLayer(config, i + 1) for i in range(config.pred_num_hidden_layers)])
+        self.layers = nn.ModuleList([VJEPA2ACLayer(config, i) for i in range(config.pred_num_hidden_layers)])
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, feature_dim)
 
@@ -215,31 +345,41 @@ class VJEPA2ACPredictor(nn.Module):
         features: Tensor,
         actions: Tensor,
         states: Tensor,
-        past_key_values: list[KeyValues] | None = None,
+        past_key_values: Past | None = None,
         first_step: int = 0,
+        shared_context: Sequence[KeyValues] | None = None,
     ) -> tuple[Tensor, list[KeyValues]]:
         """
         Args:
             features: `(B, T, N, D)` of steps `first_step .. first_step + T - 1`.
             actions: `(B, T, A)`, action t leads from step t to t+1.
             states: `(B, T, S)`.
-            past_key_values: keys and values `(B, H, first_step * K, head_dim)` of the earlier steps, one pair a layer.
-            first_step: how many steps `past_key_values` hold.
+            past_key_values: keys and values `(B, H, steps * K, head_dim)` of the earlier steps: one pair a layer, or a
+                `transformers.Cache`, which the new ones are added to.
+            first_step: how many steps `past_key_values` and `shared_context` hold.
+            shared_context: keys and values `(contexts, H, steps * K, head_dim)` of a context that comes before
+                `past_key_values`, one pair a layer; B is a multiple of `contexts`. With it, T must be 1.
 
         Returns:
-            Predictions `(B, T, N, D)`, not normalised, and the keys and values of all steps up to here.
+            Predictions `(B, T, N, D)`, not normalised, and the keys and values of all steps up to here (those of the
+            shared context left out), one pair a layer.
         """
         T, N = features.shape[1:3]
+        assert shared_context is None or T == 1
         dtype = self.frame_embed.weight.dtype
         x_BTNE = self.frame_embed(features.to(dtype))
         a_BT1E = self.action_embed(actions.to(dtype)).unsqueeze(2)
         s_BT1E = self.state_embed(states.to(dtype)).unsqueeze(2)
         x_BLE = torch.cat([a_BT1E, s_BT1E, x_BTNE], dim=2).flatten(1, 2)
-        cos_Ld, sin_Ld = self.rotary(first_step, T, x_BLE.device)
+        cos_Ld, sin_Ld = self.rotary(first_step, T, x_BLE.device, x_BLE.dtype)
 
         presents = []
         for i, layer in enumerate(self.layers):
-            x_BLE, present = layer(x_BLE, cos_Ld, sin_Ld, None if past_key_values is None else past_key_values[i])
+            past = (
+                past_key_values if past_key_values is None or isinstance(past_key_values, Cache) else past_key_values[i]
+            )
+            shared = None if shared_context is None else shared_context[i]
+            x_BLE, present = layer(x_BLE, cos_Ld, sin_Ld, past, shared)
             presents.append(present)
         x_BTNE = x_BLE.unflatten(1, (T, N + CONDITIONING_TOKENS))[:, :, CONDITIONING_TOKENS:]
         return self.head(self.norm(x_BTNE)), presents
@@ -251,7 +391,25 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values_videos"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_set_attn_implementation_cached_value = True  # attention is looked up in the configuration at every call
     _no_split_modules = ["VJEPA2ACLayer", "VJEPA2Layer"]
+
+    def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
+        raise ValueError(
+            f"attn_implementation 'flash_attention_{flash_attn_version}' cannot be used: attention is frame-causal, "
+            "which the flash-attn package has no mask for. 'sdpa' runs such kernels step by step and is exact; so "
+            "are 'flex_attention' and 'eager'"
+        )
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As in transformers, for the predictor; the encoder, whose attention has no mask, takes `sdpa` or `eager`."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {
+                "": attn_implementation,
+                "encoder_config": _encoder_attention(attn_implementation),
+            }
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -259,6 +417,10 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             init.trunc_normal_(module.weight, std=std / getattr(module, "init_divisor", 1.0))
+
+
+def _encoder_attention(attn_implementation: str | None) -> str:
+    return "eager" if attn_implementation == "eager" else "sdpa"
 
 
 class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
@@ -270,7 +432,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
     def __init__(self, config: VJEPA2ACConfig):
         super().__init__(config)
         # The encoder is a plain module of a sub-configuration: it would fall back to eager attention by itself.
-        config.encoder_config._attn_implementation = config._attn_implementation
+        config.encoder_config._attn_implementation = _encoder_attention(config._attn_implementation)
         self.encoder = VJEPA2ACEncoder(config.encoder_config)
         self.predictor = VJEPA2ACPredictor(config)
         self.post_init()
@@ -288,26 +450,36 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         cls,
         encoder_name_or_path: str | os.PathLike,
         config: VJEPA2ACConfig | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
         **config_kwargs: Any,
     ) -> "VJEPA2ACModel":
         """A model with a pretrained V-JEPA 2 encoder (a repository or folder of transformers) and a new predictor.
 
+        The encoder is in memory once: nothing is made that the checkpoint then replaces.
+
         Args:
             encoder_name_or_path: for instance `facebook/vjepa2-vitl-fpc64-256`.
             config: the predictor's sizes; its `encoder_config` is replaced by the pretrained encoder's.
+            dtype: of the encoder's weights, as `from_pretrained` of transformers takes it (None: the checkpoint's); the
+                predictor, which is to be trained, is float32.
+            device_map: the device to load to, such as `"cuda:0"`; the predictor goes there as well.
             config_kwargs: fields of `VJEPA2ACConfig`, where no `config` is given.
         """
-        pretrained = VJEPA2Model.from_pretrained(encoder_name_or_path)
+        pretrained = VJEPA2Model.from_pretrained(encoder_name_or_path, dtype=dtype, device_map=device_map)
         if config is None:
             config = cls.config_class(encoder_config=pretrained.config, **config_kwargs)
         else:
             config = copy.deepcopy(config)
             config.encoder_config = pretrained.config
             config.check()
-        model = cls(config)
-        # Assigned, not copied: the pretrained tensors become the model's, the random ones are dropped.
+        with torch.device("meta"):
+            model = cls(config)
         model.encoder.load_state_dict(pretrained.encoder.state_dict(), strict=True, assign=True)
         model.encoder.freeze()
+        model.predictor.to_empty(device=pretrained.device)
+        model.predictor.apply(model._init_weights)
         return model
 
     def encode(self, pixel_values_videos: Tensor) -> Tensor:
@@ -354,40 +526,107 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         predicted, _ = self.predictor(features, actions, states[:, : features.shape[1]])
         return self._normalize(predicted)
 
-    def rollout(self, features: Tensor, actions: Tensor, states: Tensor) -> Tensor:
+    def rollout(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        states: Tensor,
+        *,
+        past_key_values: Cache | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> Tensor:
         """Imagined features of the steps after a context, feeding predictions back.
 
         The context runs once; every further step attends to the keys and values of the past ones, which never change
         because attention is frame-causal. Gradients flow where the caller enabled them.
 
+        With an axis of candidates (M action sequences from one context, as in planning) the context is run once for all
+        of them, and its keys and values are neither computed again nor copied for each.
+
         Args:
             features: `(B, C, N, D)` of the context.
-            actions: `(B, C - 1 + H, A)`: those of the context, then those of the H imagined steps.
-            states: `(B, C - 1 + H, S)` or more (see `VJEPA2ACProcessor.integrate_states`).
+            actions: `(B, C - 1 + H, A)`: those of the context, then those of the H imagined steps; or, for candidates,
+                `(B, M, C - 1 + H, A)`, the context's being the same in all.
+            states: `(B, C - 1 + H, S)` or more (see `VJEPA2ACProcessor.integrate_states`); for candidates
+                `(B, M, C - 1 + H, S)` or more.
+            past_key_values: keys and values of P steps before `features`, from an earlier call; C, actions and states
+                then count from step P on. Steps P .. P + C + H - 2 are added to it; `crop(-(H - 1) * (N + 2))` takes
+                the imagined ones off again. A new `DynamicCache()` starts one. Not for candidates.
+            max_batch_tokens: for candidates, how many tokens (B x candidates x (N + 2)) go through the predictor at
+                once; more candidates go in several parts. Keys and values of H steps are held for one part at a time.
+                None: all at once.
 
         Returns:
-            `(B, H, N, D)`: the steps C .. C + H - 1.
+            `(B, H, N, D)`: the steps C .. C + H - 1; `(B, M, H, N, D)` for candidates.
+
+        Raises:
+            ValueError: shapes, types or devices that do not fit together or to the model, a cache of another model or
+                batch, candidates that do not share their context.
         """
-        context = features.shape[1]
+        if actions.ndim == 4:
+            if past_key_values is not None:
+                raise ValueError(
+                    "candidates (4-dimensional actions) take no past_key_values: give their context instead"
+                )
+            return self._rollout_candidates(features, actions, states, max_batch_tokens)
+        if max_batch_tokens is not None:
+            raise ValueError(
+                "max_batch_tokens divides candidates: actions must be (B, M, steps, A), found 3 dimensions"
+            )
         self._check_inputs(features, actions, states, num_actions=None)
-        predicted, past = self.predictor(features, actions[:, :context], states[:, :context])
+        past_steps = self._check_cache(past_key_values, features)
+        context = features.shape[1]
+        predicted, past = self.predictor(
+            features, actions[:, :context], states[:, :context], past_key_values, first_step=past_steps
+        )
         first = self._normalize(predicted[:, -1:])
-        return self._continue_rollout(first, past, actions, states, context, actions.shape[1])
+        past = past if past_key_values is None else past_key_values
+        return self._continue_rollout(first, past, actions, states, context, actions.shape[1], past_steps)
+
+    def _rollout_candidates(
+        self, features: Tensor, actions: Tensor, states: Tensor, max_batch_tokens: int | None
+    ) -> Tensor:
+        """`rollout` of `(B, M, C - 1 + H, A)` actions: context steps 0 .. C - 2 once, then parts of candidates."""
+        context, (batch, candidates, last_step) = features.shape[1], actions.shape[:3]
+        self._check_candidates(features, actions, states)
+        shared = None
+        if context > 1:
+            before = slice(0, context - 1)
+            _, shared = self.predictor(features[:, before], actions[:, 0, before], states[:, 0, before])
+        per_candidate = batch * (features.shape[2] + CONDITIONING_TOKENS)
+        if max_batch_tokens is not None and max_batch_tokens < per_candidate:
+            raise ValueError(
+                f"max_batch_tokens must be at least {per_candidate}, a step of one candidate, found {max_batch_tokens}"
+            )
+        size = candidates if max_batch_tokens is None else max_batch_tokens // per_candidate
+        parts = []
+        for start in range(0, candidates, size):
+            a, s = (t[:, start : start + size].flatten(0, 1) for t in (actions, states))
+            latest = features[:, -1:].to(self.predictor.head.weight.dtype).repeat_interleave(len(a) // batch, dim=0)
+            # The last context step holds the first action that differs: it is the first step of every candidate.
+            rolled = self._continue_rollout(latest, None, a, s, context - 1, last_step, shared_context=shared)
+            parts.append(rolled[:, 1:].unflatten(0, (batch, -1)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _continue_rollout(
         self,
         latest: Tensor,
-        past: list[KeyValues],
+        past: Past | None,
         actions: Tensor,
         states: Tensor,
         first_step: int,
         last_step: int,
+        past_steps: int = 0,
+        shared_context: Sequence[KeyValues] | None = None,
     ) -> Tensor:
         """`latest` (the features of `first_step`) and its successors up to `last_step`, `(B, steps, N, D)`."""
         imagined = [latest]
         for step in range(first_step, last_step):
             at = slice(step, step + 1)
-            latest, past = self.predictor(latest, actions[:, at], states[:, at], past, first_step=step)
+            latest, presents = self.predictor(
+                latest, actions[:, at], states[:, at], past, past_steps + step, shared_context
+            )
+            past = past if isinstance(past, Cache) else presents
             latest = self._normalize(latest)
             imagined.append(latest)
         return torch.cat(imagined, dim=1)
@@ -464,15 +703,22 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
                 f"features must be (batch, steps, {tokens}, {width}) for a grid of {config.grid_size} x "
                 f"{config.grid_size}, found {tuple(features.shape)}"
             )
-        steps = features.shape[1]
+        steps, device = features.shape[1], self.predictor.head.weight.device
         for name, tensor, columns in (
+            ("features", features, width),
             ("actions", actions, config.action_dim),
             ("states", states, config.state_dim),
         ):
-            if tensor.ndim != 3 or tensor.shape[-1] != columns or tensor.shape[0] != len(features):
+            if name != "features" and (
+                tensor.ndim != 3 or tensor.shape[-1] != columns or tensor.shape[0] != len(features)
+            ):
                 raise ValueError(
                     f"{name} must be (batch {len(features)}, steps, {columns}), found {tuple(tensor.shape)}"
                 )
+            if tensor.device != device:
+                raise ValueError(f"{name} are on {tensor.device}, the predictor is on {device}: move them there")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} must be floating-point numbers (see VJEPA2ACProcessor), found {tensor.dtype}")
         if num_actions is not None and (actions.shape[1] != num_actions or num_actions < 1):
             raise ValueError(f"{steps} steps of features need {num_actions} actions, found {actions.shape[1]}")
         if num_actions is None and not 1 <= steps <= actions.shape[1]:
@@ -482,6 +728,52 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             )
         if states.shape[1] < actions.shape[1]:
             raise ValueError(f"{actions.shape[1]} actions need at least as many states, found {states.shape[1]}")
+
+    def _check_candidates(self, features: Tensor, actions: Tensor, states: Tensor) -> None:
+        """As `_check_inputs`, with an axis of candidates that must share what lies before their first own action."""
+        if states.ndim != 4 or states.shape[:2] != actions.shape[:2] or actions.shape[1] == 0:
+            raise ValueError(
+                f"for candidates, actions must be (batch, candidates, steps, {self.config.action_dim}) and states "
+                f"(batch, candidates, steps, {self.config.state_dim}) with at least one candidate, found "
+                f"{tuple(actions.shape)} and {tuple(states.shape)}"
+            )
+        self._check_inputs(features, actions[:, 0], states[:, 0], num_actions=None)
+        context = features.shape[1]
+        for name, tensor, shared in (("actions", actions, context - 1), ("states", states, context)):
+            known = tensor[:, :, :shared]
+            if known.shape[1] > 1 and not torch.equal(known, known[:, :1].expand_as(known)):
+                raise ValueError(
+                    f"candidates must share their context: {name} of its first {shared} steps differ among the "
+                    f"{known.shape[1]} candidates"
+                )
+
+    def _check_cache(self, cache: Cache | None, features: Tensor) -> int:
+        """How many steps a cache holds, 0 without one; it must be this model's, and of this batch."""
+        if cache is None:
+            return 0
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"past_key_values must be a transformers.DynamicCache, found {type(cache).__name__}")
+        if self.is_activation_checkpointing and self.training:
+            raise ValueError(
+                "past_key_values cannot be used in training with gradient checkpointing: call eval() first"
+            )
+        held = [layer.keys for layer in cache.layers if layer.get_seq_length()]
+        if not held:
+            return 0
+        config, tokens = self.config, self.config.grid_size**2 + CONDITIONING_TOKENS
+        weight = self.predictor.head.weight
+        heads = config.pred_num_attention_heads
+        expected = (len(features), heads, config.pred_hidden_size // heads, weight.device)
+        found = {(k.shape[0], k.shape[1], k.shape[3], k.device) for k in held}
+        if len(held) != config.pred_num_hidden_layers or found != {expected}:
+            raise ValueError(
+                f"past_key_values are of another model or batch: expected {config.pred_num_hidden_layers} layers of "
+                f"(batch, heads, head width, device) {expected}, found {len(held)} of {sorted(found, key=str)}"
+            )
+        lengths = sorted({k.shape[2] for k in held})
+        if len(lengths) != 1 or lengths[0] % tokens:
+            raise ValueError(f"past_key_values must hold whole steps of {tokens} tokens, found {lengths} tokens")
+        return lengths[0] // tokens
 
 
 VJEPA2ACModel.register_for_auto_class("AutoModel")
