@@ -466,3 +466,27 @@ def test_the_encoder_is_neither_built_nor_initialised_for_a_pretrained_one(tmp_p
     assert model.predictor.head.weight.dtype == torch.float32
     weights = model.predictor.layers[0].attention.qkv.weight
     assert 0.015 < weights.std() < 0.025 and not model.predictor.head.bias.any()
+
+
+def test_the_benchmark_compares_the_same_numbers(tmp_path, monkeypatch, capsys):
+    import predictor as benchmark
+
+    sizes = ["--width", "48", "--heads", "2", "--tokens", "4", "--depth", "1", "--rollout_depth", "1", "--steps", "4"]
+    counts = ["--candidates", "3", "--horizon", "2", "--repeats", "1", "--auto_steps", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["predictor.py", *sizes, *counts, "--output", str(tmp_path / "results.json")])
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 2**20)  # that takes processes of their own
+    benchmark.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    training, candidates = results["rows"]
+    assert training["losses"]["ours"] == pytest.approx(training["losses"]["baseline"], rel=1e-5)
+    assert candidates["largest_difference"] < 1e-5
+    assert set(results["rollout_step_seconds"]) == {"1", "2", "4", "8", "16"}
+    assert "| training step, auto_steps 2 |" in capsys.readouterr().out
+    # What is counted is what the mathematics needs: here without attention, which torch's counter does not see.
+    monkeypatch.setattr(sys, "argv", ["predictor.py", *sizes, *counts])
+    arguments = benchmark.parse_arguments()
+    model, _ = benchmark.build(arguments, arguments.depth)
+    inputs = {"features": (1, 4, 4, 48), "actions": (1, 3, 13), "states": (1, 4, 2)}
+    counted = flops(lambda: model(**{name: torch.randn(shape) for name, shape in inputs.items()}, auto_steps=2))
+    attention = 4 * K * K * (1 + 2 + 3 + 2) * 48
+    assert benchmark.model_flops(arguments, 2) / 3 - attention == pytest.approx(counted, rel=0.03)
