@@ -69,7 +69,7 @@ def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mem_per_cpu_gb", type=int, default=4, help="slurm, ray: memory per core (default: %(default)s)")
     add("--log_folder", type=Path, help="slurm, ray: scripts and logs of jobs (default: below DIR/.build)")
     add("--partition", help="slurm: partition")
-    add("--time", default="24:00:00", help="slurm: time limit of a task (default: %(default)s)")
+    add("--time", default="24:00:00", help="slurm, ray: limit of a task, [D-]H:M:S (default: %(default)s)")
     add("--qos", help="slurm: quality of service")
     add("--slurm_setup", nargs="+", default=[], metavar="COMMAND", help="slurm: shell commands before a job begins")
     add("--slurm_args", nargs="+", default=[], metavar="NAME=VALUE", help="slurm: further options of sbatch")

@@ -39,6 +39,8 @@ def fork_build(arguments: list, prepare: Callable[[], None] = lambda: None, log:
         sys.argv = ["build_vpt_tubelets.py", *map(str, arguments)]
         prepare()
         code = _main()
+    except SystemExit as stop:
+        code = stop.code
     finally:
         os._exit(code)
 

@@ -8,6 +8,7 @@ import getpass
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from .tasks import BUILD_FOLDER, Plan, Task, build_task, read_marker, read_plan,
 
 logger = logging.getLogger(__name__)
 
+# How often the queue and the markers are looked at.
+POLL_SECONDS = 15.0
+_TIME = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+
 
 @dataclass(frozen=True)
 class ClusterSettings:
@@ -39,11 +44,15 @@ class ClusterSettings:
         mem_per_cpu_gb: memory per core.
         max_concurrent: tasks at the same time at most; -1: no limit.
         log_folder: for the scripts and logs of jobs; None: below DIR/.build.
-        partition, time, qos: as sbatch takes them.
+        partition, qos: as sbatch takes them.
+        time: limit of a task, [days-]hours:minutes:seconds.
         setup: shell commands before a job begins; empty: the running Python's folder comes first in PATH.
         sbatch_args: further options of sbatch, by name.
         max_array: tasks of one job array at most (`MaxArraySize` of the cluster).
         ray_address: of a running Ray cluster, as `ray.init` takes it.
+
+    Raises:
+        ValueError: a time of another form.
     """
 
     cpus_per_task: int = 1
@@ -57,6 +66,17 @@ class ClusterSettings:
     sbatch_args: dict[str, str] = field(default_factory=dict)
     max_array: int = 1001
     ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _TIME.fullmatch(self.time):
+            raise ValueError(f"--time must be [days-]hours:minutes:seconds, found {self.time!r}")
+
+    @property
+    def seconds(self) -> int:
+        match = _TIME.fullmatch(self.time)
+        assert match is not None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class BuildTasks(PipelineStep):
@@ -104,13 +124,13 @@ class FinishBuild(PipelineStep):
 
 
 @contextmanager
-def watch_tasks(tasks: Sequence[Task], output: Path, seconds: float = 5) -> Iterator[None]:
+def watch_tasks(tasks: Sequence[Task], output: Path) -> Iterator[None]:
     """A progress bar of recordings, by the markers that tasks leave, while something else waits for them."""
     waiting, stop = list(tasks), threading.Event()
 
     def watch(bar: tqdm) -> None:
         while True:
-            last_look = stop.wait(seconds)
+            last_look = stop.wait(POLL_SECONDS)
             for task in [task for task in waiting if (output / BUILD_FOLDER / task.marker_name).exists()]:
                 if read_marker(task, output) is not None:
                     waiting.remove(task)
@@ -212,11 +232,11 @@ def submit_slurm(plan: Plan, tasks: Sequence[Task], output: Path, settings: Clus
     return logs
 
 
-def wait_for_slurm(plan: Plan, tasks: Sequence[Task], output: Path, seconds: float = 15) -> None:
+def wait_for_slurm(plan: Plan, tasks: Sequence[Task], output: Path) -> None:
     """Wait, with a progress bar, until no job of the build is left in the queue."""
-    with watch_tasks(tasks, output, seconds):
+    with watch_tasks(tasks, output):
         while queued_jobs(job_name(plan, output)) != []:
-            time.sleep(seconds)
+            time.sleep(POLL_SECONDS)
 
 
 # ------------------------------------------------------------------------------------------------------ Ray
@@ -244,6 +264,7 @@ def run_ray(plan: Plan, tasks: Sequence[Task], output: Path, settings: ClusterSe
         mem_per_cpu_gb=settings.mem_per_cpu_gb,
         logging_dir=str(logs),
         skip_completed=False,
+        time=settings.seconds,  # its workers' pool waits for ever for one that the kernel has killed
     )
     try:
         with watch_tasks(tasks, output):
