@@ -332,9 +332,11 @@ def test_gui_frames_are_left_out_at_any_lag(lag):
     shift = np.diff(yaw)
     shift[GUI.start - 1 : GUI.stop] = 1000 * (-1.0) ** np.arange(len(GUI) + 1)
     shift[np.abs(np.diff(yaw)) > 20] = np.nan
-    windows = [(0, TICKS - 1)]
-    found = assess(recording, shift, np.full(TICKS - 1, ""), windows, AlignmentOptions())
+    found = assess(recording, shift, np.full(TICKS - 1, ""), [(0, TICKS - 1)], AlignmentOptions())
     assert found["estimate"].lag == lag and found["estimate"].correlation == pytest.approx(1)
+    shift[GUI.start - 1 : GUI.stop] = np.nan
+    again = assess(recording, shift, np.full(TICKS - 1, ""), [(0, TICKS - 1)], AlignmentOptions())
+    assert again["estimate"].correlations == found["estimate"].correlations  # at wrong lags, too
     assert found["excluded"]["gui"] == len(GUI) + 1 + 2 * 10
 
 
