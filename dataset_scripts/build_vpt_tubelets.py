@@ -239,7 +239,7 @@ def main() -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that workers end and temporary files go
     try:
         return build(arguments)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """A build that is killed, anywhere and in any way, and started again gives the data set of an undisturbed one."""
 
+import errno
 import os
 import random
 import resource
@@ -14,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers_build import SCRIPT, assert_same_files, contents, fork_build, make_shards, status_of
+
+import vjepa_ac_hf.data.shards
 
 NUM_SHARDS = 3
 KILLS_ANYWHERE, KILLS_WHILE_MERGING = 15, 5
@@ -191,6 +194,30 @@ def test_no_room_for_files_ends_clearly_and_goes_on_later(shards, undisturbed, t
     assert "shards are not built: shard-" in message and "no space left, free some" in message
     assert "what is finished stays" in message and "Traceback" not in log.read_text()
     assert not list(output.rglob("*.tmp")) and not (output / "README.md").exists()
+    assert status_of(fork_build(arguments_of(shards, output))) == 0
+    assert_same_files(output, undisturbed[0])
+
+
+@pytest.mark.parametrize("when", ["listing", "building"])
+def test_a_file_system_that_fails_rejects_no_recording(shards, undisturbed, tmp_path, when):
+    """EIO, as a network file system gives when its server does not answer, for one shard of three."""
+    output, log = tmp_path / "built", tmp_path / "log"
+
+    def prepare():
+        name = {"listing": "_open_file", "building": "_read_member"}[when]
+        right = getattr(vjepa_ac_hf.data.shards, name)
+
+        def failing(source, *args):
+            if "shard-000001" in str(getattr(source, "name", source)):
+                raise OSError(errno.EIO, "Input/output error")
+            return right(source, *args)
+
+        setattr(vjepa_ac_hf.data.shards, name, failing)
+
+    assert status_of(fork_build(arguments_of(shards, output), prepare, log)) == 1
+    message = log.read_text().splitlines()[-1]
+    assert f"[Errno 5] Input/output error: '{shards}/shard-000001.tar'" in message, message
+    assert markers(output) == {"listing": 0, "building": NUM_SHARDS - 1}[when]
     assert status_of(fork_build(arguments_of(shards, output))) == 0
     assert_same_files(output, undisturbed[0])
 

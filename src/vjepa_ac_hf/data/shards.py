@@ -5,6 +5,7 @@ there, so that memory holds one recording whatever the order of the members. Not
 header claims is believed only within the limits below.
 """
 
+import errno
 import gzip
 import io
 import os
@@ -30,6 +31,11 @@ VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
+# What a network file system or a machine out of resources answers, whatever the file.
+_PASSING_ERRORS = {
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
+    *(errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+}
 
 # Limits far beyond what recordings need, so that a damaged or hostile shard costs bounded time and memory.
 LARGEST_VIDEO = 2 * 2**30  # bytes of one .mp4: a video in a tar is held in memory while it is cut into clips
@@ -446,9 +452,12 @@ def _read_up_to(file: BinaryIO, size: int) -> bytes:
 
 
 def _cause(error: Exception, path: str) -> str:
-    """One line for a report. A network that fails is no fault of the shard: such errors are raised again."""
-    if isinstance(error, OSError) and not isinstance(error, BadGzipFile) and not is_local_path(path):
-        raise error
+    """One line for a report. A network or machine that fails is no fault of the shard: such errors are raised again."""
+    if isinstance(error, OSError) and not isinstance(error, BadGzipFile):
+        if not is_local_path(path):
+            raise error
+        if error.errno in _PASSING_ERRORS:
+            raise OSError(error.errno, error.strerror, path) from error
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
