@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 
 import fake_slurm
@@ -14,7 +15,7 @@ pytest.importorskip("datatrove")
 
 from vjepa_ac_hf.data import cluster
 from vjepa_ac_hf.data.cluster import BuildTasks, ClusterSettings, FinishBuild
-from vjepa_ac_hf.data.tasks import BuildError, current_plan_key, read_plan, unfinished
+from vjepa_ac_hf.data.tasks import BuildError, build_task, current_plan_key, read_plan, unfinished, write_plan
 
 NUM_SHARDS = 3
 
@@ -109,6 +110,18 @@ def test_tasks_of_a_plan_that_was_replaced_touch_nothing(planned, shards, undist
     with pytest.raises(BuildError, match=f"built with other shards or options by now.* started for {old[:12]}"):
         list(BuildTasks(str(output), old, [0, 1, 2]).run(None, 0, 3))
     assert contents(output) == before
+
+
+def test_a_plan_that_is_replaced_while_a_task_is_built(planned, shards):
+    output, _ = planned
+    plan = read_plan(output)
+
+    def replace_plan(recordings, clips):
+        write_plan(replace(plan, asks_for_validation=not plan.asks_for_validation), output)
+
+    with pytest.raises(BuildError, match="built with other shards or options by now"):
+        build_task(plan.tasks[0], output, plan.key, replace_plan)
+    assert not list((output / "data").iterdir()) and not list(output.rglob("*.tmp"))
 
 
 def test_files_that_have_changed_since_the_plan_are_refused(planned, shards):

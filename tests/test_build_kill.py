@@ -162,6 +162,16 @@ def test_other_options_after_a_kill(shards, undisturbed, tmp_path):
     assert_same_files(output, undisturbed[0])
 
 
+def test_a_folder_that_is_built_anew_has_no_card(shards, undisturbed, tmp_path):
+    output = tmp_path / "built"
+    assert status_of(fork_build(arguments_of(shards, output, "--clip_stride", 30))) == 0
+    process = fork_build(arguments_of(shards, output), lambda: kill_at(12, torn=False))
+    assert status_of(process) == -signal.SIGKILL
+    assert not [name for name in ("README.md", "report.json", "action_stats.json") if (output / name).exists()]
+    assert status_of(fork_build(arguments_of(shards, output))) == 0
+    assert_same_files(output, undisturbed[0])
+
+
 def test_two_builds_of_one_folder_at_once(shards, undisturbed, tmp_path):
     output = tmp_path / "built"
     processes = [fork_build(arguments_of(shards, output)) for _ in range(2)]
@@ -184,14 +194,15 @@ def test_damaged_markers_and_files_are_built_again(shards, undisturbed, tmp_path
 def test_no_room_for_files_ends_clearly_and_goes_on_later(shards, undisturbed, tmp_path):
     """A limit of the file size stands for a full disk: the same place in the code, errno EFBIG for ENOSPC."""
     output, log = tmp_path / "built", tmp_path / "log"
-    largest = max(len(data) for name, data in undisturbed[0].items() if name.endswith(".parquet"))
+    smallest = min(len(data) for name, data in undisturbed[0].items() if name.endswith(".parquet"))
 
     def prepare():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, largest - 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (smallest - 1, smallest - 1))
 
     assert status_of(fork_build(arguments_of(shards, output), prepare, log)) == 1
     message = log.read_text().splitlines()[-1]
-    assert "shards are not built: shard-" in message and "no space left, free some" in message
+    assert "error: 3 of 3 shards are not built: shard-" in message
+    assert message.count("no space left, free some") == 1  # the others were not even tried
     assert "what is finished stays" in message and "Traceback" not in log.read_text()
     assert not list(output.rglob("*.tmp")) and not (output / "README.md").exists()
     assert status_of(fork_build(arguments_of(shards, output))) == 0

@@ -6,6 +6,7 @@ import os
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from helpers_build import assert_same_files, contents, fork_build, status_of
-from helpers_data import name_of, oracle_actions, write_recording
+from helpers_data import make_lines, make_video, name_of, oracle_actions, to_log, write_recording, write_shard
 from test_vpt_tubelets import assert_same_rows
 
 from vjepa_ac_hf import ActionStatistics
@@ -245,6 +246,20 @@ def test_changed_files_are_built_again(packed, tmp_path):
     assert json.loads((output / "action_stats.json").read_text()) != before
 
 
+def test_a_shard_written_anew_is_listed_anew(packed, tmp_path):
+    """Same members and size, other order: offsets of the cached listing are wrong."""
+    source, shard, output = packed[0] / "out/shard-000000.tar", tmp_path / "shards/a.tar", tmp_path / "built"
+    shard.parent.mkdir()
+    shutil.copy(source, shard)
+    assert build(shard, output)[0] == 0
+    with tarfile.open(source) as archive:
+        members = [(info.name, archive.extractfile(info).read()) for info in archive]
+    write_shard(shard, members[::-1])
+    assert shard.stat().st_size == source.stat().st_size
+    code, out, err = build(shard, output)
+    assert code == 0 and "2 of 2 recordings accepted" in out and "0 of 1 shards were finished before" in out, err
+
+
 def test_finish_refuses_an_unfinished_build_by_name_and_number(packed, tmp_path):
     output = tmp_path / "built"
     finish = ("build_vpt_tubelets.py", "--output", output, "--finish")
@@ -286,6 +301,37 @@ def test_dry_run_says_what_the_build_then_does(packed, tmp_path):
     code, out, _ = build(packed[0] / "out/*.tar", output, *options, "--dry_run", "--dry_run_sample", 0)
     assert code == 0 and "3 tasks, 3 finished" in out
     assert json.loads((output / "plan.json").read_text())["estimate"] is None
+
+
+def write_padded_shard(path, num_recordings, padding):
+    """A tar of copies of one recording whose videos end in an empty `free` box of `padding` bytes (holes on disk)."""
+    lines, video = to_log(make_lines(130)), make_video(130)
+    box = struct.pack(">I4s", padding, b"free")
+    with path.open("wb") as file:
+        for number in range(num_recordings):
+            name = name_of(f"s{number}")
+            for suffix, data, size in ((".mp4", video + box, len(video) + padding), (".jsonl", lines, len(lines))):
+                info = tarfile.TarInfo(name + suffix)
+                info.size = size
+                file.write(info.tobuf() + data)
+                file.seek(size - len(data) + -size % 512, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path):
+    peaks = []
+    for num_recordings in (2, 25):
+        shard = tmp_path / f"{num_recordings}.tar"
+        write_padded_shard(shard, num_recordings, padding=20 * 2**20)
+        output = tmp_path / f"built-{num_recordings}"
+        process = fork_build(["--shards", shard, "--output", output, "--resolution", 32, "--validation_fraction", 0])
+        _, status, usage = os.wait4(process, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert json.loads((output / "report.json").read_text())["accepted"] == num_recordings
+        peaks.append(usage.ru_maxrss / 1024)
+    assert shard.stat().st_size > 500 * 2**20
+    assert peaks[1] - peaks[0] < 100, peaks  # MB
+    assert peaks[1] < 1500, peaks
 
 
 def test_no_shards_and_unknown_executor(tmp_path):

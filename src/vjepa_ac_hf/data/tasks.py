@@ -5,6 +5,7 @@ else is built again, to the same bytes. So tasks may be killed, repeated and eve
 tasks lies in DIR/.build/plan.ndjson, where the processes of a cluster find theirs.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -290,12 +291,20 @@ def _build_split(
                     statistics.update(row["actions"])
                 if part.recordings != reported[0]:
                     report_progress()
+                    _return_freed_memory()
         writer.finalize()
     report_progress()
     # A full disk may show only here, and what is renamed must outlive a power cut.
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     return part
+
+
+def _return_freed_memory() -> None:
+    """Give the system what encoding has freed: glibc keeps it in pieces, and the process would grow without end."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 # ---------------------------------------------------------------------------------------------------- markers
