@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet  # noqa: F401
 import torchcodec.decoders  # noqa: F401
 from helpers_data import name_of, shard_of, write_recording
+from tqdm import tqdm
 
 SCRIPT = Path(__file__).parent.parent / "dataset_scripts" / "build_vpt_tubelets.py"
 # Imported here with all it needs, so that a fork begins to build at once.
@@ -34,6 +36,8 @@ def fork_build(arguments: list, prepare: Callable[[], None] = lambda: None, log:
     if process:
         return process
     code = 99
+    # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
+    tqdm.set_lock(threading.RLock())
     try:
         sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115
         sys.argv = ["build_vpt_tubelets.py", *map(str, arguments)]
