@@ -6,7 +6,7 @@ DEMO_DIR ?= demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast style quality clean
+.PHONY: help setup demo test test-all style quality clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,11 +23,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (8 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# A process a core; tests of a file stay together, since they share what its fixtures have built.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --timeout 900
 
-test-fast: setup  ## tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+test: setup  ## the tests: 5 minutes on 2 cores
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: setup  ## slow ones and those for a GPU too: fuzzing, compilers, large shards, killed programs
+	$(PYTEST) $(PYTEST_ARGS)
 
 style: setup  ## format and fix
 	$(BIN)/ruff format .
