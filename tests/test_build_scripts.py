@@ -182,10 +182,23 @@ def test_other_options_or_shards_build_again_and_leave_nothing_of_before(packed,
     code, out, err = build(folder / "out/*.tar", output, "--validation_fraction", 0, "--clip_stride", 30)
     assert code == 0 and "15 clips, 1 rejected; 1 x too short; 0 of 3 shards were finished" in out, err
     code, out, err = build(folder / "out/shard-000000.tar", output, "--clip_stride", 30)
-    assert code == 0 and "0 of 1 shards were finished before" in out, err
-    assert [file.name for file in (output / "data").iterdir()] == ["train-00000-of-00001.parquet"]
+    assert code == 0 and "1 of 1 shards were finished before" in out, err
+    assert [file.name for file in (output / "data").iterdir()] == ["train-00000.parquet"]
     data = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
     assert data["start_tick"][:] == [0, 30, 60] * 2
+
+
+def test_more_shards_leave_what_is_finished(packed, tmp_path):
+    folder, _ = packed
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    code, out, err = build(folder / "out/shard-000000.tar", grown, "--validation_fraction", 0)
+    assert code == 0 and "0 of 1 shards were finished before" in out, err
+    written = (grown / "data/train-00000.parquet").stat().st_mtime_ns
+    code, out, err = build(folder / "out/*.tar", grown, "--validation_fraction", 0)
+    assert code == 0 and "1 of 3 shards were finished before" in out, err
+    assert (grown / "data/train-00000.parquet").stat().st_mtime_ns == written
+    assert build(folder / "out/*.tar", whole, "--validation_fraction", 0)[0] == 0
+    assert_same_files(grown, contents(whole))
 
 
 def test_build_of_a_folder(packed, tmp_path):

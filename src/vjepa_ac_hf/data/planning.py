@@ -161,7 +161,7 @@ def plan_tasks(
         paths = {member.path: None for shard in group for entry in shard.entries for member in (entry.video, entry.log)}
         files = {path: stamps[path] for path in paths}
         name = group[0].name if len(group) == 1 else f"{group[0].entries[0].recording_id} and {len(group) - 1} others"
-        tasks.append(Task(index, len(groups), name, split_shards(group, validation), files, options))
+        tasks.append(Task(index, name, split_shards(group, validation), files, options))
     return tasks
 
 

@@ -48,7 +48,8 @@ class Task:
     """What one process builds: recordings of each split, into one Parquet file per split.
 
     Attributes:
-        index, num_tasks: place among all tasks; names the files.
+        index: place among all tasks; names the files. How many there are is no part of a task: shards that come later,
+            in the order of names, leave those before them finished.
         name: shard that it builds, for messages.
         shards: recordings to build, by split.
         files: size in bytes and modification time in ns of every file that is read, when it was planned.
@@ -56,7 +57,6 @@ class Task:
     """
 
     index: int
-    num_tasks: int
     name: str
     shards: dict[str, list[Shard]]
     files: dict[str, Stamp]
@@ -78,10 +78,10 @@ class Task:
 
     @property
     def marker_name(self) -> str:
-        return f"task-{self.index:05d}-of-{self.num_tasks:05d}.json"
+        return f"task-{self.index:05d}.json"
 
     def file_name(self, split: str) -> str:
-        return f"{split}-{self.index:05d}-of-{self.num_tasks:05d}.parquet"
+        return f"{split}-{self.index:05d}.parquet"
 
 
 @dataclass(frozen=True)
