@@ -18,7 +18,7 @@ from .rollouts import RolloutTable
 # Percentile intervals from fewer sessions are known to come out too narrow.
 FEW_SESSIONS = 10
 
-_STYLE = """
+PAGE_STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 0 0 .8rem; }
@@ -105,19 +105,19 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
     notes_html = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(metrics))
     reading = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _READING.items())
     clips = "".join(
-        f"<figure><div class='scroll'>{_image(images[f'clip-{i}'], title)}</div>"
+        f"<figure><div class='scroll'>{image_tag(images[f'clip-{i}'], title)}</div>"
         f"<figcaption>{escape(title)}</figcaption></figure>"
         for i, title in enumerate(titles)
     )
     used = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(f"Evaluation of {metrics['model']}")}</title><style>{_STYLE}</style></head><body><main>
+<title>{escape(f"Evaluation of {metrics['model']}")}</title><style>{PAGE_STYLE}</style></head><body><main>
 <h1>{escape(f"Evaluation of {metrics['model']}")}</h1><p class="facts">{escape(facts)}</p>
 <section class="verdict"><h2>Verdict</h2>{verdict_html}{notes_html}</section>
-<section><h2>By horizon</h2>{_image(images["curves"], "errors and win rates by horizon")}
+<section><h2>By horizon</h2>{image_tag(images["curves"], "errors and win rates by horizon")}
 <div class="scroll">{_table(metrics["horizons"])}</div></section>
-<section><h2>Pair by pair</h2>{_image(images["pairs"], "histogram of error differences at horizon 1")}</section>
+<section><h2>Pair by pair</h2>{image_tag(images["pairs"], "histogram of error differences at horizon 1")}</section>
 {_clips_section(clips)}
 <section><h2>How to read the figures</h2><dl>{reading}</dl></section>
 <section><h2>How it was made</h2><p><code>{escape(metrics["command"])}</code></p>
@@ -135,7 +135,8 @@ blue: the context, which the model sees. Under each step: the action that led to
 whose actions the row "prediction, other clip's actions" was given.</p>{clips}</section>"""
 
 
-def _image(base64_png: str, alternative: str) -> str:
+def image_tag(base64_png: str, alternative: str) -> str:
+    """A picture inside the page, with the text that stands for it."""
     return f'<img src="data:image/png;base64,{base64_png}" alt="{html.escape(alternative)}">'
 
 
