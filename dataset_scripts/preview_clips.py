@@ -95,8 +95,8 @@ def choose_clips(clips: ClipFiles, arguments: argparse.Namespace) -> tuple[list[
         if arguments.start_tick not in ticks:
             near = sorted(ticks, key=lambda tick: (abs(tick - arguments.start_tick), tick))[:5]
             raise ValueError(
-                f"{where}: recording {arguments.recording!r} has no clip that starts at tick {arguments.start_tick}; of "
-                f"{len(ticks)} clips the nearest start at {sorted(near)}"
+                f"{where}: recording {arguments.recording!r} has no clip that starts at tick "
+                f"{arguments.start_tick}; of {len(ticks)} clips the nearest start at {sorted(near)}"
             )
         return [Choice(ticks[arguments.start_tick], ["asked for by recording and tick"])], chooser.num_seen
     chosen = chooser.choose()
@@ -151,7 +151,9 @@ def find_recordings(patterns: Sequence[str], names: set[str], skip_repairs: Sequ
     return recordings
 
 
-def load_clip(clips: ClipFiles, choice: Choice, report: dict[str, Any] | None, recording: Recording | None) -> PreviewClip:
+def load_clip(
+    clips: ClipFiles, choice: Choice, report: dict[str, Any] | None, recording: Recording | None
+) -> PreviewClip:
     candidate = choice.candidate
     row = clips.read_row(candidate.place, COLUMNS)
     name = f"{clips.name}, {clip_name(row)}"

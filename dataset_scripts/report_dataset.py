@@ -88,7 +88,9 @@ def find_contradictions(report: dict[str, Any], contents: dict[str, SplitContent
             continue
         part = contents[split]
         if part.clips != told[split]["clips"]:
-            found.append(f"Split {split}: report.json counts {told[split]['clips']} clips, the files hold {part.clips}.")
+            found.append(
+                f"Split {split}: report.json counts {told[split]['clips']} clips, the files hold {part.clips}."
+            )
         # Not the other way round: a session whose recordings were all rejected has no clips.
         strangers = sorted(part.sessions - set(told[split]["sessions"]))
         if strangers:

@@ -38,7 +38,7 @@ _CAP, _CAP_STEP = 19, 22
 _VIEW_BOX = 98
 _KEYS_TOP, _HOTBAR_TOP, _MOTION_TOP, _PANEL_HEIGHT = 28, 122, 150, 276
 _TITLE_HEIGHT, _HEADER_HEIGHT, _TICKS_HEIGHT = 62, 18, 20
-_ROLL_ROW, _PLOT_HEIGHT, _PLOT_GAP = 14, 54, 22
+_ROLL_ROW, _TICK_LABEL, _PLOT_HEIGHT, _PLOT_GAP = 14, 27, 54, 22
 _SMALLEST_SCALE = 40.0  # pixels of mouse movement: below that everything would look large
 
 # Key caps at fixed places: column, text, left and row, width, in pixels from the panel's corner.
@@ -286,7 +286,9 @@ class _Canvas:
 
     def png(self) -> bytes:
         self.axes.set(
-            xlim=(0, self.figure.get_figwidth() * _DPI), ylim=(self.figure.get_figheight() * _DPI, 0), autoscale_on=False
+            xlim=(0, self.figure.get_figwidth() * _DPI),
+            ylim=(self.figure.get_figheight() * _DPI, 0),
+            autoscale_on=False,
         )
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=_DPI)
@@ -492,12 +494,12 @@ def _draw_roll(canvas: _Canvas, layout: ClipLayout, clip: PreviewClip) -> None:
     per_tubelet, top = clip.spec.ticks_per_tubelet, layout.roll_top
     bottom = top + 18 + _ROLL_ROW * max(len(layout.rows), 1)
     canvas.text(6, top + 6, "tick by tick", colour=_GREY)
-    num_ticks = len(clip.log.gui_open)
+    num_ticks, labelled = len(clip.log.gui_open), -(-per_tubelet * _TICK_LABEL // _PITCH)
     for tick in range(num_ticks + 1):
         x = layout.left(tick / per_tubelet)
         whole = tick % per_tubelet == 0
         canvas.line([x, x], [top + 14, bottom], _FAINT if whole else _PALE, 1.2 if whole else 0.8)
-        if tick < num_ticks:
+        if tick < num_ticks and tick % labelled == 0:
             canvas.text(x + 2, top + 6, str(clip.start_tick + tick), size=8.5, colour=_FAINT)
     for row, column in enumerate(layout.rows):
         y = top + 17 + _ROLL_ROW * row
@@ -505,7 +507,7 @@ def _draw_roll(canvas: _Canvas, layout: ClipLayout, clip: PreviewClip) -> None:
         canvas.text(_LEFT - 8, y + 6, name, size=10, align="right")
         down = clip.log.gui_open if column == "gui_open" else clip.log.pressed[:, PRESSED_COLUMNS.index(column)]
         colour = _GUI if column == "gui_open" else _PRESSED
-        for tick in np.flatnonzero(down):
+        for tick in np.flatnonzero(down).tolist():
             left = layout.left(tick / per_tubelet)
             canvas.box((left, y, _PITCH / per_tubelet - 1, _ROLL_ROW - 3), fill=colour)
     if not layout.rows:
@@ -632,7 +634,8 @@ _STYLE = """
 main { max-width: 1880px; } h2 { overflow-wrap: anywhere; }
 .scroll img { max-width: none; margin: 0; } ul { margin: .2rem 0 .8rem; padding-left: 1.2rem; }
 th:first-child, td { text-align: left; } summary { cursor: pointer; color: #56636f; }
-kbd { font: 12px system-ui, sans-serif; padding: .05rem .3rem; border: 1px solid #d5dbe0; border-radius: 3px; color: #9aa5af; }
+kbd { font: 12px system-ui, sans-serif; padding: .05rem .3rem; border: 1px solid #d5dbe0; border-radius: 3px; }
+kbd { color: #9aa5af; background: white; }
 kbd.on { background: #0072B2; border-color: #0072B2; color: white; font-weight: 700; }
 kbd.slot.on { background: #E69F00; border-color: #1c2733; color: #1c2733; }
 kbd.gui.on { background: #B0467F; border-color: #B0467F; }
@@ -650,8 +653,7 @@ def render_page(facts: Mapping[str, Any], clips: Sequence[PreviewClip], pictures
     title = html.escape(f"Clips of {facts.get('dataset', 'a data set')}")
     about = html.escape("; ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
     sections = "".join(
-        _clip_section(number, clip, picture)
-        for number, (clip, picture) in enumerate(zip(clips, pictures, strict=True))
+        _clip_section(number, clip, picture) for number, (clip, picture) in enumerate(zip(clips, pictures, strict=True))
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -5,6 +5,7 @@ import html
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _bins_of(column: str) -> slice:
 def bin_labels(unit: str) -> list[str]:
     """Names of a unit's bins, from the most negative to the most positive; the ends that are in are named first."""
     edges = [f"{edge:g}" for edge in BIN_EDGES[unit]]
-    upper = [f"under {edges[0]}", *(f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False))]
+    upper = [f"under {edges[0]}", *(f"{low} to {high}" for low, high in pairwise(edges))]
     upper.append(f"{edges[-1]} or more")
     return [*(f"−({label})" for label in reversed(upper)), "0", *upper]
 
@@ -414,7 +415,9 @@ def pressed_figure(histograms: ActionHistograms) -> "Figure":
     axes = figure.subplots()
     shares = [100 * histograms.pressed(column) / max(histograms.count, 1) for column in BINARY_COLUMNS]
     lowest, rows = min([0.01, *(share / 2 for share in shares if share)]), range(len(BINARY_COLUMNS))
-    axes.barh(rows, shares, color=[_BLUE if column.startswith(("key", "mouse")) else _ORANGE for column in BINARY_COLUMNS])
+    axes.barh(
+        rows, shares, color=[_BLUE if column.startswith(("key", "mouse")) else _ORANGE for column in BINARY_COLUMNS]
+    )
     for row, share in zip(rows, shares, strict=True):
         axes.text(max(share, lowest) * 1.1, row, _percent(share / 100) if share else "never", va="center", fontsize=8)
     axes.set_xscale("log")
