@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -24,6 +25,7 @@ from helpers_data import make_lines, make_video, name_of, oracle_actions, to_log
 from test_vpt_tubelets import assert_same_rows
 
 from vjepa_ac_hf import ActionStatistics
+from vjepa_ac_hf.data.summary import ActionHistograms, summary_markdown
 
 SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
 
@@ -141,12 +143,17 @@ def test_results_beside_the_data(packed, built):
     assert report["repairs"]["null_mouse"] == sum(
         line["mouse"] is None for name, log in lines.items() if len(log) > 60 for line in log
     )
-    assert report["splits"]["validation"] == {"clips": 2, "recordings": 1, "sessions": ["silly-s1"]}
+    size = sum(file.stat().st_size for file in (built / "data").glob("validation-*"))
+    expected = {"clips": 2, "recordings": 1, "sessions": ["silly-s1"], "bytes": size}
+    assert report["splits"]["validation"] == expected
     actions = [
         oracle_actions(log, start, gui_scale=2.0)
         for name, log in lines.items()
         for start in (0, 64)
         if "s1" not in name and len(log) > 60
+    ]
+    every_action = [
+        oracle_actions(log, start, gui_scale=2.0) for log in lines.values() for start in (0, 64) if len(log) > 60
     ]
     rows = np.concatenate(actions)[:, :4].astype(np.float64)
     statistics = ActionStatistics.from_dict(json.loads((built / "action_stats.json").read_text()))
@@ -154,7 +161,11 @@ def test_results_beside_the_data(packed, built):
     np.testing.assert_allclose(statistics.mean, rows.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(statistics.std, rows.std(axis=0), rtol=1e-5)
     card = (built / "README.md").read_text()
-    assert "| train | 3 | 4 | 8 |" in card and "- 1 x too short" in card and "data/train-*.parquet" in card
+    assert "data/train-*.parquet" in card
+    histograms = ActionHistograms().update(np.concatenate(every_action))
+    assert report["actions"] == histograms.to_dict()
+    assert summary_markdown(report) in card and re.search(r"\| train \| 3 \| 4 \| 8 \|", card)
+    assert re.search(r"too short \| 1 \|", card)
 
 
 def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):

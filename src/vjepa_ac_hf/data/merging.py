@@ -1,6 +1,5 @@
 """From finished tasks to a data set: statistics, report, card (docs/data.md, "Building a data set")."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..actions_vjepa2_ac import ActionStatistics
 from ..records import write_file, write_json
 from .building import BuildReport, clip_features
 from .selection import BuildOptions
+from .summary import ActionHistograms, summary_markdown
 from .tasks import BUILD_FOLDER, BuildError, Plan, check_plan, read_marker, temporary_files
 
 # A message with a thousand names is not read.
@@ -34,21 +34,23 @@ def merge(plan: Plan, output: Path) -> BuildReport:
     check_plan(output, plan.key)
     finished = [marker for marker in markers if marker is not None]
     report = BuildReport.from_dict(plan.listing)
-    statistics = ActionStatistics()
+    statistics, histograms = ActionStatistics(), ActionHistograms()
     for marker in finished:
         report.merge(BuildReport.from_dict(marker["report"]))
+        histograms.merge(ActionHistograms.from_dict(marker["histograms"]))
         if marker["statistics"] is not None:
             statistics.merge(ActionStatistics.from_dict(marker["statistics"]))
     splits = merge_splits(finished)
     remove_stale(plan, finished, output)
     options = {**asdict(plan.options), **asdict(plan.selection)}
-    write_json(output / "report.json", {**report.to_dict(), "splits": splits, "options": options})
+    written = {**report.to_dict(), "splits": splits, "options": options, "actions": histograms.to_dict()}
+    write_json(output / "report.json", written)
     if "train" not in splits:
         raise BuildError(f"the train split has no clip: {report.summary()}")
     if plan.asks_for_validation and "validation" not in splits:
         raise BuildError(f"the validation split that was asked for has no clip: {report.summary()}")
     write_json(output / "action_stats.json", statistics.to_dict())
-    write_card(output, splits, report, plan.options)
+    write_card(output, written, plan.options)
     return report
 
 
@@ -76,7 +78,7 @@ def check_finished(missing: Sequence[str], plan: Plan, reasons: dict[str, str] |
 
 
 def merge_splits(markers: Sequence[dict]) -> dict[str, dict]:
-    """Clips, recordings and sessions of each split that has clips, train first."""
+    """Clips, recordings, sessions and bytes of each split that has clips, train first."""
     merged: dict[str, dict] = {}
     for split in ("train", "validation"):
         parts = [marker["splits"][split] for marker in markers if split in marker["splits"]]
@@ -84,7 +86,8 @@ def merge_splits(markers: Sequence[dict]) -> dict[str, dict]:
         if clips:
             sessions = sorted({session for part in parts for session in part["sessions"]})
             recordings = sum(part["recordings"] for part in parts)
-            merged[split] = {"clips": clips, "recordings": recordings, "sessions": sessions}
+            size = sum(part["bytes"] for part in parts)
+            merged[split] = {"clips": clips, "recordings": recordings, "sessions": sessions, "bytes": size}
     return merged
 
 
@@ -107,8 +110,9 @@ def remove_stale(plan: Plan, markers: Sequence[dict], output: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def write_card(output: Path, splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> None:
-    """DIR/README.md: what `load_dataset` needs to know, and what a reader does."""
+def write_card(output: Path, report: dict, options: BuildOptions) -> None:
+    """DIR/README.md: what `load_dataset` needs to know, and what a reader does, with the numbers of report.json."""
+    splits = report["splits"]
     info = datasets.DatasetInfo(
         features=clip_features(options.clip),
         splits=datasets.SplitDict(
@@ -119,34 +123,19 @@ def write_card(output: Path, splits: dict[str, dict], report: BuildReport, optio
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     data["configs"] = [{"config_name": "default", "data_files": files}]
-    card = DatasetCard(f"---\n{data}\n---\n\n{_card_text(splits, report, options)}")
+    card = DatasetCard(f"---\n{data}\n---\n\n{_card_text(report, options)}")
     write_file(output / "README.md", str(card).encode())
 
 
-def _card_text(splits: dict[str, dict], report: BuildReport, options: BuildOptions) -> str:
+def _card_text(report: dict, options: BuildOptions) -> str:
     clip = options.clip
-    split_rows = "\n".join(
-        f"| {split} | {len(part['sessions'])} | {part['recordings']} | {part['clips']} |"
-        for split, part in splits.items()
-    )
-    kinds = Counter(rejection.kind for rejection in report.rejected)
-    rejected = "\n".join(f"- {count} x {kind}" for kind, count in sorted(kinds.items())) or "- none"
-    repairs = "\n".join(f"- `{name}`: {count}" for name, count in report.repairs.items())
-    left_out = [(count, option, "clips") for option, count in report.skipped_clips.items()]
-    left_out += [(count, option, "recordings") for option, count in report.skipped_recordings.items()]
-    skipped = "\n".join(f"- {count} {what} by `{option}`" for count, option, what in left_out if count) or "- none"
     crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
     return f"""# VPT tubelets
 
 Clips of first-person play with keyboard and mouse, cut from recordings in the layout of OpenAI's VPT contractor data
 (arXiv 2206.11795): {clip.frames_per_clip} frames at {clip.fps:g} FPS in {clip.num_tubelets} tubelets of \
-{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed.
-
-| split | sessions | recordings | clips |
-|---|---|---|---|
-{split_rows}
-
-Splits are by session: no session is in both.
+{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed. Splits are by session: no session is in
+both.
 
 ## Columns
 
@@ -157,21 +146,12 @@ Splits are by session: no session is in both.
 - `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
 - `recording_id`, `session_id`, `start_tick`: where the clip comes from.
 
-`action_stats.json` has mean and standard deviation of the continuous action columns on the train split.
+`action_stats.json` has mean and standard deviation of the continuous action columns on the train split, `report.json`
+the numbers below and the names of recordings.
 
-## Recordings
+## Data
 
-{report.accepted} of {report.recordings} recordings were used. Rejected, by reason (`report.json` has names):
-
-{rejected}
-
-Ticks repaired in the log, by repair:
-
-{repairs}
-
-Clips and recordings left out by options:
-
-{skipped}
+{summary_markdown(report)}
 """
 
 

@@ -177,7 +177,7 @@ def dataset_summary(
     Args:
         report: contents of `report.json`.
         histograms: of its actions; None takes the field `actions` of the report, where there is one.
-        num_bytes: size of the Parquet files of each split.
+        num_bytes: size of the Parquet files of each split; None takes the report's, where it has them.
 
     Returns:
         dict: `recordings` (`found`, `accepted`, `rejected`, `skipped` by option), `sessions` with clips, `clips`,
@@ -198,6 +198,8 @@ def dataset_summary(
     clip = _clip_spec(report)
     clip_hours = None if clip is None else clip.frames_per_clip / clip.fps / 3600
     splits = {split: _split_counts(split, part, recordings) for split, part in report["splits"].items()}
+    if num_bytes is None and all("bytes" in part for part in report["splits"].values()):
+        num_bytes = {split: part["bytes"] for split, part in report["splits"].items()}
     kinds = Counter(_rejection_kind(rejection) for rejection in report["rejected"])
     return {
         "recordings": {

@@ -25,6 +25,7 @@ from ..records import write_file, write_json
 from .building import BuildReport, clip_features, iter_clips
 from .selection import BuildOptions, Selection
 from .shards import Shard, read_pairs
+from .summary import ActionHistograms
 from .vpt_tubelets import code_hash
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ class Plan:
 
 @lru_cache(maxsize=1)
 def _code_hash() -> str:
-    return code_hash() + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    own = Path(__file__).read_bytes() + Path(__file__).with_name("summary.py").read_bytes()
+    return code_hash() + hashlib.sha256(own).hexdigest()
 
 
 def stamp_of(path: str) -> Stamp:
@@ -222,7 +224,8 @@ def build_task(task: Task, output: Path, plan_key: str, progress: Progress = lam
     """Build one task's Parquet files and, last, its marker.
 
     Returns:
-        The marker: `key`, `splits` (`clips`, `recordings`, `sessions`, `bytes` of each), `report`, `statistics`.
+        The marker: `key`, `splits` (`clips`, `recordings`, `sessions`, `bytes` of each), `report`, `statistics` of the
+        train split, `histograms` of all splits.
 
     Raises:
         BuildError: a file is another one than was planned, or the folder is built by another plan by now.
@@ -234,14 +237,14 @@ def build_task(task: Task, output: Path, plan_key: str, progress: Progress = lam
                 f"{path} has changed since the build was planned: expected size and modification time {stamp}, found "
                 f"{stamp_of(path)}; start the build again"
             )
-    report, statistics = BuildReport(), ActionStatistics()
+    report, statistics, histograms = BuildReport(), ActionStatistics(), ActionHistograms()
     splits: dict[str, dict] = {}
     # A name of its own for every process: the same task may be running elsewhere.
     suffix = f".{socket.gethostname()}-{os.getpid()}.tmp"
     temporaries = {split: output / BUILD_FOLDER / (task.file_name(split) + suffix) for split in task.shards}
     try:
         for split, temporary in temporaries.items():
-            part = _build_split(task, split, temporary, statistics, progress)
+            part = _build_split(task, split, temporary, statistics, histograms, progress)
             sessions = sorted({entry.session_id for shard in task.shards[split] for entry in shard.entries})
             splits[split] = {
                 "clips": part.clips,
@@ -267,13 +270,19 @@ def build_task(task: Task, output: Path, plan_key: str, progress: Progress = lam
         "splits": splits,
         "report": report.to_dict(),
         "statistics": statistics.to_dict() if statistics.count else None,
+        "histograms": histograms.to_dict(),
     }
     write_json(output / BUILD_FOLDER / task.marker_name, marker)
     return marker
 
 
 def _build_split(
-    task: Task, split: str, temporary: Path, statistics: ActionStatistics, progress: Progress
+    task: Task,
+    split: str,
+    temporary: Path,
+    statistics: ActionStatistics,
+    histograms: ActionHistograms,
+    progress: Progress,
 ) -> BuildReport:
     part, features = BuildReport(), clip_features(task.options.clip)
     reported = (0, 0)
@@ -287,6 +296,7 @@ def _build_split(
         for shard in task.shards[split]:
             for row in iter_clips(read_pairs(shard), task.options, part, split):
                 writer.write(features.encode_example(row))
+                histograms.update(row["actions"])
                 if split == "train":
                     statistics.update(row["actions"])
                 if part.recordings != reported[0]:
