@@ -10,8 +10,6 @@ drawn tick by tick, and the actions are compared with the raw log: exit status 1
 
 import argparse
 import difflib
-import glob
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -25,9 +23,10 @@ from vjepa_ac_hf.data.clips import ClipSpec
 from vjepa_ac_hf.data.columns import ClipFiles, RowPlace, action_array
 from vjepa_ac_hf.data.events import Candidate, Choice, ClipChooser
 from vjepa_ac_hf.data.loading import COLUMNS, clip_name, decode_clip
+from vjepa_ac_hf.data.planning import find_files
 from vjepa_ac_hf.data.preview import PreviewClip, compare_with_log, cut_log, write_preview
 from vjepa_ac_hf.data.recording import Recording, parse_recording
-from vjepa_ac_hf.data.shards import LOG_SUFFIX, TAR_SUFFIXES, VIDEO_SUFFIX, Rejection, Shard, list_shards, read_pairs
+from vjepa_ac_hf.data.shards import Rejection, Shard, list_shards, read_pairs
 
 SCANNED = ("actions", "recording_id", "session_id", "start_tick")
 
@@ -84,7 +83,7 @@ def choose_clips(clips: ClipFiles, arguments: argparse.Namespace) -> tuple[list[
             chooser.update(*(actions, *([part[i] for i in kept] for part in (names, sessions, starts)), places))
     where = f"{arguments.dataset}, {f'split {arguments.split}' if arguments.split else 'all splits'}"
     if arguments.recording is not None and not ticks:
-        near = difflib.get_close_matches(arguments.recording, recordings, n=3, cutoff=0.3) or sorted(recordings)[:3]
+        near = difflib.get_close_matches(arguments.recording, sorted(recordings), n=3, cutoff=0.3) or sorted(recordings)[:3]
         raise ValueError(
             f"{where}: no clip of recording {arguments.recording!r}; of {len(recordings)} recordings the nearest are "
             f"{near}"
@@ -116,20 +115,12 @@ def clip_spec(report: dict[str, Any] | None, steps: int) -> ClipSpec:
     return ClipSpec(frames_per_clip=steps * default.tubelet_size)
 
 
-def find_recordings(patterns: Sequence[str], names: set[str], skip_repairs: Sequence[str]) -> dict[str, Recording]:
+def read_recordings(files: Sequence[str], names: set[str], skip_repairs: Sequence[str]) -> dict[str, Recording]:
     """The raw logs of recordings, by name.
 
     Raises:
         ValueError: a recording that no shard has or that cannot be read.
     """
-    files = []
-    for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True))
-        inside = [sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path] for path in paths]
-        found = [f for path in inside for f in path if f.endswith((*TAR_SUFFIXES, VIDEO_SUFFIX, LOG_SUFFIX))]
-        if not found:
-            raise ValueError(f"--shards {pattern}: no .tar, .mp4 or .jsonl file found")
-        files += found
     recordings: dict[str, Recording] = {}
     shards = list_shards(files)
     wanted = [Shard(s.name, s.source, [e for e in s.entries if e.recording_id in names]) for s in shards]
@@ -180,14 +171,15 @@ def load_clip(
 
 def show_clips(arguments: argparse.Namespace) -> int:
     clips = ClipFiles(arguments.dataset, None if arguments.split is None else [arguments.split])
+    raw_files = find_files(arguments.shards, arguments.output) if arguments.shards else []
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = clips.read_json("report.json")
     choices, num_seen = choose_clips(clips, arguments)
     recordings: dict[str, Recording] = {}
-    if arguments.shards:
+    if raw_files:
         names = {choice.candidate.recording_id for choice in choices}
         skip_repairs = ((report or {}).get("options") or {}).get("skip_repairs", ())
-        recordings = find_recordings(arguments.shards, names, skip_repairs)
+        recordings = read_recordings(raw_files, names, skip_repairs)
     shown = [
         load_clip(clips, choice, report, recordings.get(choice.candidate.recording_id))
         for choice in tqdm(choices, desc="reading", unit="clip")

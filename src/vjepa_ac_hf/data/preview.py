@@ -241,12 +241,12 @@ class _Canvas:
         else:
             patch = Rectangle((left, top), width, height)
         patch.set(facecolor=fill, edgecolor=edge, linewidth=line_width)
-        self.axes.add_patch(patch)
+        self.axes.add_artist(patch)
 
     def polygon(self, points: Sequence[tuple[float, float]], fill: str) -> None:
         from matplotlib.patches import Polygon
 
-        self.axes.add_patch(Polygon(points, facecolor=fill, edgecolor="none", zorder=2))
+        self.axes.add_artist(Polygon(points, facecolor=fill, edgecolor="none", zorder=2))
 
     def text(
         self, x: float, y: float, text: str, size: float = 11, colour: str = _INK, align: str = "left", **style: Any
@@ -275,7 +275,7 @@ class _Canvas:
     def circle(self, x: float, y: float, radius: float, edge: str) -> None:
         from matplotlib.patches import Circle
 
-        self.axes.add_patch(Circle((x, y), radius, facecolor="none", edgecolor=edge))
+        self.axes.add_artist(Circle((x, y), radius, facecolor="none", edgecolor=edge))
 
     def image(self, box: Box, pixels: np.ndarray) -> None:
         left, top, width, height = box
