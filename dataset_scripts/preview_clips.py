@@ -83,7 +83,10 @@ def choose_clips(clips: ClipFiles, arguments: argparse.Namespace) -> tuple[list[
             chooser.update(*(actions, *([part[i] for i in kept] for part in (names, sessions, starts)), places))
     where = f"{arguments.dataset}, {f'split {arguments.split}' if arguments.split else 'all splits'}"
     if arguments.recording is not None and not ticks:
-        near = difflib.get_close_matches(arguments.recording, sorted(recordings), n=3, cutoff=0.3) or sorted(recordings)[:3]
+        near = (
+            difflib.get_close_matches(arguments.recording, sorted(recordings), n=3, cutoff=0.3)
+            or sorted(recordings)[:3]
+        )
         raise ValueError(
             f"{where}: no clip of recording {arguments.recording!r}; of {len(recordings)} recordings the nearest are "
             f"{near}"

@@ -509,3 +509,25 @@ def test_unreadable_data_and_outputs(data_set, tmp_path):
     for file in (tmp_path / "built/data").iterdir():
         pq.write_table(pq.read_table(folder / "built/data" / file.name).slice(0, 0), file)
     assert "holds no clips, 0 rows in 2 files" in preview(tmp_path / "built", tmp_path / "out")[2]
+
+
+@pytest.mark.slow
+def test_page_and_report_of_a_data_set_on_the_hub(data_set, tmp_path):
+    from hub_server import HubServer
+    from test_push import environment
+    from test_push import run as run_in
+
+    with HubServer() as server:
+        env = environment(server, tmp_path)
+        push = "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('org/clips', repo_type='dataset'); "
+        folder, hidden = str(data_set[0] / "built"), [".build/*"]
+        push += f"a.upload_folder(repo_id='org/clips', repo_type='dataset', folder_path={folder!r}, "
+        assert run_in(["-c", push + f"ignore_patterns={hidden})"], env).returncode == 0
+        for program, page in (("preview_clips.py", "index.html"), ("report_dataset.py", "report.html")):
+            done = run_in([f"dataset_scripts/{program}", "--dataset", "org/clips", "--output", tmp_path / "out"], env)
+            assert done.returncode == 0 and (tmp_path / "out" / page).is_file(), done.stderr[-2000:]
+        told = json.loads((tmp_path / "out/clips.json").read_text())
+        assert len(told["clips"]) == 6 and told["clip options"] == "as recorded in report.json"
+        assert json.loads((tmp_path / "out/summary.json").read_text())["clips"] == 6
+        done = run_in(["dataset_scripts/report_dataset.py", "--dataset", "org/none", "--output", tmp_path / "no"], env)
+        assert done.returncode == 1 and "org/none" in done.stderr and "Traceback" not in done.stderr

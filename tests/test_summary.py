@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -389,3 +390,10 @@ def test_files_by_split(tmp_path):
     with pytest.raises(ValueError, match=r"no split 'test', found \['train', 'validation'\]"):
         ClipFiles(str(tmp_path / "clips"), ["test"])
     assert set(FEATURES) == set(pq.read_schema(tmp_path / "clips/data/train-00000-of-00001.parquet").names)
+
+
+def test_documented_edges_are_those_that_are_used():
+    text = (Path(__file__).parent.parent / "docs/data.md").read_text()
+    for unit, edges in BIN_EDGES.items():
+        listed = re.search(rf"^\| {unit} \(.*?\) \| (.*) \|$", text, re.MULTILINE)[1]
+        assert [float(edge) for edge in listed.split(", ")] == list(edges)
