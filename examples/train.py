@@ -102,12 +102,17 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
     size, workers = arguments.per_device_batch_size, arguments.num_workers
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if arguments.cache_features:
-        dtype = torch.bfloat16 if arguments.mixed_precision == "bf16" else torch.float32
-        cached = {"dtype": dtype, "num_workers": workers}
-        train = cache_features(model, train, collator, arguments.cache_features / "train", accelerator, **cached)
-        if validation is not None:
+        options = {
+            "dtype": arguments.cache_dtype,
+            "batch_size": size,
+            "num_workers": workers,
+            "prefetch_factor": arguments.prefetch_factor,
+            "announce": accelerator.print,
+        }
+        if validation is not None:  # first: it is small, and what is wrong with it is known before the long build
             folder = arguments.cache_features / f"validation-{len(validation)}"
-            validation = cache_features(model, validation, collator, folder, accelerator, **cached)
+            validation = cache_features(model, validation, processor, folder, accelerator, **options)
+        train = cache_features(model, train, processor, arguments.cache_features / "train", accelerator, **options)
     batches = ClipLoader(
         *(train, processor, size),
         seed=arguments.seed,

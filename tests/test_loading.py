@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.data.cached_clips import CachedClips
 from vjepa_ac_hf.data.loader import ClipLoader
 from vjepa_ac_hf.data.loading import (
     COLUMNS,
@@ -36,7 +37,6 @@ from vjepa_ac_hf.data.loading import (
 )
 from vjepa_ac_hf.data.order import ClipOrder
 from vjepa_ac_hf.data.streaming import GroupReader, ParquetClips
-from vjepa_ac_hf.training.feature_cache import CachedClips
 
 TENSORS = ("pixel_values_videos", "actions", "states")
 

@@ -206,14 +206,16 @@ def test_killed_and_resumed_equals_undisturbed(workspace, reference):
 
 def test_cached_features_equal_encoding(workspace, reference, train_here):
     output, cache = workspace / "cached", workspace / "cache"
-    train_here(command(workspace, output, f"--cache_features={cache}"))
+    train_here(command(workspace, output, f"--cache_features={cache}", "--cache_dtype=float32"))
     assert losses(output) == pytest.approx(losses(reference), rel=1e-5)
     chunk = cache / "train" / "features-00000.safetensors"
     written = chunk.stat().st_mtime_ns
-    train_here(command(workspace, workspace / "cached2", f"--cache_features={cache}"))
+    train_here(command(workspace, workspace / "cached2", f"--cache_features={cache}", "--cache_dtype=float32"))
     assert chunk.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="encoder_weights: found"):
-        train_here(command(workspace, workspace / "cached3", f"--cache_features={cache}", "--seed=1"))
+        train_here(
+            command(workspace, workspace / "cached3", f"--cache_features={cache}", "--cache_dtype=float32", "--seed=1")
+        )
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from .loading import ClipCollator
 from .order import ClipOrder
+from .quantization import restore_features
 from .streaming import GroupReader, ParquetClips
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ class ClipLoader:
             for batch in copy_ahead(self._loader, self.device):
                 if "frames" in batch:
                     batch["pixel_values_videos"] = self.processor.normalize_pixels(batch.pop("frames"))
+                if "features" in batch:  # on the CPU the collator has done it, and this changes nothing
+                    batch["features"] = restore_features(batch["features"], batch.pop("feature_scales", None))
                 self._next_batch += 1
                 yield batch
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:

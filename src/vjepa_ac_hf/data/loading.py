@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from .quantization import restore_features
 from .streaming import ParquetClips
 
 COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "start_tick")
@@ -111,7 +112,7 @@ class ClipCollator:
     Args:
         processor: makes the tensors.
         normalize_pixels: False leaves frames as uint8 `frames` for `processor.normalize_pixels` on another device: a
-            quarter of the bytes to hand over.
+            quarter of the bytes to hand over. Likewise cached features stay as they are stored, for `restore_features`.
     """
 
     def __init__(self, processor: VJEPA2ACProcessor, *, normalize_pixels: bool = True):
@@ -124,8 +125,9 @@ class ClipCollator:
             "clips": [f"{r['recording_id']}@{r['start_tick']}" for r in rows],
         }
         if "features" in rows[0]:
-            batch["features"] = torch.stack([r["features"] for r in rows])
-            return batch
+            names = [name for name in ("features", "feature_scales") if name in rows[0]]
+            stored = {name: torch.stack([r[name] for r in rows]) for name in names}
+            return batch | ({"features": restore_features(**stored)} if self.normalize_pixels else stored)
         frames = self.processor.prepare_frames(
             [decode_clip(r["video"], clip_name(r), self.processor.frames_per_clip) for r in rows]
         )

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .feature_cache import CACHE_DTYPES
+
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """The command line of `examples/train.py`, checked as far as that needs no files; mistakes exit with status 2."""
@@ -24,7 +26,14 @@ def parse_arguments(description: str) -> argparse.Namespace:
         default="crop",
         help="how the data set was built (default: %(default)s)",
     )
-    data.add_argument("--cache_features", type=Path, help="folder: encode every clip once and train from there")
+    data.add_argument(
+        "--cache_features", type=Path, help="folder: encode every clip once and train from there (docs/model.md)"
+    )
+    data.add_argument(
+        "--cache_dtype",
+        choices=CACHE_DTYPES,
+        help="how they are stored; float32 trains exactly as without a cache (default: bfloat16)",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_config", default="vitl16", help="tiny, vitl16, or a JSON file (default: %(default)s)")
@@ -73,6 +82,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
         parser.error("--push_to_hub needs --hub_model_id ORG/NAME")
     if arguments.streaming and arguments.cache_features:
         parser.error("--cache_features needs random access: leave out --streaming")
+    if arguments.cache_dtype is None:  # without a cache, features are trained on as they are computed
+        arguments.cache_dtype = "bfloat16" if arguments.cache_features else "float32"
+    if arguments.cache_dtype != "float32" and not arguments.cache_features:
+        parser.error(f"--cache_dtype {arguments.cache_dtype} needs --cache_features DIR")
     for name in ("warmup_steps", "decay_steps"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, arguments.max_steps // 20)

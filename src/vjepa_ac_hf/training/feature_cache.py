@@ -1,143 +1,320 @@
 """Features of the frozen encoder, computed once and kept on disk, so that later epochs neither decode nor encode.
 
 A cache is a folder a split: `key.json` (what the features depend on) and `features-00000.safetensors`, ... of
-`CHUNK` clips each, written under temporary names and renamed. A build that was interrupted continues; a folder made
-with another encoder, geometry or data set is refused.
+`CLIPS_PER_CHUNK` clips each, written under temporary names and renamed. A build that was interrupted continues; what
+was made with another encoder, geometry or data set is refused. Sizes and errors: docs/model.md, "Feature cache".
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.cached_clips import CLIPS_PER_CHUNK, CachedClips, chunk_path
+from ..data.loader import copy_ahead, worker_options
 from ..data.loading import ClipCollator
+from ..data.quantization import channels_per_scale, quantize_features, restore_features
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import write_json
+from .cache_key import cache_key, differences, videos_digest
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 256
+CACHE_DTYPES = ("bfloat16", "int8", "float32")
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
-class CachedClips(torch.utils.data.Dataset):
-    """Clips with `features` in place of the video. Chunks are memory-mapped; each process opens them when needed."""
-
-    def __init__(self, clips: Dataset, folder: Path):
-        self.clips = clips.remove_columns("video")
-        self.folder = folder
-        self._chunks: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_chunks": {}}
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.clips[index], "features": self._features(index)}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        columns = self.clips[indices]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [{**row, "features": self._features(i)} for row, i in zip(rows, indices, strict=True)]
-
-    def _features(self, index: int) -> Tensor:
-        chunk, offset = divmod(index, CHUNK)
-        if chunk not in self._chunks:
-            self._chunks[chunk] = safe_open(_chunk_path(self.folder, chunk), "pt").get_slice("features")
-        return self._chunks[chunk][offset]
-
-
-def cache_key(model: VJEPA2ACModel, collator: ClipCollator, clips: Dataset, dtype: torch.dtype) -> dict[str, Any]:
-    """What cached features depend on: encoder weights and configuration, geometry, clips and storage type."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    processor = collator.processor
-    identity = hashlib.sha256()
-    for table in clips.with_format("arrow").iter(batch_size=4096):
-        # Names and encoded sizes of the clips: changes whenever the data set is built differently, costs no reading.
-        sizes = pc.binary_length(pc.struct_field(table["video"], "bytes"))
-        columns = [table["recording_id"].to_pylist(), table["start_tick"].to_pylist(), sizes.to_pylist()]
-        identity.update(json.dumps(list(zip(*columns, strict=True))).encode())
-    return {
-        "encoder_weights": weights.hexdigest(),
-        "encoder_config": json.loads(model.config.encoder_config.to_json_string()),
-        "encoding": model.config.encoding,
-        "normalize_features": model.config.normalize_features,
-        "resolution": processor.resolution,
-        "resize_mode": processor.resize_mode,
-        "pixel_mean": processor.pixel_mean,
-        "pixel_std": processor.pixel_std,
-        "clips": identity.hexdigest(),
-        "num_clips": len(clips),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+def bytes_per_clip(shape: tuple[int, int, int], dtype: str) -> int:
+    """What the features `(T, N, D)` of a clip take on disk, with the scales of int8."""
+    steps, tokens, width = shape
+    sizes = {"float32": 4 * width, "bfloat16": 2 * width, "int8": width + 4 * (width // channels_per_scale(width))}
+    return steps * tokens * sizes[dtype]
 
 
 def cache_features(
     model: VJEPA2ACModel,
     clips: Dataset,
-    collator: ClipCollator,
+    processor: VJEPA2ACProcessor,
     folder: Path,
     accelerator: Accelerator,
     *,
-    dtype: torch.dtype,
-    batch_size: int = 32,
+    dtype: str = "bfloat16",
+    batch_size: int = 8,
     num_workers: int = 0,
+    prefetch_factor: int = 2,
+    clips_per_chunk: int = CLIPS_PER_CHUNK,
+    announce: Callable[[str], None] = logger.info,
 ) -> CachedClips:
     """Encode what is not in `folder` yet, every process its share of the chunks, and return the clips with features.
 
+    Args:
+        model: its encoder makes the features, under the accelerator's mixed precision.
+        clips: clips with random access (`load_clips`).
+        processor: makes the frames.
+        folder: of this split; all processes must see the same one.
+        accelerator: processes and device.
+        dtype: of `CACHE_DTYPES`.
+        batch_size: clips encoded at once. With that of training, kernels see the same shapes as in a run without cache.
+        num_workers: processes that decode, per training process.
+        prefetch_factor: batches that each of them makes ahead.
+        clips_per_chunk: clips a file; a killed build loses at most what each process had of one.
+        announce: gets, on the main process, the size before anything is encoded, and size and error afterwards.
+
     Raises:
-        ValueError: the folder holds features of another encoder, geometry or data set; the differing fields are named.
+        ValueError: the folder holds features of another encoder, geometry or data set, or damaged chunks; the differing
+            fields are named with both values, the chunks by their files.
+        OSError: the features do not fit on the disk, or another run builds the same cache.
+        FloatingPointError: features that are not finite.
+        RuntimeError: another process refused (its message says why).
     """
-    key = cache_key(model, collator, clips, dtype)
-    _claim_folder(folder, key, accelerator)
-    chunks = range((len(clips) + CHUNK - 1) // CHUNK)
-    mine = chunks[accelerator.process_index :: accelerator.num_processes]
-    todo = [chunk for chunk in mine if not _chunk_path(folder, chunk).is_file()]
-    for chunk in tqdm(todo, desc=f"features of {folder.name}", unit="chunk", disable=not accelerator.is_main_process):
-        indices = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(clips)))
-        loader = torch.utils.data.DataLoader(
-            clips.select(indices), batch_size=batch_size, collate_fn=collator, num_workers=num_workers
+    if dtype not in CACHE_DTYPES:
+        raise ValueError(f"dtype must be one of {CACHE_DTYPES}, found {dtype!r}")
+    key = cache_key(model, processor, clips, dtype, accelerator.mixed_precision, clips_per_chunk)
+    config = model.config
+    steps = config.frames_per_clip // config.encoder_config.tubelet_size
+    shape = (steps, config.grid_size**2, config.encoder_config.hidden_size)
+    cache = _Cache(folder, clips, key, shape, accelerator)
+    cache.claim_folder()
+    cache.check_chunks()
+    # As the main process sees the folder: all must divide the same chunks.
+    missing = broadcast_object_list([[n for n in range(len(cache.chunks)) if not cache.path(n).is_file()]])[0]
+    if missing:
+        with cache.locked():
+            cache.check_space(missing, announce)
+            cache.build(missing, model, processor, batch_size, worker_options(num_workers, prefetch_factor), announce)
+    cache.check_complete()
+    if accelerator.is_main_process:
+        stored = sum(cache.path(n).stat().st_size for n in range(len(cache.chunks)))
+        announce(
+            f"{folder}: features of {len(clips):,} clips ({dtype}) take {stored:,} bytes ({stored / 2**30:,.2f} GiB)"
         )
-        encoded = []
-        for batch in loader:
-            with accelerator.autocast():
-                features = model.encode(batch["pixel_values_videos"].to(accelerator.device))
-            encoded.append(features.to(dtype).cpu())
-        path = _chunk_path(folder, chunk)
-        temporary = path.with_suffix(".tmp")
-        save_file({"features": torch.cat(encoded)}, temporary)
-        os.replace(temporary, path)
-    accelerator.wait_for_everyone()
-    return CachedClips(clips, folder)
+    return CachedClips(clips, folder, clips_per_chunk)
 
 
-def _claim_folder(folder: Path, key: dict[str, Any], accelerator: Accelerator) -> None:
-    path = folder / "key.json"
-    if accelerator.is_main_process and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, key)
-    accelerator.wait_for_everyone()
-    found = json.loads(path.read_text())
-    differing = sorted(k for k in key.keys() | found.keys() if key.get(k) != found.get(k))
-    if differing:
-        details = "; ".join(f"{k}: found {found.get(k)!r}, expected {key.get(k)!r}" for k in differing)
-        raise ValueError(f"{path}: these features are of something else ({details}). Choose another --cache_features")
+@dataclass
+class _Cache:
+    """One split's folder, as one process of a run sees it; the methods are called in their order."""
+
+    folder: Path
+    clips: Dataset
+    key: dict[str, Any]
+    shape: tuple[int, int, int]  # (T, N, D) of a clip
+    accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        size, total = self.key["clips_per_chunk"], len(self.clips)
+        self.chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]  # clips of each
+
+    def path(self, number: int) -> Path:
+        return chunk_path(self.folder, number)
+
+    def share(self, numbers: list[int]) -> list[int]:
+        """Those of these chunks that are this process's work."""
+        return numbers[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def claim_folder(self) -> None:
+        """Write the key into a new folder; refuse a folder with another one."""
+        path = self.folder / "key.json"
+        if self.accelerator.is_main_process and not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.key)
+        self.accelerator.wait_for_everyone()
+        error: Exception | None = None
+        try:
+            details = differences(json.loads(path.read_text()), self.key)
+            if details:
+                advice = "choose another --cache_features, or remove the folder"
+                error = ValueError(f"{path}: these features are of something else ({details}); {advice}")
+        except FileNotFoundError:
+            error = FileNotFoundError(f"{path}: written by the main process, not seen by this one: share the folder")
+        except json.JSONDecodeError as damage:
+            error = ValueError(f"{path}: {damage}; remove the folder")
+        self.agree(error)
+
+    def check_chunks(self) -> None:
+        """Chunks that are there must be whole, and of this key and these videos; each process checks its share."""
+        present = [n for n in self.share(list(range(len(self.chunks)))) if self.path(n).is_file()]
+        quiet = not present or not self.accelerator.is_main_process
+        errors = []
+        for n in tqdm(present, desc=f"checking {self.folder.name}", unit="chunk", disable=quiet):
+            try:
+                details = differences(_describe_file(self.path(n)), self.describe(self.chunks[n]))
+            except (SafetensorError, OSError) as error:
+                errors.append(f"{self.path(n)}: damaged ({error})")
+                continue
+            if details:
+                errors.append(f"{self.path(n)}: of something else ({details})")
+        shown = "\n".join(errors[:5]) + (f"\nand {len(errors) - 5} others" if len(errors) > 5 else "")
+        message = f"{len(errors)} chunks cannot be used; remove them to have them computed again:\n{shown}"
+        self.agree(ValueError(message) if errors else None)
+
+    def describe(self, rows: range) -> dict[str, str]:
+        """Metadata of a chunk, and under `tensors` the types and shapes that it must have."""
+        tensors = self.stored(torch.empty(0, *self.shape))
+        types = {name: f"{_SAFETENSORS_DTYPES[t.dtype]} {[len(rows), *t.shape[1:]]}" for name, t in tensors.items()}
+        return {
+            "key": hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest(),
+            "rows": f"{rows[0]}..{rows[-1]}",
+            "videos": videos_digest(self.clips, rows),
+            "tensors": json.dumps(types, sort_keys=True),
+        }
+
+    def stored(self, features: Tensor) -> dict[str, Tensor]:
+        """Features as they are stored, by the names that a batch has them under."""
+        if self.key["dtype"] == "int8":
+            return dict(zip(("features", "feature_scales"), quantize_features(features), strict=True))
+        return {"features": features.to(getattr(torch, self.key["dtype"]))}
+
+    def check_space(self, missing: list[int], announce: Callable[[str], None]) -> None:
+        """Say what the features will take; on every process an error where that is more than the disk has."""
+        error = None
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob("features-*.tmp"):  # of a killed build: the lock says nobody writes them
+                leftover.unlink()
+            clips = sum(len(self.chunks[n]) for n in missing)
+            size, dtype = bytes_per_clip(self.shape, self.key["dtype"]), self.key["dtype"]
+            free = shutil.disk_usage(self.folder).free
+            text = (
+                f"{self.folder}: {clips:,} of {len(self.clips):,} clips are to be encoded: {size:,} bytes a clip "
+                f"({dtype}), {clips * size:,} bytes ({clips * size / 2**30:,.2f} GiB); free: {free:,} bytes"
+            )
+            if clips * size > free:
+                advice = "int8 takes about half of bfloat16, a quarter of float32 (--cache_dtype)"
+                error = OSError(errno.ENOSPC, f"{text}. {advice}")
+            else:
+                announce(text)
+        self.agree(error)
+
+    def build(
+        self,
+        missing: list[int],
+        model: VJEPA2ACModel,
+        processor: VJEPA2ACProcessor,
+        batch_size: int,
+        workers: dict[str, Any],
+        announce: Callable[[str], None],
+    ) -> None:
+        """Encode this process's share of these chunks and write each as soon as it is complete."""
+        todo, started = {n: self.chunks[n] for n in self.share(missing)}, time.perf_counter()
+        # Ranges, not lists: 2.25 million clips in little memory.
+        indices = [rows[i : i + batch_size] for rows in todo.values() for i in range(0, len(rows), batch_size)]
+        loader = torch.utils.data.DataLoader(
+            self.clips,
+            batch_sampler=indices,  # type: ignore[arg-type]
+            collate_fn=ClipCollator(processor, normalize_pixels=False),
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # it draws a seed for workers, not to be taken from the model's generator
+            **workers,
+        )
+        batches = copy_ahead(loader, self.accelerator.device)
+        progress = tqdm(
+            total=sum(len(rows) for rows in todo.values()),
+            desc=f"features of {self.folder.name}",
+            unit="clip",
+            disable=not self.accelerator.is_main_process,
+        )
+        squares = torch.zeros(2, device=self.accelerator.device)  # of the errors of storage, and of the features
+        for number, rows in todo.items():
+            chunk: dict[str, Tensor] = {}
+            for start in range(0, len(rows), batch_size):
+                features = _encode(model, processor, next(batches), batch_size, self.accelerator)
+                stored = self.stored(features)
+                error = restore_features(*stored.values()) - features
+                squares += torch.stack([error.square().mean(), features.square().mean()]) * len(features)
+                for name, values in stored.items():
+                    if name not in chunk:
+                        chunk[name] = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype)
+                    chunk[name][start : start + len(values)] = values
+                progress.update(len(features))
+            _write_chunk(self.path(number), chunk, self.describe(rows))
+        progress.close()
+        error, magnitude = self.accelerator.reduce(squares, reduction="sum").tolist()
+        if self.accelerator.is_main_process:
+            share = (error / magnitude) ** 0.5 if magnitude else 0.0
+            seconds = time.perf_counter() - started
+            announce(f"{self.folder}: encoded in {seconds:,.0f} s; relative error of storage (rms) {share:.5f}")
+
+    def check_complete(self) -> None:
+        """All chunks must be there, those of the other processes too."""
+        absent = [self.path(n) for n in range(len(self.chunks)) if not self.path(n).is_file()]
+        message = f"{len(absent)} chunks are missing, {absent[:1]} first: all processes must see the same folder"
+        self.agree(FileNotFoundError(message) if absent else None)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One build of a cache at a time; a lock that the kernel drops with its process, held by the main one."""
+        error, file = None, None
+        if self.accelerator.is_main_process:
+            file = (self.folder / ".lock").open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = f"{self.folder}: another run builds this cache; start again when it is done"
+                error = OSError(errno.EWOULDBLOCK, text)
+            except OSError as failure:  # some network file systems have no locks
+                logger.warning("%s: cannot be locked (%s): start no second build of it", self.folder, failure)
+        try:
+            self.agree(error)
+            yield
+        finally:
+            if file is not None:
+                file.close()
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise `error`, and on processes without one that there was one: none waits for another that gave up."""
+        failed = torch.tensor([float(error is not None)], device=self.accelerator.device)
+        failed = self.accelerator.reduce(failed, reduction="sum")
+        if error is not None:
+            raise error
+        if failed.item():
+            raise RuntimeError(f"{self.folder}: another process cannot use this cache; its message says why")
 
 
-def _chunk_path(folder: Path, chunk: int) -> Path:
-    return folder / f"features-{chunk:05d}.safetensors"
+def _encode(
+    model: VJEPA2ACModel, processor: VJEPA2ACProcessor, batch: dict[str, Any], batch_size: int, accelerator: Accelerator
+) -> Tensor:
+    """Features of a batch, float32 `(clips, T, N, D)`; a short batch is filled up, so that all have the same shape."""
+    pixels = processor.normalize_pixels(batch["frames"])
+    missing = batch_size - len(pixels)
+    with accelerator.autocast():
+        features = model.encode(torch.cat([pixels, pixels[-1:].expand(missing, *pixels.shape[1:])]))[: len(pixels)]
+    finite = features.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        bad = [name for name, fine in zip(batch["clips"], finite, strict=True) if not fine]
+        raise FloatingPointError(f"the encoder's features are not finite. Clips: {', '.join(bad)}")
+    return features.float()
+
+
+def _write_chunk(path: Path, tensors: dict[str, Tensor], description: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=description)
+    with temporary.open("rb") as file:
+        os.fsync(file)
+    os.replace(temporary, path)
+
+
+def _describe_file(path: Path) -> dict[str, str]:
+    """What a chunk says of itself, as `_Cache.describe`; its header is checked, and the file's length."""
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        types = {name: f"{s.get_dtype()} {s.get_shape()}" for name, s in slices.items()}
+        return {**(file.metadata() or {}), "tensors": json.dumps(types, sort_keys=True)}
