@@ -22,18 +22,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import get_dataset_split_names
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loader import ClipLoader, worker_options
+from vjepa_ac_hf.data.loader import ClipLoader
 from vjepa_ac_hf.data.loading import (
     ClipCollator,
     check_clips,
     load_action_statistics,
     load_clips,
 )
+from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.records import versions
 from vjepa_ac_hf.training.arguments import parse_arguments
 from vjepa_ac_hf.training.checkpoints import (
@@ -48,7 +48,7 @@ from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
-from vjepa_ac_hf.training.validation import validate
+from vjepa_ac_hf.training.validation import ValidationSet, validate
 
 logger = logging.getLogger(__name__)
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
@@ -92,13 +92,13 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
         return train, None
     validation = load_clips(arguments.dataset, "validation")
     check_clips(validation, processor, f"{arguments.dataset}, split validation")
-    every = max(len(validation) // arguments.eval_clips, 1)
-    return train, validation.select(range(0, len(validation), every)[: arguments.eval_clips])
+    # As examples/evaluate.py --max_clips chooses them, so that both programs give the same figures.
+    return train, validation.select(spread(len(validation), arguments.eval_clips))
 
 
 def build_loaders(arguments, accelerator, model, processor, train, validation):
-    """Endless training batches of this process, and its share of the validation clips."""
-    collator = ClipCollator(processor)
+    """Endless training batches of this process, and the clips to validate on."""
+    collator, source = ClipCollator(processor), validation
     size, workers = arguments.per_device_batch_size, arguments.num_workers
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if arguments.cache_features:
@@ -124,14 +124,11 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
         device=accelerator.device,
     )
     if validation is not None:
-        share = torch.utils.data.Subset(validation, range(rank, len(validation), world_size))
-        # Its own generator: every pass draws a seed for its workers, not to be taken from the model's.
-        validation = DataLoader(
-            *(share, size),
-            collate_fn=collator,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),
-            **worker_options(workers, arguments.prefetch_factor),
+        validation = ValidationSet(
+            *(validation, source, processor, accelerator),
+            batch_size=size,
+            num_workers=workers,
+            prefetch_factor=arguments.prefetch_factor,
         )
     return batches, validation
 

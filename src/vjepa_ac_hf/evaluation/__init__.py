@@ -1,21 +1,29 @@
 """How well a model predicts features, and whether it uses its actions (docs/evaluation.md).
 
-`rollouts` measures clips, `figures` turns their errors into figures with intervals, `metrics` offers the same as a
-metric of the library `evaluate`, `clips` reads a data set, `pictures`, `plots` and `report` show the result.
+`rollouts` measures clips, `figures` turns their errors into figures with intervals, `probes` asks which columns of the
+actions matter and whether predictions are specific, `metrics` offers all of it as metrics of the library `evaluate`,
+`clips` reads a data set, `pictures`, `plots` and `report` show the result.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from .figures import aggregate_rows, table_rows
+from .probes import aggregate_retrieval, aggregate_sensitivity
 from .rollouts import RolloutTable, derangements, evaluate_features, roll_out, state_integrator
 
 if TYPE_CHECKING:
-    from .metrics import LatentPredictionMetric
+    from .metrics import ActionSensitivityMetric, LatentPredictionMetric, RetrievalMetric
+
+_METRICS = ("ActionSensitivityMetric", "LatentPredictionMetric", "RetrievalMetric")
 
 __all__ = [
+    "ActionSensitivityMetric",
     "LatentPredictionMetric",
+    "RetrievalMetric",
     "RolloutTable",
+    "aggregate_retrieval",
     "aggregate_rows",
+    "aggregate_sensitivity",
     "derangements",
     "evaluate_features",
     "roll_out",
@@ -26,8 +34,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The library `evaluate` is slow to import, and a script of that name may hide it: only who asks for it pays.
-    if name == "LatentPredictionMetric":
-        from .metrics import LatentPredictionMetric
+    if name in _METRICS:
+        from . import metrics
 
-        return LatentPredictionMetric
+        return getattr(metrics, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

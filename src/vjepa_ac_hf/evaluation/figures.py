@@ -78,7 +78,7 @@ def aggregate_rows(
 
     Args:
         rows: columns `ROW_COLUMNS` of equal length, in any order of rows.
-        draws: bootstrap draws of sessions.
+        draws: bootstrap draws of sessions; 0 for no intervals.
         seed: of the bootstrap.
 
     Returns:
@@ -88,12 +88,12 @@ def aggregate_rows(
     columns = _check_rows(rows)
     sessions, session_of = np.unique(columns["session_id"], return_inverse=True)
     weights = None
-    if len(sessions) < 2:
+    if draws and len(sessions) < 2:
         logger.warning(
             "the figures are without intervals (ci95 is null): a bootstrap over sessions needs at least 2, found %d",
             len(sessions),
         )
-    else:
+    elif draws:
         weights = session_weights(len(sessions), draws, torch.Generator().manual_seed(seed))
     figures = []
     for horizon in np.unique(columns["horizon"]):

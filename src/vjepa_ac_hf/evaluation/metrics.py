@@ -1,4 +1,4 @@
-"""The figures of docs/evaluation.md as a metric of the library `evaluate`: rows added batch by batch, by any number of
+"""The figures of docs/evaluation.md as metrics of the library `evaluate`: rows added batch by batch, by any number of
 processes."""
 
 import importlib.util
@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Features, Value
 
 from .figures import BOOTSTRAP_DRAWS, VALUE_COLUMNS, aggregate_rows
+from .probes import RETRIEVAL_COLUMNS, SENSITIVITY_COLUMNS, aggregate_retrieval, aggregate_sensitivity
 
 
 def _check_evaluate_is_the_library() -> None:
@@ -79,3 +80,38 @@ class LatentPredictionMetric(evaluate.Metric):
             "sessions": len(set(rows["session_id"])),
             "horizons": aggregate_rows(rows, draws=draws, seed=bootstrap_seed),
         }
+
+
+class ActionSensitivityMetric(evaluate.Metric):
+    """`aggregate_sensitivity` as a metric: one row a clip, horizon and column group, from several processes too.
+
+    `compute()` gives `{"groups": {group: figures}}` on process 0 and None on the others; see `LatentPredictionMetric`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="How much predictions change when a group of action columns is exchanged with another clip's.",
+            citation=_CITATION,
+            inputs_description=aggregate_sensitivity.__doc__ or "",
+            features=Features(
+                {"group": Value("string"), **{name: Value("float64") for name in SENSITIVITY_COLUMNS}},
+            ),
+        )
+
+    def _compute(self, **rows: Any) -> dict[str, Any]:
+        return {"groups": aggregate_sensitivity(rows)}
+
+
+class RetrievalMetric(evaluate.Metric):
+    """`aggregate_retrieval` as a metric: one row a clip, from several processes too; see `LatentPredictionMetric`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="How often a prediction is nearest to its own target among those of a group of clips.",
+            citation=_CITATION,
+            inputs_description=aggregate_retrieval.__doc__ or "",
+            features=Features({name: Value("float64") for name in RETRIEVAL_COLUMNS}),
+        )
+
+    def _compute(self, **rows: Any) -> dict[str, Any]:
+        return aggregate_retrieval(rows)

@@ -196,21 +196,43 @@ def evaluate_features(
                 raise ValueError(
                     f"features must be of {clips} clips of {steps} steps, found {tuple(batch.shape)} up to clip {start}"
                 )
-            choices = [actions[at], *(with_future(actions[at], actions[p[at]], context_steps) for p in partners)]
-            choices = [a[:, : context_steps - 1 + horizon] for a in choices]
-            parts.append(_batch_errors(model, batch, choices, states[at], context_steps, integrate_states))
-            _check_finite(parts[-1], at.start)
+            choices = action_choices(actions, at, partners, context_steps, horizon)
+            errors, _ = batch_errors(
+                *(model, batch, choices, states[at]), context_steps=context_steps, integrate_states=integrate_states
+            )
+            _check_finite(errors, at.start)
+            parts.append(errors)
     finally:
         model.train(was_training)
     if start != clips:
         raise ValueError(f"actions are those of {clips} clips, but features of {start}")
+    return rollout_table(
+        {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
+        partners,
+        sessions=sessions,
+        context_steps=context_steps,
+        integrate_states=integrate_states,
+        yaw_deltas=yaw_deltas,
+    )
+
+
+def rollout_table(
+    columns: dict[str, Tensor],
+    partners: Tensor,
+    *,
+    sessions: Sequence[str],
+    context_steps: int,
+    integrate_states: StateIntegrator | None,
+    yaw_deltas: Tensor | None,
+) -> RolloutTable:
+    """The table of `batch_errors` of all clips, in order; other arguments as in `evaluate_features`."""
     return RolloutTable(
         sessions=[str(s) for s in sessions],
         context_steps=context_steps,
         future_states="recorded" if integrate_states is None else "integrated",
         partners=partners.T.numpy(),
-        turn_gaps=_turn_gaps(yaw_deltas, partners, context_steps, horizon),
-        **{name: torch.cat([p[name] for p in parts]).double().numpy() for name in parts[0]},
+        turn_gaps=_turn_gaps(yaw_deltas, partners, context_steps, columns["error"].shape[1]),
+        **{name: values.double().numpy() for name, values in columns.items()},
     )
 
 
@@ -219,38 +241,58 @@ def with_future(actions: Tensor, others: Tensor, context_steps: int) -> Tensor:
     return torch.cat([actions[:, : context_steps - 1], others[:, context_steps - 1 :]], dim=1)
 
 
-def _batch_errors(
+def action_choices(
+    actions: Tensor, at: slice | Sequence[int], partners: Tensor, context_steps: int, horizon: int
+) -> list[Tensor]:
+    """Actions `(B, C - 1 + H, A)` of the clips `at`: their own, then those with each partner's future."""
+    choices = [actions[at], *(with_future(actions[at], actions[p[at]], context_steps) for p in partners)]
+    return [a[:, : context_steps - 1 + horizon] for a in choices]
+
+
+def batch_errors(
     model: VJEPA2ACModel,
     features: Tensor,
-    choices: list[Tensor],
+    choices: Sequence[Tensor],
     states: Tensor,
+    *,
     context_steps: int,
     integrate_states: StateIntegrator | None,
-) -> dict[str, Tensor]:
-    """The columns of a `RolloutTable` for a batch; `choices` are the true actions, then the shuffled ones.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The error columns of a `RolloutTable` for a batch, and the prediction `(B, H, N, D)` from the true actions.
 
     One rollout a choice and not one large batch: equal inputs then give equal bits, so that a model which ignores its
     actions ties exactly.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        features: `(B, C + H or more, N, D)`.
+        choices: `action_choices`: the true actions, then the shuffled ones.
+        states: `(B, C - 1 + H or more, S)`, normalised.
+        context_steps: C.
+        integrate_states: as in `roll_out`.
     """
     horizon = choices[0].shape[1] - context_steps + 1
     target = features[:, context_steps : context_steps + horizon].to(model.device).float()
     latest = features[:, context_steps - 1 : context_steps].to(model.device).float()
-    errors = [_distances(latest, target)]
+    errors = [distances(latest, target)]
+    own = None
     for actions in choices:
         prediction = roll_out(
             model, features, actions, states, context_steps=context_steps, integrate_states=integrate_states
-        )
-        errors.append(_distances(prediction.float(), target))
+        ).float()
+        own = prediction if own is None else own
+        errors.append(distances(prediction, target))
     columns = {}
     for i, suffix in enumerate(("", "_mse")):
         persistence, error, *shuffled = (e[i].cpu() for e in errors)
         columns["persistence" + suffix] = persistence
         columns["error" + suffix] = error
         columns["shuffled" + suffix] = torch.stack(shuffled, dim=1)
-    return columns
+    assert own is not None
+    return columns, own
 
 
-def _distances(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def distances(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Mean absolute and mean square difference over tokens and width, `(B, H)` each."""
     difference = prediction - target
     return difference.abs().mean(dim=(2, 3)), difference.square().mean(dim=(2, 3))
