@@ -28,7 +28,6 @@ from transformers import VJEPA2Config
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.data.loader import ClipLoader
 from vjepa_ac_hf.data.loading import (
-    ClipCollator,
     check_clips,
     load_action_statistics,
     load_clips,
@@ -98,7 +97,7 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
 
 def build_loaders(arguments, accelerator, model, processor, train, validation):
     """Endless training batches of this process, and the clips to validate on."""
-    collator, source = ClipCollator(processor), validation
+    source = validation
     size, workers = arguments.per_device_batch_size, arguments.num_workers
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if arguments.cache_features:
