@@ -69,22 +69,10 @@ def main() -> None:
         *("--clip_stride", 64 if real else 20, "--validation_fraction", 0.2, "--num_proc", 2),
     )
     run(
-        *("3/4 train the predictor", "examples/train.py", "--dataset", out / "clips", "--output_dir", out / "model"),
-        *("--model_config", "tiny", "--encoder", arguments.encoder, "--action_space", "vpt-38"),
-        *("--resize_mode", "squash"),
-        *(
-            "--cache_features",
-            out / "features",
-            "--cache_dtype",
-            "float32",
-            "--num_workers",
-            0,
-            "--seed",
-            arguments.seed,
-        ),
-        *("--max_steps", arguments.max_steps, "--per_device_batch_size", 16, "--learning_rate", 4e-3),
-        *("--decay_steps", arguments.max_steps // 4, "--loss_type", "l1", "--auto_steps", 1),
-        *("--eval_every", 500, "--checkpoint_every", 500),
+        *("3/4 train the predictor", "examples/train.py", "--config", "examples/configs/tiny-vizdoom.yaml"),
+        *("--dataset", out / "clips", "--output_dir", out / "model", "--cache_features", out / "features"),
+        *("--encoder", arguments.encoder, "--seed", arguments.seed, "--max_steps", arguments.max_steps),
+        *("--warmup_steps", arguments.max_steps // 20, "--decay_steps", arguments.max_steps // 4),
         launcher=accelerate_launch(),
     )
     run(

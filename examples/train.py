@@ -42,6 +42,7 @@ from vjepa_ac_hf.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
+from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
@@ -58,11 +59,14 @@ def build_configuration(arguments: argparse.Namespace) -> tuple[VJEPA2ACConfig, 
     space = arguments.action_space
     if space is not None and ("," in space or space in ACTION_COLUMNS):
         space = space.split(",")
-    encoder = arguments.encoder or DEFAULT_ENCODERS.get(arguments.model_config, "random")
+    default = DEFAULT_ENCODERS.get(arguments.model_config, "random")
+    encoder = arguments.encoder or default
+    # A dry run needs no network: a preset holds the sizes of its own encoder.
+    known = encoder == "random" or (arguments.dry_run and encoder == default)
     config = build_config(
         arguments.model_config,
-        encoder_config=None if encoder == "random" else VJEPA2Config.from_pretrained(encoder),
-        action_space=space or "vpt-13",
+        encoder_config=None if known else VJEPA2Config.from_pretrained(encoder),
+        action_space=space,
         auto_steps=arguments.auto_steps,
         loss_type=arguments.loss_type,
     )
@@ -163,7 +167,11 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
     folder = arguments.output_dir / "checkpoints"
     given = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
     optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
-    scheduler = build_scheduler(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
+    scheduler = build_scheduler(
+        *(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps),
+        arguments.start_learning_rate,
+        arguments.final_learning_rate,
+    )
     step, loader_state, checkpoint = 0, None, find_checkpoint(folder, arguments.resume)
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -236,8 +244,20 @@ def save_and_push(arguments, accelerator, model, processor, encoder, metrics) ->
         print(f"pushed to {arguments.hub_model_id}")
 
 
+def show_dry_run(arguments: argparse.Namespace) -> None:
+    """What the run would take; with a data set it is opened and checked as for the run."""
+    config, _ = build_configuration(arguments)
+    clips = None
+    if arguments.dataset is not None:
+        clips = len(load_splits(arguments, build_processor(arguments, config))[0])
+    print(dry_run(arguments, config, clips))
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    if arguments.dry_run:
+        show_dry_run(arguments)
+        return
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,

@@ -319,4 +319,4 @@ def test_schedule_and_parameter_groups():
 def test_presets_build():
     assert build_config("tiny").grid_size == 4
     assert build_config("vitl16", action_space="vpt-38").action_dim == 38
-    assert set(PRESETS) == {"tiny", "vitl16"}
+    assert set(PRESETS) == {"tiny", "vitl16", "vitg16"}

@@ -1,83 +1,218 @@
-"""The command line of the training program."""
+"""The command line of the training program: flags, recipes, and what follows from both."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
+from .estimates import HARDWARE
 from .feature_cache import CACHE_DTYPES
+from .recipes import load_recipe
+
+_POSITIVE = (
+    "max_steps",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "shuffle_buffer",
+    "prefetch_factor",
+    "eval_clips",
+    "devices",
+)
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """The command line of `examples/train.py`, checked as far as that needs no files; mistakes exit with status 2."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with every flag's default."""
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help="built data set: a folder or a Hub repository")
-    data.add_argument("--streaming", action="store_true", help="read the training split as a stream")
-    data.add_argument(
-        "--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed (default: %(default)s)"
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if "default" in text or action.default in (None, "", argparse.SUPPRESS) or action.required:
+            return text
+        return f"{text} (default: %(default)s)" if text else "default: %(default)s"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Of several processes the first one speaks."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            super().error(message)
+        sys.exit(2)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """All flags of `examples/train.py`, in groups."""
+    parser = _Parser(
+        usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
     )
+    parser.add_argument(
+        "--config", type=Path, help="recipe: a YAML file of flags (examples/configs); flags override it"
+    )
+    for add in (_add_data, _add_model, _add_optimisation, _add_run, _add_estimates):
+        add(parser)
+    return parser
+
+
+def _switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool = False) -> None:
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", help="built data set: a folder or a Hub repository (needed)")
+    _switch(data, "streaming", "read the training split as a stream")
+    data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
     data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
-    data.add_argument("--action_space", default=None, help="vpt-13 (default), vpt-36, vpt-38, or columns by commas")
-    data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
     data.add_argument(
-        "--resize_mode",
-        choices=("crop", "squash"),
-        default="crop",
-        help="how the data set was built (default: %(default)s)",
+        "--action_space",
+        help="vpt-13, vpt-36, vpt-38, or columns by commas; default: that of --model_config, else vpt-13",
     )
+    data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
+    data.add_argument("--resize_mode", choices=("crop", "squash"), default="crop", help="how the data set was built")
     data.add_argument(
         "--cache_features", type=Path, help="folder: encode every clip once and train from there (docs/model.md)"
     )
     data.add_argument(
         "--cache_dtype",
         choices=CACHE_DTYPES,
-        help="how they are stored; float32 trains exactly as without a cache (default: bfloat16)",
+        help="how they are stored; float32 trains exactly as without a cache; default: bfloat16",
     )
 
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model_config", default="vitl16", help="tiny, vitl16, or a JSON file (default: %(default)s)")
     model.add_argument(
-        "--encoder", help="pretrained V-JEPA 2: repository or folder; 'random' for none; default by config"
+        "--model_config", default="vitl16", help="tiny, vitl16, vitg16, or a JSON file or saved model with the sizes"
     )
-    model.add_argument("--auto_steps", type=int, help="steps of the rollout loss (default: the configuration's)")
+    model.add_argument(
+        "--encoder", help="pretrained V-JEPA 2: repository or folder; 'random' for none; default: by --model_config"
+    )
+    model.add_argument("--auto_steps", type=int, help="steps of the rollout loss; default: the configuration's")
     model.add_argument("--loss_type", choices=("mse", "l1"), help="default: the configuration's")
-    model.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more computing")
+    _switch(model, "gradient_checkpointing", "less memory, more computing")
 
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--max_steps", type=int, default=10_000, help="optimizer steps")
-    optimisation.add_argument("--per_device_batch_size", type=int, default=8, help="clips a process and forward pass")
-    optimisation.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    optimisation.add_argument("--learning_rate", type=float, default=4.25e-4)
-    optimisation.add_argument("--weight_decay", type=float, default=0.04)
-    optimisation.add_argument("--warmup_steps", type=int, help="default: 5 %% of max_steps")
-    optimisation.add_argument(
-        "--decay_steps", type=int, help="linear decay to zero at the end; default: 5 %% of max_steps"
+
+def _add_optimisation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--max_steps", type=int, default=10_000, help="optimizer steps")
+    group.add_argument("--per_device_batch_size", type=int, default=8, help="clips a process and forward pass")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, help="default: what --global_batch_size leaves to do, else 1"
     )
-    optimisation.add_argument("--max_grad_norm", type=float, default=1.0)
-    optimisation.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
-    optimisation.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--global_batch_size",
+        type=int,
+        help="clips an optimizer step, of all processes; default: per_device_batch_size x accumulation x processes",
+    )
+    group.add_argument("--learning_rate", type=float, default=4.25e-4, help="between warm-up and decay")
+    group.add_argument("--start_learning_rate", type=float, default=0.0, help="where the linear warm-up starts")
+    group.add_argument("--final_learning_rate", type=float, default=0.0, help="where the linear decay ends")
+    group.add_argument("--warmup_steps", type=int, help="default: 5 %% of max_steps")
+    group.add_argument("--decay_steps", type=int, help="at the end; default: 5 %% of max_steps")
+    group.add_argument("--weight_decay", type=float, default=0.04, help="on matrices, not on biases and norms")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
+    group.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="bf16: autocast")
+    group.add_argument("--seed", type=int, default=0, help="of weights and of the order of clips")
 
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", type=Path, required=True)
+    run.add_argument("--output_dir", type=Path, help="folder of this run (needed)")
     run.add_argument("--checkpoint_every", type=int, default=1000, help="steps; the last step is always kept")
     run.add_argument("--keep_checkpoints", type=int, default=3, help="newest checkpoints to keep")
     run.add_argument(
         "--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path"
     )
-    run.add_argument("--log_every", type=int, default=10, help="steps")
+    run.add_argument("--log_every", type=int, default=10, help="steps between rows of metrics.jsonl")
     run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
     run.add_argument("--eval_clips", type=int, default=512, help="validation clips used, spread over the split")
     run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
-    run.add_argument("--push_to_hub", action="store_true", help="upload the final model")
+    _switch(run, "push_to_hub", "upload the final model")
     run.add_argument("--hub_model_id", help="ORG/NAME")
-    run.add_argument("--hub_private", action="store_true", help="create the repository as private")
+    _switch(run, "hub_private", "create the repository as private")
 
-    arguments = parser.parse_args()
-    positive = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every")
-    for name in (*positive, "keep_checkpoints", "shuffle_buffer", "prefetch_factor"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+
+def _add_estimates(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("estimates", "nothing here changes what is trained")
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything, run one step without data or memory, print estimates"
+    )
+    group.add_argument("--dry_run_json", type=Path, help="file: the estimates of --dry_run as JSON")
+    group.add_argument(
+        "--hardware",
+        help=f"for hours and utilisation: one of {', '.join(HARDWARE)}, with --dry_run also a number, as in h100x8",
+    )
+    group.add_argument("--hardware_tflops", type=float, help="peak of one device, instead of --hardware's")
+    group.add_argument("--devices", type=int, help="number of devices; default: --hardware's, else the processes")
+    group.add_argument("--mfu", type=float, default=0.4, help="share of the peak that hours are estimated with")
+
+
+def parse_arguments(description: str, command_line: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `examples/train.py`, checked as far as that needs no files but the recipe's.
+
+    Mistakes exit with status 2. What follows from other flags is filled in: warm-up and decay, accumulation, the
+    global batch.
+    """
+    parser = build_parser(description)
+    config = parser.parse_known_args(command_line)[0].config
+    if config is not None:
+        try:
+            parser.set_defaults(**load_recipe(config, parser))
+        except ValueError as error:
+            parser.error(str(error))
+    arguments = parser.parse_args(command_line)
+    for name in ("dataset", "output_dir"):
+        if getattr(arguments, name) is None and not arguments.dry_run:
+            parser.error(f"--{name} is needed (it may stand in --config)")
+    _check_values(parser, arguments)
+    for name in ("warmup_steps", "decay_steps"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, arguments.max_steps // 20)
+    try:
+        _fill_in_batch(arguments, number_of_processes(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def number_of_processes(arguments: argparse.Namespace) -> int:
+    """Those that the launcher has started; for a dry run `--devices`, or those of `--hardware`, as in `h100x8`."""
+    if arguments.dry_run and arguments.devices:
+        return arguments.devices
+    if arguments.dry_run and arguments.hardware and (count := arguments.hardware.rpartition("x")[2]).isdigit():
+        return int(count)
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name in _POSITIVE:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, found {value}")
+    for name in ("num_workers", "eval_every", "weight_decay", "start_learning_rate", "final_learning_rate"):
+        if not getattr(arguments, name) >= 0:
+            parser.error(f"--{name} must be at least 0, found {getattr(arguments, name)}")
+    for name in ("learning_rate", "max_grad_norm", "mfu"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
+    for name in ("start_learning_rate", "final_learning_rate"):
+        if getattr(arguments, name) > arguments.learning_rate:
+            parser.error(
+                f"--{name} {getattr(arguments, name)} must be at most --learning_rate {arguments.learning_rate}"
+            )
+    if arguments.mfu > 1:
+        parser.error(f"--mfu is a share of the peak, at most 1, found {arguments.mfu}")
+    if arguments.hardware and arguments.hardware.lower().partition("x")[0] not in HARDWARE:
+        parser.error(
+            f"--hardware {arguments.hardware}: expected one of {', '.join(HARDWARE)} with or without a number "
+            "(h100x8); for another device give --hardware_tflops and --devices"
+        )
     if arguments.push_to_hub and not arguments.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id ORG/NAME")
     if arguments.streaming and arguments.cache_features:
@@ -86,7 +221,27 @@ def parse_arguments(description: str) -> argparse.Namespace:
         arguments.cache_dtype = "bfloat16" if arguments.cache_features else "float32"
     if arguments.cache_dtype != "float32" and not arguments.cache_features:
         parser.error(f"--cache_dtype {arguments.cache_dtype} needs --cache_features DIR")
-    for name in ("warmup_steps", "decay_steps"):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, arguments.max_steps // 20)
-    return arguments
+
+
+def _fill_in_batch(arguments: argparse.Namespace, processes: int) -> None:
+    """Accumulation from the global batch, or the other way round.
+
+    Raises:
+        ValueError: a global batch that is no whole number of passes, or another than the accumulation given.
+    """
+    per_pass = arguments.per_device_batch_size * processes
+    wanted, accumulation = arguments.global_batch_size, arguments.gradient_accumulation_steps
+    if accumulation is None:
+        if wanted is not None and wanted % per_pass:
+            raise ValueError(
+                f"--global_batch_size {wanted} is no multiple of --per_device_batch_size "
+                f"{arguments.per_device_batch_size} x {processes} processes: choose a batch per device that divides it"
+            )
+        accumulation = 1 if wanted is None else wanted // per_pass
+    if wanted is not None and wanted != accumulation * per_pass:
+        raise ValueError(
+            f"--global_batch_size {wanted}, but --per_device_batch_size {arguments.per_device_batch_size} x "
+            f"--gradient_accumulation_steps {accumulation} x {processes} processes is {accumulation * per_pass}"
+        )
+    arguments.gradient_accumulation_steps = accumulation
+    arguments.global_batch_size = accumulation * per_pass

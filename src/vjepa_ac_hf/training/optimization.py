@@ -14,12 +14,8 @@ def build_optimizer(predictor: nn.Module, learning_rate: float, weight_decay: fl
     return AdamW(groups, lr=learning_rate)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, max_steps: int, warmup_steps: int, decay_steps: int) -> LambdaLR:
-    """Linear warm-up, constant, linear decay to zero over the last `decay_steps`.
-
-    Step k (counted from 0) of `max_steps` runs at `min(1, (k + 1) / warmup_steps, (max_steps - k) / decay_steps)` of
-    the learning rate.
-
+def check_schedule(max_steps: int, warmup_steps: int, decay_steps: int) -> None:
+    """
     Raises:
         ValueError: warm-up and decay together are longer than the training.
     """
@@ -28,9 +24,38 @@ def build_scheduler(optimizer: torch.optim.Optimizer, max_steps: int, warmup_ste
             f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit in max_steps {max_steps}"
         )
 
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    max_steps: int,
+    warmup_steps: int,
+    decay_steps: int,
+    start_learning_rate: float = 0.0,
+    final_learning_rate: float = 0.0,
+) -> LambdaLR:
+    """Linear warm-up from `start_learning_rate`, constant, linear decay to `final_learning_rate`, as in V-JEPA 2-AC.
+
+    With the optimizer's learning rate R, step k (counted from 0) runs at
+
+        start + (R - start) * (k + 1) / warmup_steps             k < warmup_steps
+        final + (R - final) * (max_steps - k) / decay_steps      k > max_steps - decay_steps
+        R                                                        in between
+
+    so that a step after the last one would run at `final_learning_rate`. (V-JEPA 2's own code reaches it one step
+    earlier, and with a rate of 0 its last step changes nothing.)
+
+    Raises:
+        ValueError: warm-up and decay together are longer than the training.
+    """
+    check_schedule(max_steps, warmup_steps, decay_steps)
+    peak = optimizer.param_groups[0]["lr"]
+    start, final = start_learning_rate / peak, final_learning_rate / peak
+
     def factor(step: int) -> float:
-        warm = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-        cool = max(max_steps - step, 0) / decay_steps if step > max_steps - decay_steps else 1.0
-        return min(1.0, warm, cool)
+        if step < warmup_steps:
+            return start + (1 - start) * ((step + 1) / warmup_steps)
+        if step > max_steps - decay_steps:
+            return final + (1 - final) * (max(max_steps - step, 0) / decay_steps)
+        return 1.0
 
     return LambdaLR(optimizer, factor)

@@ -4,12 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..actions_vjepa2_ac import resolve_action_space
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 
 # "vitl16": V-JEPA 2's ViT-L/16 at 256 pixels with the V-JEPA 2-AC predictor (24 layers, width 1024, 16 heads).
+# "vitg16": V-JEPA 2's ViT-g/16 with the same predictor, as V-JEPA 2-AC has it (arXiv 2506.09985, section 3);
+# sizes as in transformers' conversion of the official weights (facebook/vjepa2-vitg-fpc64-256).
 # "tiny": trains in minutes on two CPU cores; chosen by the experiments in docs/LOG.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "vitl16": {},
+    "vitg16": {
+        "encoder_config": {
+            "hidden_size": 1408,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 22,
+            "mlp_ratio": 48 / 11,
+        },
+    },
     "tiny": {
         "encoder_config": {
             "crop_size": 64,
@@ -25,14 +36,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-DEFAULT_ENCODERS = {"vitl16": "facebook/vjepa2-vitl-fpc64-256"}
+DEFAULT_ENCODERS = {"vitl16": "facebook/vjepa2-vitl-fpc64-256", "vitg16": "facebook/vjepa2-vitg-fpc64-256"}
 
 
 def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
     """Configuration of a preset or of a JSON file with fields of `VJEPA2ACConfig`; overrides of None are ignored.
 
+    Without an `action_space` here or in the file it is vpt-13.
+
     Raises:
-        ValueError: neither a preset nor a file, or fields that are unknown or contradict each other.
+        ValueError: neither a preset nor a file, fields that are unknown or contradict each other, or another action
+            space than the file's.
     """
     if name_or_file in PRESETS:
         values = dict(PRESETS[name_or_file])
@@ -42,7 +56,22 @@ def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
         if not path.is_file():
             raise ValueError(f"--model_config {name_or_file}: neither one of {sorted(PRESETS)} nor a file")
         values = json.loads(path.read_text())
+        _check_action_space(path, values, overrides.get("action_space"))
     values.update({k: v for k, v in overrides.items() if v is not None})
-    if values.get("action_space") is not None:
-        values.pop("action_dim", None)
+    if values.get("action_space") is None:
+        values["action_space"] = "vpt-13"
+    values.pop("action_dim", None)
     return VJEPA2ACConfig(**values)
+
+
+def _check_action_space(path: Path, values: dict[str, Any], wanted: str | list[str] | None) -> None:
+    found = values.get("action_space")
+    if found is None or wanted is None:
+        return
+    found, wanted = resolve_action_space(found), resolve_action_space(wanted)
+    if found != wanted:
+        differing = [c for c in found + wanted if (c in found) != (c in wanted)] or ["their order"]
+        raise ValueError(
+            f"--action_space has {len(wanted)} columns, the model of {path} has {len(found)} (differing: "
+            f"{', '.join(differing)}): leave out --action_space, or take another --model_config"
+        )

@@ -28,6 +28,13 @@ FREE_ARGUMENTS = frozenset(
         "hub_model_id",
         "hub_private",
         "gradient_checkpointing",
+        "config",
+        "dry_run",
+        "dry_run_json",
+        "hardware",
+        "hardware_tflops",
+        "devices",
+        "mfu",
     }
 )
 

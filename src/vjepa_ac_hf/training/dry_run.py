@@ -1,0 +1,163 @@
+"""`--dry_run`: everything checked, one step on tensors without data, and what a run will take (docs/training.md)."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..records import versions, write_json
+from .arguments import number_of_processes
+from .estimates import (
+    HARDWARE,
+    as_dict,
+    encoder_tokens,
+    peak_tflops,
+    predictor_tokens,
+    step_flops,
+    step_memory,
+    training_hours,
+)
+from .optimization import build_optimizer, build_scheduler
+
+
+def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | None = None) -> str:
+    """One training step on the meta device (shapes alone: no data, no memory, no weights), then the estimates.
+
+    Args:
+        arguments: the run's.
+        config: the model's, as the run would build it.
+        clips: of the training split, where the data set was given.
+
+    Returns:
+        What to show; the same as JSON is in `--dry_run_json`.
+    """
+    with torch.device("meta"):
+        model = VJEPA2ACModel(config)
+    _one_step(arguments, config, model)
+    results = estimate(arguments, config, model, clips)
+    if arguments.dry_run_json is not None:
+        write_json(arguments.dry_run_json, results)
+    return as_text(arguments, results)
+
+
+def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig, model: VJEPA2ACModel) -> None:
+    assert config.action_dim is not None
+    batch = arguments.per_device_batch_size
+    with torch.device("meta"):
+        inputs = {
+            "actions": torch.empty(batch, config.num_steps - 1, config.action_dim),
+            "states": torch.empty(batch, config.num_steps, config.state_dim),
+        }
+        if arguments.cache_features:
+            shape = (batch, config.num_steps, config.grid_size**2, config.encoder_config.hidden_size)
+            inputs["features"] = torch.empty(shape)
+        else:
+            edge = config.encoder_config.crop_size
+            inputs["pixel_values_videos"] = torch.empty(batch, config.frames_per_clip, 3, edge, edge)
+    optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
+    build_scheduler(
+        *(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps),
+        arguments.start_learning_rate,
+        arguments.final_learning_rate,
+    )
+    model.train()
+    model(**inputs).loss.backward()
+    missing = [name for name, p in model.predictor.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient for {missing}"
+
+
+def estimate(
+    arguments: argparse.Namespace, config: VJEPA2ACConfig, model: VJEPA2ACModel, clips: int | None = None
+) -> dict[str, Any]:
+    """Sizes (exact) and estimates of a run, JSON."""
+    cached = arguments.cache_features is not None
+    bf16, processes = arguments.mixed_precision == "bf16", number_of_processes(arguments)
+    frozen = sum(p.numel() for p in model.encoder.parameters())
+    trainable = sum(p.numel() for p in model.predictor.parameters())
+    batch, accumulation = arguments.per_device_batch_size, arguments.gradient_accumulation_steps
+    memory = {
+        str(checkpointed).lower(): as_dict(
+            step_memory(
+                *(config, frozen, trainable, batch),
+                cached_features=cached,
+                bf16=bf16,
+                gradient_checkpointing=checkpointed,
+                processes=processes,
+            )
+        )
+        for checkpointed in (False, True)
+    }
+    flops = step_flops(config, batch, cached_features=cached, gradient_checkpointing=arguments.gradient_checkpointing)
+    passes = accumulation * processes
+    results = {
+        "parameters": {"trainable": trainable, "frozen": frozen},
+        "processes": processes,
+        "clips_per_step": arguments.global_batch_size,
+        "tokens_per_step": {
+            "predictor": passes * predictor_tokens(config, batch),
+            "encoder": 0 if cached else passes * encoder_tokens(config, batch),
+        },
+        "flops_per_step": {name: passes * value for name, value in as_dict(flops).items()},
+        "steps": arguments.max_steps,
+        "epochs": None if clips is None else arguments.max_steps * arguments.global_batch_size / clips,
+        "clips": clips,
+        "memory_bytes_by_gradient_checkpointing": memory,
+        "hours": None,
+        "versions": versions(),
+    }
+    tflops = peak_tflops(arguments.hardware, arguments.hardware_tflops, bf16)
+    if tflops is not None:
+        hours = training_hours(passes * flops.computed, arguments.max_steps, processes, tflops, arguments.mfu)
+        results["hours"] = {"estimate": hours, "tflops_of_a_device": tflops, "devices": processes, "mfu": arguments.mfu}
+    return results
+
+
+def as_text(arguments: argparse.Namespace, results: dict[str, Any]) -> str:
+    """The estimates for people."""
+    parameters, tokens, flops = results["parameters"], results["tokens_per_step"], results["flops_per_step"]
+    devices, clips = results["processes"], results["clips"]
+    lines = [
+        "dry run: one step on shapes alone went through; no weights, clips or gradients were made",
+        f"parameters      {parameters['trainable']:,} trained (predictor), {parameters['frozen']:,} frozen (encoder)",
+        f"step            {results['clips_per_step']} clips = {devices} processes x "
+        f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated; "
+        f"{tokens['predictor']:,} predictor tokens, {tokens['encoder']:,} encoder tokens",
+        f"run             {results['steps']:,} steps"
+        + ("" if clips is None else f" = {results['epochs']:.2f} epochs of {clips:,} clips"),
+        f"operations      {flops['computed']:.4g} FLOP a step: encoder {flops['encoder']:.3g}, predictor forward "
+        f"{flops['predictor_forward']:.3g}, backward {flops['predictor_backward']:.3g}"
+        + (f", recomputed {flops['recomputed']:.3g}" if flops["recomputed"] else ""),
+    ]
+    for checkpointed, memory in results["memory_bytes_by_gradient_checkpointing"].items():
+        parts = ", ".join(f"{name} {memory[name] / 1e9:.2f}" for name in memory if name != "total")
+        chosen = "   <- this run" if checkpointed == str(arguments.gradient_checkpointing).lower() else ""
+        label = "with" if checkpointed == "true" else "without"
+        lines.append(
+            f"memory          {memory['total'] / 1e9:.1f} GB a device {label} gradient checkpointing, estimate "
+            f"({parts}){chosen}"
+        )
+    lines += _hardware_lines(arguments, results)
+    return "\n".join(lines)
+
+
+def _hardware_lines(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    hours = results["hours"]
+    if hours is None:
+        return ["hours           not estimated: give --hardware h100x8, or --hardware_tflops and --devices"]
+    lines = [
+        f"hours           {hours['estimate']:.1f}, estimate: {hours['devices']} devices at {hours['mfu']:.0%} of "
+        f"{hours['tflops_of_a_device']:g} TFLOP/s; loading, validation and checkpoints not counted"
+    ]
+    if arguments.hardware:
+        name = arguments.hardware.lower().partition("x")[0]
+        total = results["memory_bytes_by_gradient_checkpointing"][str(arguments.gradient_checkpointing).lower()][
+            "total"
+        ]
+        if total > HARDWARE[name].memory:
+            lines.append(
+                f"warning         {total / 1e9:.1f} GB do not fit in the {HARDWARE[name].memory / 1e9:.0f} GB of a "
+                f"{name}: lower --per_device_batch_size or use --gradient_checkpointing"
+            )
+    return lines

@@ -1,0 +1,370 @@
+"""Recipes, the command line, schedules, and the estimates of a dry run against independent counts."""
+
+import importlib.util
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
+from vjepa_ac_hf.training.arguments import build_parser, parse_arguments
+from vjepa_ac_hf.training.estimates import (
+    encoder_flops,
+    predictor_flops,
+    step_flops,
+    step_memory,
+    training_hours,
+)
+from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.presets import build_config
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+NEEDED = ["--dataset=clips", "--output_dir=out"]
+
+
+def parse(*flags: str):
+    return parse_arguments("", [*NEEDED, *flags])
+
+
+def refusal(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as exit_status:
+        parse(*flags)
+    assert exit_status.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def train_program():
+    specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def dry_run(train_program, monkeypatch, tmp_path, *flags: str) -> dict:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", f"--dry_run_json={tmp_path / 'dry.json'}", *flags])
+    train_program.main()
+    return json.loads((tmp_path / "dry.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+
+
+def encoder_parameters(width: int, layers: int, inner: int) -> int:
+    """V-JEPA 2's encoder by hand: patches of 2 x 16 x 16 pixels, four projections, an MLP and two norms a layer."""
+    layer = 4 * (width * width + width) + (width * inner + inner) + (inner * width + width) + 2 * 2 * width
+    return layers * layer + (3 * 2 * 16 * 16 * width + width) + 2 * width
+
+
+def predictor_parameters(actions: int, width: int, layers: int, feature_width: int) -> int:
+    """V-JEPA 2-AC's predictor by hand: an MLP of four times the width, three embeddings, a norm and a head."""
+    layer = 4 * (width * width + width) + (2 * 4 * width * width + 5 * width) + 2 * 2 * width
+    embeddings = (feature_width + actions + 2 + 3) * width
+    return layers * layer + embeddings + 2 * width + (width * feature_width + feature_width)
+
+
+def test_there_are_the_recipes_that_the_documentation_names():
+    names = {"tiny-vizdoom", "vitl16-vpt13", "vitl16-vpt38", "vitg16-vpt38", "vitl16-vpt13-l1"}
+    assert {path.stem for path in RECIPES} == names
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert all(f"`{name}`" in text for name in names)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_run_dry(train_program, monkeypatch, tmp_path, capsys, path):
+    devices = 1 if path.stem == "tiny-vizdoom" else 8
+    results = dry_run(train_program, monkeypatch, tmp_path, f"--config={path}", f"--hardware=h100x{devices}")
+    expected = {
+        "tiny-vizdoom": (predictor_parameters(38, 128, 3, 128), encoder_parameters(128, 1, 512)),
+        "vitl16-vpt13": (predictor_parameters(13, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
+        "vitl16-vpt38": (predictor_parameters(38, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
+        "vitl16-vpt13-l1": (predictor_parameters(13, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
+        "vitg16-vpt38": (predictor_parameters(38, 1024, 24, 1408), encoder_parameters(1408, 40, 6144)),
+    }
+    found = (results["parameters"]["trainable"], results["parameters"]["frozen"])
+    assert found == expected[path.stem]
+    values = yaml.safe_load(path.read_text())
+    assert results["steps"] == values["max_steps"] and results["clips_per_step"] == values["global_batch_size"]
+    shown = capsys.readouterr().out
+    assert f"{found[0]:,} trained" in shown and f"{results['hours']['estimate']:.1f}, estimate" in shown
+
+
+def test_the_sources_of_the_numbers():
+    """The schedule of V-JEPA 2-AC, written out from its configuration: 300 iterations an epoch."""
+    for path in RECIPES:
+        values = yaml.safe_load(path.read_text())
+        if path.stem == "tiny-vizdoom":
+            continue
+        assert values["max_steps"] == 315 * 300 and values["warmup_steps"] == values["decay_steps"] == 15 * 300
+        assert (values["start_learning_rate"], values["learning_rate"]) == (7.5e-5, 4.25e-4)
+        assert values["global_batch_size"] == 4 * 8 * 8 and values["weight_decay"] == 0.04
+
+
+def test_the_recipe_of_the_demo_says_what_its_flags_said():
+    """The command line of `make demo` before it had a recipe: every argument is the same, so its results are."""
+    before = parse(
+        *("--model_config=tiny", "--encoder=random", "--action_space=vpt-38", "--resize_mode=squash"),
+        *("--num_workers=0", "--seed=0", "--max_steps=2500", "--per_device_batch_size=16", "--learning_rate=4e-3"),
+        *("--decay_steps=625", "--loss_type=l1", "--auto_steps=1", "--eval_every=500", "--checkpoint_every=500"),
+        "--cache_dtype=float32",
+    )
+    recipe = parse(f"--config={ROOT / 'examples' / 'configs' / 'tiny-vizdoom.yaml'}")
+    assert {**vars(recipe), "config": None} == {**vars(before), "config": None}
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rate: 1e-3\nmax_steps: 40\ngradient_checkpointing: true\nmixed_precision: no\n")
+    arguments = parse(f"--config={path}", "--max_steps=60", "--no-gradient_checkpointing")
+    assert (arguments.learning_rate, arguments.max_steps, arguments.warmup_steps) == (1e-3, 60, 3)
+    assert arguments.gradient_checkpointing is False and arguments.mixed_precision == "no"
+    assert parse(f"--config={path}").gradient_checkpointing is True
+
+
+def test_the_recipe_may_hold_what_is_needed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("dataset: here\noutput_dir: there\n")
+    arguments = parse_arguments("", [f"--config={path}"])
+    assert (arguments.dataset, arguments.output_dir) == ("here", Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnig_rate: 0.1", "recipe.yaml: unknown key 'learnig_rate'; did you mean 'learning_rate'?"),
+        ("zzz: 1", "recipe.yaml: unknown key 'zzz'; known keys are ['action_space'"),
+        ("max_steps: 1.5", "recipe.yaml: max_steps: found 1.5, expected a whole number"),
+        ("max_steps: true", "recipe.yaml: max_steps: found True, expected a whole number"),
+        ("learning_rate: fast", "recipe.yaml: learning_rate: found 'fast', expected a number"),
+        ("streaming: 1", "recipe.yaml: streaming: found 1, expected true or false"),
+        ("encoder: 3", "recipe.yaml: encoder: found 3, expected text"),
+        ("loss_type: l2", "recipe.yaml: loss_type: found 'l2', expected one of ['mse', 'l1']"),
+        ("max_steps:", "recipe.yaml: max_steps: found None, expected a whole number"),
+        ("seed: 1\nseed: 2", "key 'seed' stands there twice"),
+        ("- a", "recipe.yaml: expected keys and values, found list"),
+        ("a: [", "recipe.yaml: not readable as YAML"),
+        ("seed: !!python/object/apply:os.system [true]", "recipe.yaml: not readable as YAML"),
+    ],
+)
+def test_recipes_with_mistakes_are_refused(tmp_path, capsys, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert message in refusal(capsys, f"--config={path}")
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path, capsys):
+    assert f"--config {tmp_path / 'no.yaml'}: no such file" in refusal(capsys, f"--config={tmp_path / 'no.yaml'}")
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def test_help_is_complete():
+    parser = build_parser("")
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.option_strings and action.default not in (None, "", False, "==SUPPRESS=="):
+            assert f"(default: {action.default})" in text, action.dest
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_step=3"], "unrecognized arguments: --max_step"),
+        (["--start_learning_rate=1", "--learning_rate=0.5"], "--start_learning_rate 1.0 must be at most"),
+        (["--learning_rate=0"], "--learning_rate must be above 0, found 0.0"),
+        (["--learning_rate=nan"], "--learning_rate must be above 0, found nan"),
+        (["--mfu=40"], "--mfu is a share of the peak, at most 1, found 40.0"),
+        (["--hardware=p100"], "--hardware p100: expected one of a100, h100, h200"),
+        (["--global_batch_size=12", "--per_device_batch_size=8"], "12 is no multiple of --per_device_batch_size 8 x 1"),
+        (
+            ["--global_batch_size=16", "--per_device_batch_size=8", "--gradient_accumulation_steps=3"],
+            "--global_batch_size 16, but --per_device_batch_size 8 x --gradient_accumulation_steps 3 x 1 processes",
+        ),
+    ],
+)
+def test_flags_with_mistakes_are_refused(capsys, flags, message):
+    assert message in " ".join(refusal(capsys, *flags).split())
+
+
+def test_of_several_processes_one_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert refusal(capsys, "--max_steps=0") == ""
+
+
+def test_the_global_batch_is_kept_by_accumulation(monkeypatch):
+    flags = ["--global_batch_size=256", "--per_device_batch_size=16"]
+    assert parse(*flags).gradient_accumulation_steps == 16
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert parse(*flags).gradient_accumulation_steps == 2
+    assert parse("--per_device_batch_size=4", "--gradient_accumulation_steps=3").global_batch_size == 96
+
+
+# ------------------------------------------------------------------------------------------------- schedule
+
+
+def test_schedule_is_the_written_out_formula():
+    """V-JEPA 2-AC's: line up from start to peak, constant, line down to the end, each point on its straight line."""
+    start, peak, end, steps, warmup, decay = 7.5e-5, 4.25e-4, 1e-6, 60, 12, 20
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), peak, 0.04)
+    scheduler = build_scheduler(optimizer, steps, warmup, decay, start, end)
+    for k in range(steps):
+        if k + 1 <= warmup:
+            expected = start * (1 - (k + 1) / warmup) + peak * (k + 1) / warmup
+        elif steps - k <= decay:
+            expected = end * (1 - (steps - k) / decay) + peak * (steps - k) / decay
+        else:
+            expected = peak
+        assert scheduler.get_last_lr() == pytest.approx([expected, expected], rel=1e-12), k
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(end)
+
+
+# ------------------------------------------------------------------------------------------------- estimates
+
+
+def small_config(**values) -> VJEPA2ACConfig:
+    encoder = {"crop_size": 64, "patch_size": 16, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"pred_hidden_size": 128, "pred_num_hidden_layers": 3, "pred_num_attention_heads": 4}
+    return VJEPA2ACConfig(
+        **{"encoder_config": encoder | {"mlp_ratio": 48 / 11}, **sizes, "action_space": "vpt-13", **values}
+    )
+
+
+def clip_inputs(config: VJEPA2ACConfig, batch: int, cached: bool = False) -> dict[str, torch.Tensor]:
+    edge, encoder = config.encoder_config.crop_size, config.encoder_config
+    inputs = {"actions": torch.randn(batch, 7, config.action_dim), "states": torch.randn(batch, 8, 2)}
+    if cached:
+        return inputs | {"features": torch.randn(batch, 8, config.grid_size**2, encoder.hidden_size)}
+    return inputs | {"pixel_values_videos": torch.randn(batch, 16, 3, edge, edge)}
+
+
+def counted(call) -> int:
+    """Operations of products as PyTorch dispatches them; fused attention on a CPU has no count, products have."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("encoding", ["tubelet", "clip"])
+@pytest.mark.parametrize("auto_steps", [1, 4])
+def test_operations_are_those_that_pytorch_counts(encoding, auto_steps):
+    config = small_config(encoding=encoding, auto_steps=auto_steps, pred_mlp_ratio=3.0)
+    model, inputs = VJEPA2ACModel(config), clip_inputs(config, 2)
+    assert counted(lambda: model.encode(inputs["pixel_values_videos"])) == encoder_flops(config, 2)
+    flops = step_flops(config, 2)
+    assert counted(lambda: model(**inputs)) == flops.encoder + flops.predictor_forward
+    assert counted(lambda: model(**inputs).loss.backward()) == flops.model == flops.computed
+    cached = clip_inputs(config, 2, cached=True)
+    assert counted(lambda: model(**cached).loss.backward()) == step_flops(config, 2, cached_features=True).model
+    assert predictor_flops(config, 6)[0] == 3 * flops.predictor_forward
+
+
+def test_recomputed_operations_are_those_that_pytorch_counts():
+    config = small_config(auto_steps=2)
+    model, inputs = VJEPA2ACModel(config).train(), clip_inputs(config, 2)
+    model.activation_checkpointing_enable()
+    flops = step_flops(config, 2, gradient_checkpointing=True)
+    assert counted(lambda: model(**inputs).loss.backward()) == flops.computed > flops.model
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations have made and that are still there, and the most at any time."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(key)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, key, storage.nbytes())
+        return output
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("auto_steps", "checkpointing", "cached"), [(1, False, False), (4, False, True), (3, True, False)]
+)
+def test_memory_is_what_a_step_on_a_cpu_holds(bf16, auto_steps, checkpointing, cached):
+    """Bytes kept for the backward pass within 2 %; with working memory and gradients, the peak is no higher."""
+    config, batch = small_config(auto_steps=auto_steps, pred_num_hidden_layers=6), 8
+    model, inputs = VJEPA2ACModel(config).train(), clip_inputs(config, batch, cached)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    trained = sum(p.numel() for p in model.predictor.parameters())
+    frozen = sum(p.numel() for p in model.encoder.parameters())
+    options = {"bf16": bf16, "gradient_checkpointing": checkpointing, "cached_features": cached, "device": "cpu"}
+    memory = step_memory(config, frozen, trained, batch, **options)
+    copies = memory.weights - 4 * (trained + frozen)  # autocast's
+    with LiveBytes(model) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**inputs).loss
+        kept = live.now
+        loss.backward()
+    # Checkpointed layers cast their weights anew: the copies are gone once the forward pass is over.
+    assert memory.activations + (0 if checkpointing else copies) == pytest.approx(kept, rel=0.02)
+    estimate = memory.activations + copies + memory.working + memory.gradients
+    assert live.peak <= estimate < 1.8 * live.peak
+    assert memory.optimizer == 8 * trained and memory.gradients == 4 * trained
+    assert step_memory(config, frozen, trained, batch, processes=2).gradients == 8 * trained
+
+
+def test_hours():
+    """1e15 operations a step, 3,600 steps, 2 devices of 500 TFLOP/s at half their peak: two seconds a step."""
+    assert training_hours(1e15, 3600, 2, 500.0, 0.5) == pytest.approx(2.0)
+
+
+def test_a_dry_run_with_data_counts_epochs_and_checks_them(train_program, monkeypatch, tmp_path):
+    from helpers_clips import write_clips
+
+    write_clips(tmp_path / "clips", train=6, validation=0, size=64)
+    flags = ["--model_config=tiny", f"--dataset={tmp_path / 'clips'}", "--eval_every=0", "--max_steps=30"]
+    results = dry_run(train_program, monkeypatch, tmp_path, *flags, "--per_device_batch_size=2")
+    assert results["clips"] == 6 and results["epochs"] == pytest.approx(10.0) and results["hours"] is None
+    assert results["tokens_per_step"] == {"predictor": 2 * (7 + 1) * 18, "encoder": 2 * 8 * 16}
+    with pytest.raises(ValueError, match="smaller than the model's 256"):
+        dry_run(train_program, monkeypatch, tmp_path, f"--dataset={tmp_path / 'clips'}", "--encoder=random")
+
+
+# ------------------------------------------------------------------------------------------------- sizes
+
+
+def test_vitg16_has_the_official_sizes():
+    """V-JEPA 2's ViT-g: 1408 wide, 40 layers, 22 heads, an MLP of 48/11 times the width."""
+    with torch.device("meta"):
+        model = VJEPA2ACModel(build_config("vitg16", action_space="vpt-38"))
+    assert sum(p.numel() for p in model.encoder.parameters()) == encoder_parameters(1408, 40, 6144)
+    assert (model.config.encoder_config.num_attention_heads, model.config.grid_size) == (22, 16)
+
+
+def test_another_action_space_than_the_saved_model_is_refused(tmp_path):
+    build_config("tiny", action_space="vpt-38").save_pretrained(tmp_path)
+    assert build_config(str(tmp_path)).action_dim == 38
+    with pytest.raises(
+        ValueError, match=r"--action_space has 36 columns, the model of .*config.json has 38 \(differing: "
+    ):
+        build_config(str(tmp_path), action_space="vpt-36")
