@@ -166,9 +166,7 @@ def seconds(call: Callable, device: str) -> float:
 
 
 def interleaved(calls: dict, arguments: argparse.Namespace, label: str) -> dict:
-    """Seconds of every call, `repeats` of each, taken in turn after a warm-up."""
-    for call in calls.values():
-        call()
+    """Seconds of every call, `repeats` of each, taken in turn; each has run once before."""
     times: dict = {name: [] for name in calls}
     for _ in tqdm(range(arguments.repeats), desc=label):
         for name, call in calls.items():
@@ -288,22 +286,32 @@ def main() -> None:
     if arguments.only:
         only(arguments)
         return
-    peak = matmul_peak(arguments)
-    rows = [training_row(arguments, auto_steps, peak) for auto_steps in arguments.auto_steps]
-    rows.append(candidates_row(arguments))
-    steps = interleaved(rollout_steps(arguments, [1, 2, 4, 8, 16]), arguments, "one step")
-    results = {
-        "rows": rows,
-        "rollout_step_seconds": {context: statistics.median(times) for context, times in steps.items()},
-        "matmul_flops_per_second": peak,
+    results: dict = {
+        "rows": [],
+        "rollout_step_seconds": {},
+        "matmul_flops_per_second": matmul_peak(arguments),
         "arguments": {k: v for k, v in vars(arguments).items() if k not in ("output", "only")},
         "machine": platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
         "versions": versions(),
     }
+
+    def keep() -> None:  # after every part: a run of many minutes that is stopped has not been for nothing
+        if arguments.output:
+            write_json(arguments.output, results)
+
+    for auto_steps in arguments.auto_steps:
+        results["rows"].append(training_row(arguments, auto_steps, results["matmul_flops_per_second"]))
+        keep()
+    results["rows"].append(candidates_row(arguments))
+    keep()
+    single_steps = rollout_steps(arguments, [1, 2, 4, 8, 16])
+    for call in single_steps.values():
+        call()
+    steps = interleaved(single_steps, arguments, "one step")
+    results["rollout_step_seconds"] = {context: statistics.median(times) for context, times in steps.items()}
+    keep()
     print_table(results)
-    if arguments.output:
-        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":
