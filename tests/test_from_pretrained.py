@@ -48,7 +48,7 @@ def test_options_of_transformers_work(tmp_path, options, auto_class):
 
 
 class AnonymousMemory:
-    """The largest anonymous memory of this process while inside, above what it was before; mapped files do not count."""
+    """Growth of this process's anonymous memory at its largest while inside; mapped files do not count."""
 
     def __enter__(self) -> "AnonymousMemory":
         gc.collect()

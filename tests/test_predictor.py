@@ -447,6 +447,38 @@ def test_a_training_rollout_costs_single_steps_and_candidates_share_their_contex
     assert shared < apart / 3
 
 
+def kept_for_backward(call) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """Bytes and shape of every storage that autograd keeps, each once."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    del output
+    return kept
+
+
+def test_training_keeps_nothing_quadratic_and_less_than_the_oracle_without_its_mask():
+    totals = {}
+    for count in (6, 12):
+        model = tiny_model(pred_num_hidden_layers=2, frames_per_clip=2 * count).train()
+        oracle = straightforward(model)
+        inputs = random_inputs(steps=count)
+        length = (count - 1) * K
+        ours = kept_for_backward(lambda m=model, i=inputs: m(**i, auto_steps=2).loss)
+        theirs = kept_for_backward(lambda o=oracle, i=inputs: sum(o.losses(**i, auto_steps=2)))
+        assert not [shape for _, shape in ours.values() if shape.count(length) > 1]
+        masks = [nbytes for nbytes, shape in theirs.values() if shape[-2:] == (length, length)]
+        assert masks, "the oracle is supposed to have one"
+        totals[count] = sum(nbytes for nbytes, _ in ours.values())
+        assert totals[count] <= sum(nbytes for nbytes, _ in theirs.values()) - sum(masks)
+    assert totals[12] - totals[6] < 1.1 * totals[6], "linear in the number of steps"
+
+
 def test_the_encoder_is_neither_built_nor_initialised_for_a_pretrained_one(tmp_path, monkeypatch):
     from transformers import VJEPA2Model
 
