@@ -20,7 +20,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import get_dataset_split_names
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
@@ -46,8 +46,10 @@ from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
+from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
 from vjepa_ac_hf.training.validation import ValidationSet, validate
 
 logger = logging.getLogger(__name__)
@@ -181,6 +183,8 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
         scheduler.load_state_dict(state["schedule"])
         accelerator.print(f"continuing from {checkpoint}")
 
+    config = {**given, "model": model.config.to_dict(), "versions": versions()}
+    start_trackers(accelerator, arguments.output_dir, config, step)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     loader, validation = build_loaders(arguments, accelerator, model, processor, *splits)
     if loader_state is not None:
@@ -206,10 +210,12 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
             metrics["clips_per_second"] = clips_per_step * (step - logged) / elapsed
             if evaluate:
                 metrics |= validate(model, validation, accelerator)
-            accelerator.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
+            log_metrics(accelerator, metrics)
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", clips_s=f"{metrics['clips_per_second']:.1f}")
             if log is not None:
                 log.write(metrics)
+            if evaluate and arguments.log_pictures:
+                log_pictures(model, validation, accelerator, arguments.output_dir, step)
             started, logged = time.perf_counter(), step
         if accelerator.is_main_process and (last or step % arguments.checkpoint_every == 0):
             state = {"arguments": given, "schedule": scheduler.state_dict(), "loader": loader.state_dict()}
@@ -261,10 +267,11 @@ def main() -> None:
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        log_with=[t for t in arguments.report_to.split(",") if t] or None,
-        project_dir=arguments.output_dir,
+        log_with=check_trackers(arguments.report_to) or None,
+        project_config=ProjectConfiguration(arguments.output_dir, logging_dir=arguments.output_dir / "tensorboard"),
     )
     # Whatever can fail fails here, before anything is downloaded or computed.
+    arguments.log_pictures = check_pictures(arguments.log_pictures, arguments.report_to)
     config, encoder = build_configuration(arguments)
     processor = build_processor(arguments, config)
     splits = load_splits(arguments, processor)
@@ -282,10 +289,10 @@ def main() -> None:
         f"encoder {sum(p.numel() for p in model.encoder.parameters()):,} parameters (frozen, {encoder}), predictor "
         f"{sum(p.numel() for p in model.predictor.parameters()):,}; {accelerator.num_processes} process(es)"
     )
-    accelerator.init_trackers("vjepa-ac", config=jsonable(vars(arguments)))
-    metrics = train(arguments, accelerator, model, processor, splits)
-    if accelerator.is_main_process:
-        save_and_push(arguments, accelerator, model, processor, encoder, metrics)
+    with closing_trackers(accelerator):
+        metrics = train(arguments, accelerator, model, processor, splits)
+        if accelerator.is_main_process:
+            save_and_push(arguments, accelerator, model, processor, encoder, metrics)
     accelerator.end_training()
 
 

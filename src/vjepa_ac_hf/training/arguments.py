@@ -133,6 +133,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
     run.add_argument("--eval_clips", type=int, default=512, help="validation clips used, spread over the split")
     run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
+    run.add_argument(
+        "--log_pictures",
+        action=argparse.BooleanOptionalAction,
+        help="pictures of every validation, in OUTPUT_DIR/pictures and the trackers (default: with --report_to)",
+    )
     _switch(run, "push_to_hub", "upload the final model")
     run.add_argument("--hub_model_id", help="ORG/NAME")
     _switch(run, "hub_private", "create the repository as private")

@@ -24,6 +24,7 @@ FREE_ARGUMENTS = frozenset(
         "eval_every",
         "eval_clips",
         "report_to",
+        "log_pictures",
         "push_to_hub",
         "hub_model_id",
         "hub_private",

@@ -7,6 +7,7 @@ C context steps, H horizons, N frame tokens a step, D encoder width, A action co
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,17 @@ def _batches(groups: list[range], size: int) -> list[list[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """In eval mode meanwhile; then in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator) -> dict[str, Any]:
     """Figures over the clips of all processes, every clip once; the same on every process.
@@ -129,12 +141,8 @@ def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
         Flat names and numbers, as metrics.jsonl has them (docs/evaluation.md, "During training"). A figure without data
         or of values that are not finite is None, and `validation_null_reason` says why.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         columns = _measure(model, clips, accelerator)
-    finally:
-        model.train(was_training)
     seen = columns.pop("seen")
     if not bool((seen == 1).all()):
         wrong = int((seen != 1).nonzero()[0])
