@@ -9,7 +9,6 @@ AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-00001000. Exit
 
 import argparse
 import json
-import logging
 import math
 import sys
 import time
@@ -19,7 +18,8 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import get_dataset_split_names
 from tqdm.auto import tqdm
@@ -44,15 +44,18 @@ from vjepa_ac_hf.training.checkpoints import (
 )
 from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.feature_cache import cache_features
+from vjepa_ac_hf.training.health import SPEED, Health
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
+from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
+from vjepa_ac_hf.training.run_record import write_run_record
 from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
 from vjepa_ac_hf.training.validation import ValidationSet, validate
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process alone
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
 
 
@@ -138,7 +141,7 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
     return batches, validation
 
 
-def train_step(arguments, accelerator, model, optimizer, batches) -> tuple[torch.Tensor, float]:
+def train_step(arguments, accelerator, model, optimizer, batches, health) -> tuple[torch.Tensor, float]:
     """One optimizer step. Returns (loss, teacher forcing, rollout), means over all processes, and the gradient norm.
 
     Raises:
@@ -151,6 +154,7 @@ def train_step(arguments, accelerator, model, optimizer, batches) -> tuple[torch
         with accelerator.accumulate(model):
             output = model(**batch)
             accelerator.backward(output.loss)
+        health.observe(output)
         losses += torch.stack([output.loss, output.teacher_forcing_loss, output.rollout_loss]).detach()
     losses = accelerator.reduce(losses / arguments.gradient_accumulation_steps, reduction="mean")
     gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
@@ -189,14 +193,17 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
     loader, validation = build_loaders(arguments, accelerator, model, processor, *splits)
     if loader_state is not None:
         loader.load_state_dict(loader_state)
+    write_run_record(arguments, accelerator)
     log = MetricsLog(arguments.output_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-    batches, metrics, started, logged = iter(loader), {}, time.perf_counter(), step
+    health = Health(model, arguments, accelerator)
+    batches, metrics, started, logged = health.timed(iter(loader)), {}, time.perf_counter(), step
     clips_per_step = arguments.per_device_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     progress = tqdm(total=arguments.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
     model.train()
     while step < arguments.max_steps:
         learning_rate = scheduler.get_last_lr()[0]
-        losses, gradient_norm = train_step(arguments, accelerator, wrapped, optimizer, batches)
+        health.begin(step + 1)
+        losses, gradient_norm = train_step(arguments, accelerator, wrapped, optimizer, batches, health)
         scheduler.step()
         step += 1
         progress.update()
@@ -208,6 +215,7 @@ def train(arguments, accelerator, model, processor, splits) -> dict:
             metrics = {"step": step, **dict(zip(names, losses.tolist(), strict=True))}
             metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
             metrics["clips_per_second"] = clips_per_step * (step - logged) / elapsed
+            metrics |= health.row(step - logged, elapsed)
             if evaluate:
                 metrics |= validate(model, validation, accelerator)
             log_metrics(accelerator, metrics)
@@ -240,7 +248,7 @@ def save_and_push(arguments, accelerator, model, processor, encoder, metrics) ->
         clips_per_step=arguments.per_device_batch_size
         * arguments.gradient_accumulation_steps
         * accelerator.num_processes,
-        final_metrics={k: v for k, v in metrics.items() if k not in ("step", "clips_per_second")},
+        final_metrics={k: v for k, v in metrics.items() if k != "step" and k not in SPEED},
         arguments=arguments_text,
         versions=", ".join(f"{k} {v}" for k, v in versions().items()),
     )
@@ -252,11 +260,12 @@ def save_and_push(arguments, accelerator, model, processor, encoder, metrics) ->
 
 def show_dry_run(arguments: argparse.Namespace) -> None:
     """What the run would take; with a data set it is opened and checked as for the run."""
+    state, clips = PartialState(), None
     config, _ = build_configuration(arguments)
-    clips = None
     if arguments.dataset is not None:
         clips = len(load_splits(arguments, build_processor(arguments, config))[0])
-    print(dry_run(arguments, config, clips))
+        check_batch(arguments, clips)
+    state.print(dry_run(arguments, config, clips))
 
 
 def main() -> None:
@@ -271,10 +280,12 @@ def main() -> None:
         project_config=ProjectConfiguration(arguments.output_dir, logging_dir=arguments.output_dir / "tensorboard"),
     )
     # Whatever can fail fails here, before anything is downloaded or computed.
+    check_arguments(arguments, accelerator.device)
     arguments.log_pictures = check_pictures(arguments.log_pictures, arguments.report_to)
     config, encoder = build_configuration(arguments)
     processor = build_processor(arguments, config)
     splits = load_splits(arguments, processor)
+    check_batch(arguments, len(splits[0]))
     if accelerator.is_main_process:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         if arguments.push_to_hub:
@@ -285,10 +296,7 @@ def main() -> None:
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(accelerator.device)
-    accelerator.print(
-        f"encoder {sum(p.numel() for p in model.encoder.parameters()):,} parameters (frozen, {encoder}), predictor "
-        f"{sum(p.numel() for p in model.predictor.parameters()):,}; {accelerator.num_processes} process(es)"
-    )
+    accelerator.print(startup_summary(arguments, model, encoder, splits, accelerator.num_processes))
     with closing_trackers(accelerator):
         metrics = train(arguments, accelerator, model, processor, splits)
         if accelerator.is_main_process:

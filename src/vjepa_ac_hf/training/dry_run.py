@@ -19,7 +19,7 @@ from .estimates import (
     step_memory,
     training_hours,
 )
-from .optimization import build_optimizer, build_scheduler
+from .optimization import check_schedule
 
 
 def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | None = None) -> str:
@@ -33,6 +33,7 @@ def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | 
     Returns:
         What to show; the same as JSON is in `--dry_run_json`.
     """
+    check_schedule(arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
     with torch.device("meta"):
         model = VJEPA2ACModel(config)
     _one_step(arguments, config, model)
@@ -56,12 +57,6 @@ def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig, model: VJEP
         else:
             edge = config.encoder_config.crop_size
             inputs["pixel_values_videos"] = torch.empty(batch, config.frames_per_clip, 3, edge, edge)
-    optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
-    build_scheduler(
-        *(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps),
-        arguments.start_learning_rate,
-        arguments.final_learning_rate,
-    )
     model.train()
     model(**inputs).loss.backward()
     missing = [name for name, p in model.predictor.named_parameters() if p.grad is None]

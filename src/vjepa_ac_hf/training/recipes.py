@@ -68,7 +68,7 @@ def _check(path: Path, action: argparse.Action, value: Any) -> Any:
     expected: str
     if value is None and action.default is None:
         return None
-    if isinstance(action.default, bool):
+    if isinstance(action, argparse.BooleanOptionalAction) or isinstance(action.default, bool):
         expected, fits = "true or false", isinstance(value, bool)
     elif action.type is int:
         expected, fits = "a whole number", isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,119 @@
+"""Health and speed of a run, for every row of `metrics.jsonl` (docs/training.md, "Health").
+
+Between two rows only clocks are read: what needs the device is computed in the steps that are logged.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACOutput
+from .estimates import peak_tflops, predictor_tokens, step_flops
+
+# Names of a row's figures that are about the machine, not about the model.
+SPEED = frozenset(
+    {
+        "clips_per_second",
+        "tokens_per_second",
+        "data_wait_share",
+        "model_tflops_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    }
+)
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """How different tokens are: standard deviation over all tokens of a batch, mean over dimensions, float32.
+
+    0 where all tokens have the same features (collapse). Features are normalised over their width, so that independent
+    tokens have about 1.
+
+    Args:
+        features: `(B, T, N, D)`.
+    """
+    return features.detach().flatten(0, -2).float().std(dim=0, correction=0).mean()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch had allocated on a CUDA device; elsewhere the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Health:
+    """Collects in the course of the steps what a row of the metrics says about them.
+
+    Args:
+        model: the run's model, unwrapped.
+        arguments: the run's.
+        accelerator: of the run.
+    """
+
+    def __init__(self, model: VJEPA2ACModel, arguments: argparse.Namespace, accelerator: Accelerator):
+        self.model, self.arguments, self.device = model, arguments, accelerator.device
+        assert isinstance(model.config, VJEPA2ACConfig)
+        batch, bf16 = arguments.per_device_batch_size, arguments.mixed_precision == "bf16"
+        passes = arguments.gradient_accumulation_steps * accelerator.num_processes
+        flops = step_flops(model.config, batch, cached_features=arguments.cache_features is not None)
+        self._flops_per_step = passes * flops.model
+        self._tokens_per_step = passes * predictor_tokens(model.config, batch)
+        peak = peak_tflops(arguments.hardware, arguments.hardware_tflops, bf16)
+        self._peak = None if peak is None else accelerator.num_processes * peak * 1e12
+        self._observed: dict[str, Tensor] = {}
+        self._watched = False
+        self._waited = 0.0
+
+    def timed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches; the time spent waiting for them is counted."""
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - started
+            yield batch
+
+    def begin(self, step: int) -> None:
+        """Say which step (counted from 1) is about to be computed: whether it is observed follows from that."""
+        arguments = self.arguments
+        every = [n for n in (arguments.log_every, arguments.eval_every) if n]
+        self._watched = step == arguments.max_steps or any(step % n == 0 for n in every)
+
+    def observe(self, output: VJEPA2ACOutput) -> None:
+        """Features of a forward pass; nothing but a look at a flag in steps that are not logged."""
+        if self._watched:
+            assert output.target_features is not None and output.predicted_features is not None
+            self._observed = {
+                "encoder_feature_std": feature_std(output.target_features),
+                "predictor_feature_std": feature_std(output.predicted_features),
+            }
+
+    def row(self, steps: int, seconds: float) -> dict[str, float]:
+        """What the `steps` steps since the last row, which took `seconds`, say; all processes must call it."""
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.predictor.parameters()])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded over processes
+        flops_per_second = self._flops_per_step * steps / seconds
+        row = {"parameter_norm": norm.item()}
+        row |= {name: value.item() for name, value in self._observed.items()}
+        row |= {
+            "tokens_per_second": self._tokens_per_step * steps / seconds,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+            "model_tflops_per_second": flops_per_second / 1e12,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        if self._peak is not None:
+            row["mfu"] = flops_per_second / self._peak
+        self._observed, self._waited = {}, 0.0
+        return row

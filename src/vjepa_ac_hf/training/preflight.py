@@ -1,0 +1,108 @@
+"""What can be known to go wrong before the first step, and what a run is told about itself when it starts."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..modeling_vjepa2_ac import VJEPA2ACModel
+from .checkpoints import checkpoint_steps
+from .estimates import step_memory
+from .optimization import check_schedule
+
+
+def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Refuse what cannot end well: the schedule, the precision on this device, the output folder.
+
+    Raises:
+        ValueError: naming the flag, what was found and what was expected.
+    """
+    check_schedule(arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
+    if arguments.mixed_precision == "bf16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, "
+                "bfloat16 needs 8.0 (Ampere) or newer: use --mixed_precision no"
+            )
+    _check_output(arguments.output_dir)
+
+
+def _check_output(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder}: {existing} is a file, expected a folder or nothing")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: cannot be written to ({error.strerror}: {existing})") from error
+    is_run = (folder / "metrics.jsonl").is_file() or checkpoint_steps(folder / "checkpoints")
+    if (folder / "model.safetensors").is_file() and not is_run:
+        raise ValueError(
+            f"--output_dir {folder}: holds a model (model.safetensors) but no run (metrics.jsonl, checkpoints), which "
+            "would be overwritten: choose another folder"
+        )
+
+
+def check_batch(arguments: argparse.Namespace, clips: int) -> None:
+    """
+    Raises:
+        ValueError: a step takes more clips than there are.
+    """
+    if arguments.global_batch_size > clips:
+        raise ValueError(
+            f"{arguments.dataset}, split train: has {clips} clips, a step takes {arguments.global_batch_size} "
+            f"(--per_device_batch_size {arguments.per_device_batch_size} x --gradient_accumulation_steps "
+            f"{arguments.gradient_accumulation_steps} x processes): lower them"
+        )
+
+
+def _described(clips: Any) -> str:
+    if clips is None:
+        return "none"
+    sessions = f", {len(clips.unique('session_id')):,} sessions" if hasattr(clips, "unique") else " (stream)"
+    return f"{len(clips):,} clips{sessions}"
+
+
+def startup_summary(
+    arguments: argparse.Namespace, model: VJEPA2ACModel, encoder: str, splits: tuple, processes: int
+) -> str:
+    """Data, length, sizes and estimated memory of a run, for people.
+
+    Args:
+        arguments: the run's.
+        model: as it will be trained.
+        encoder: where its encoder comes from.
+        splits: training clips, and the validation clips used or None.
+        processes: number of them.
+    """
+    assert isinstance(model.config, VJEPA2ACConfig)
+    train, validation = splits
+    trained = sum(p.numel() for p in model.predictor.parameters())
+    frozen = sum(p.numel() for p in model.encoder.parameters())
+    memory = step_memory(
+        *(model.config, frozen, trained, arguments.per_device_batch_size),
+        bf16=arguments.mixed_precision == "bf16",
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        cached_features=arguments.cache_features is not None,
+        processes=processes,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    epochs = arguments.max_steps * arguments.global_batch_size / len(train)
+    return "\n".join(
+        [
+            f"data            train {_described(train)}; validation {_described(validation)}",
+            f"run             {arguments.max_steps:,} steps = {epochs:.2f} epochs; warm-up {arguments.warmup_steps:,}, "
+            f"decay {arguments.decay_steps:,}",
+            f"step            {arguments.global_batch_size} clips = {processes} process{'es' * (processes > 1)} x "
+            f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated",
+            f"parameters      {trained:,} trained (predictor), {frozen:,} frozen (encoder: {encoder})",
+            f"memory          {memory.total / 1e9:.1f} GB a device, estimate",
+            f"output          {os.path.abspath(arguments.output_dir)}",
+        ]
+    )
