@@ -192,6 +192,17 @@ def test_features_are_those_of_each_clip(folder, tmp_path, built):
         assert seen == set(names)
 
 
+def test_features_are_made_in_the_precision_of_the_run(folder, tmp_path, built):
+    """As in a step without cache: the encoder under autocast, features as it gives them."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    build(folder, tmp_path / "cache", accelerator=accelerator)
+    found = torch.cat([stored_features(p) for p in sorted((tmp_path / "cache").glob("*.safetensors"))])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = encoded_one_by_one(folder).float()
+    full = torch.cat([stored_features(p) for p in sorted(built.glob("*.safetensors"))])
+    assert (found - expected).norm() < 0.2 * (found - full).norm()
+
+
 def test_a_cache_that_is_there_is_not_touched(folder, built, monkeypatch):
     before = chunk_files(built)
     monkeypatch.setattr(VJEPA2ACModel, "encode", None)
