@@ -4,14 +4,17 @@
 
 The encoder is frozen; only the predictor is trained, with teacher forcing and rollout losses (docs/model.md). Leaves in
 OUT: config.json, model.safetensors, processor_config.json, README.md and the model's code (load the folder with
-AutoModel and AutoProcessor), metrics.jsonl, and checkpoints/step-00001000. Exit status 0 only when all steps are done.
+AutoModel and AutoProcessor), metrics.jsonl, run_status.json and checkpoints/step-00001000. Exit status 0 only when all
+steps are done; 75 after SIGTERM or SIGUSR1 with a checkpoint: start the same command again (docs/training.md).
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # This folder holds evaluate.py, which must not hide the library of that name.
@@ -20,8 +23,10 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
 from datasets import get_dataset_split_names
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
 
@@ -36,23 +41,35 @@ from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.records import versions
 from vjepa_ac_hf.training.arguments import parse_arguments
 from vjepa_ac_hf.training.checkpoints import (
+    checkpoint_steps,
     find_checkpoint,
+    get_random_state,
     load_checkpoint,
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    write_best,
+)
+from vjepa_ac_hf.training.distributed import (
+    build_accelerator,
+    from_all,
+    from_main,
+    prepare,
+    whole_model,
+    whole_parameters,
 )
 from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.health import SPEED, Health
 from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
+from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum, write_status
 from vjepa_ac_hf.training.run_record import write_run_record
-from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
+from vjepa_ac_hf.training.trackers import closing_trackers, log_metrics, start_trackers
 from vjepa_ac_hf.training.validation import ValidationSet, validate
 
 logger = get_logger(__name__)  # of the main process alone
@@ -141,96 +158,192 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
     return batches, validation
 
 
-def train_step(arguments, accelerator, model, optimizer, batches, health) -> tuple[torch.Tensor, float]:
-    """One optimizer step. Returns (loss, teacher forcing, rollout), means over all processes, and the gradient norm.
+@dataclass
+class Run:
+    """A run between two of its steps."""
 
-    Raises:
-        FloatingPointError: a loss or gradient that is not finite; no parameter has been changed by it.
-    """
-    losses, clips = torch.zeros(3, device=accelerator.device), []
-    for _ in range(arguments.gradient_accumulation_steps):
-        batch = next(batches)
-        clips += batch.pop("clips")
-        with accelerator.accumulate(model):
-            output = model(**batch)
-            accelerator.backward(output.loss)
-        health.observe(output)
-        losses += torch.stack([output.loss, output.teacher_forcing_loss, output.rollout_loss]).detach()
-    losses = accelerator.reduce(losses / arguments.gradient_accumulation_steps, reduction="mean")
-    gradient_norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
-    if not (torch.isfinite(losses).all() and math.isfinite(gradient_norm)):
-        raise FloatingPointError(
-            f"loss {losses[0].item()} with gradient norm {gradient_norm}: training stopped before the parameters were "
-            f"changed. Clips of this process in the step: {', '.join(clips)}"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
-    return losses, gradient_norm
+    arguments: argparse.Namespace
+    accelerator: Accelerator
+    model: VJEPA2ACModel
+    wrapped: torch.nn.Module  # the model as a step calls it: under DDP, FSDP2, compilation
+    optimizer: AcceleratedOptimizer
+    scheduler: LRScheduler
+    stop: StopSignals
+    identity: dict  # what must not differ when the run is continued
+    loader: ClipLoader | None = None
+    validation: ValidationSet | None = None
+    log: MetricsLog | None = None  # in the main process
+    health: Health | None = None
+    step: int = 0  # finished optimizer steps
+    best: dict | None = None  # step and validation loss of the best checkpoint
+    metrics: dict = field(default_factory=dict)  # logged last
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.arguments.output_dir / "checkpoints"
 
 
-def train(arguments, accelerator, model, processor, splits) -> dict:
-    """Optimise until `max_steps`, writing metrics and checkpoints. Returns the last logged metrics."""
-    folder = arguments.output_dir / "checkpoints"
-    given = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
+def start_run(arguments, accelerator, model, processor, splits, stop) -> Run:
+    """Everything a step needs, with what the checkpoint holds that the run continues from."""
+    # Before anything is sharded, and before features are cached for long: what may be refused.
+    identity = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
+    identity |= {"model": json.loads(model.config.to_json_string()), "encoder_weights": weights_checksum(model.encoder)}
+    identity |= {"action_statistics": processor.action_statistics}
+    identity["model"].pop("transformers_version", None)
     optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
     scheduler = build_scheduler(
         *(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps),
         arguments.start_learning_rate,
         arguments.final_learning_rate,
     )
-    step, loader_state, checkpoint = 0, None, find_checkpoint(folder, arguments.resume)
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_same_run(state["arguments"], given, checkpoint)
-        load_checkpoint(checkpoint, model.predictor, optimizer)
-        step, loader_state = state["step"], state.get("loader", {})
-        scheduler.load_state_dict(state["schedule"])
-        accelerator.print(f"continuing from {checkpoint}")
+    folder = arguments.output_dir / "checkpoints"
+    checkpoint = find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None
+    checkpoint = from_main(checkpoint)
+    state = None if checkpoint is None else read_state(checkpoint)
+    if state is not None:
+        check_same_run(state["arguments"], identity, checkpoint)
 
-    config = {**given, "model": model.config.to_dict(), "versions": versions()}
-    start_trackers(accelerator, arguments.output_dir, config, step)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    loader, validation = build_loaders(arguments, accelerator, model, processor, *splits)
-    if loader_state is not None:
-        loader.load_state_dict(loader_state)
+    config = {**identity, "model": model.config.to_dict(), "versions": versions()}
+    start_trackers(accelerator, arguments.output_dir, config, 0 if state is None else state["step"])
+    wrapped, optimizer = prepare(accelerator, model, optimizer)
+    run = Run(arguments, accelerator, model, wrapped, optimizer, scheduler, stop, identity)
+    run.loader, run.validation = build_loaders(arguments, accelerator, model, processor, *splits)
+    if state is not None:
+        run.loader.load_state_dict(state["loader"])
+        load_checkpoint(checkpoint, model.predictor, optimizer.optimizer, accelerator)
+        scheduler.load_state_dict(state["schedule"])
+        run.step, run.best = state["step"], state["best"]
+        accelerator.print(f"continuing from {checkpoint}")
+    run.health = Health(model, arguments, accelerator)
     write_run_record(arguments, accelerator)
-    log = MetricsLog(arguments.output_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
-    health = Health(model, arguments, accelerator)
-    batches, metrics, started, logged = health.timed(iter(loader)), {}, time.perf_counter(), step
+    if accelerator.is_main_process:
+        run.log = MetricsLog(arguments.output_dir / "metrics.jsonl", run.step)
+        write_status(arguments.output_dir, "running", run.step)
+    return run
+
+
+def train_step(run: Run, batches) -> tuple[torch.Tensor, float, bool]:
+    """One optimizer step.
+
+    Returns:
+        (loss, teacher forcing, rollout), means over all processes; the gradient norm; whether any process is to stop.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is not finite, in all processes; no parameter has been changed.
+    """
+    accelerator, accumulation = run.accelerator, run.arguments.gradient_accumulation_steps
+    sums, clips = torch.zeros(4, device=accelerator.device), []
+    for _ in range(accumulation):
+        batch = next(batches)
+        clips += batch.pop("clips")
+        with accelerator.accumulate(run.wrapped):
+            with accelerator.autocast():
+                output = run.wrapped(**batch)
+            accelerator.backward(output.loss)
+        run.health.observe(output)
+        sums[:3] += torch.stack([output.loss, output.teacher_forcing_loss, output.rollout_loss]).detach()
+    sums[3] = run.stop.requested  # travels with the losses, so that all processes stop after the same step
+    *losses, stopping = accelerator.reduce(sums / accumulation, reduction="mean").tolist()
+    gradient_norm = float(accelerator.clip_grad_norm_(run.model.parameters(), run.arguments.max_grad_norm))
+    if not all(map(math.isfinite, (*losses, gradient_norm))):
+        run.optimizer.zero_grad()
+        raise FloatingPointError(
+            f"loss {losses[0]} with gradient norm {gradient_norm} in step {run.step + 1}: training stopped before the "
+            f"parameters were changed. Clips of this process in the step: {', '.join(clips)}"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.scheduler.step()
+    run.step += 1
+    return torch.tensor(losses), gradient_norm, stopping > 0
+
+
+def log_step(run: Run, metrics: dict, evaluate: bool) -> bool:
+    """Write the metrics of a step, with those of a validation if it is due. Returns whether it was the best so far."""
+    improved = False
+    if evaluate:
+        with whole_parameters(run.model):
+            metrics |= validate(run.model, run.validation, run.accelerator)
+        loss = metrics.get("validation_loss")
+        improved = loss is not None and math.isfinite(loss) and (run.best is None or loss < run.best["validation_loss"])
+        if improved:
+            run.best = {"step": run.step, "validation_loss": loss}
+    log_metrics(run.accelerator, metrics)
+    if run.log is not None:
+        run.log.write(metrics)
+    if evaluate and run.arguments.log_pictures:
+        with whole_parameters(run.model):
+            log_pictures(run.model, run.validation, run.accelerator, run.arguments.output_dir, run.step)
+    run.metrics = metrics
+    return improved
+
+
+def position(run: Run) -> dict:
+    """Where the data and this process's random generators stand."""
+    return {"loader": run.loader.state_dict(), "random": get_random_state(run.accelerator.device)}
+
+
+def save(run: Run, at: dict) -> None:
+    """A checkpoint of `run.step`, with the data and random generators as they are `at` that step (`position`)."""
+    if run.log is not None:
+        run.log.flush()
+    state = {"arguments": run.identity, "schedule": run.scheduler.state_dict(), "loader": at["loader"]}
+    state |= {"best": run.best, "versions": versions()}
+    tensors = run.model.predictor, run.optimizer.optimizer, at["random"]
+    save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator)
+    if run.accelerator.is_main_process:
+        if run.best is not None:
+            write_best(run.checkpoints, run.best)
+        prune_checkpoints(run.checkpoints, run.arguments.keep_checkpoints, run.best and run.best["step"])
+
+
+def train(run: Run) -> dict:
+    """Optimise until `max_steps`, writing metrics and checkpoints. Returns the last logged metrics.
+
+    Raises:
+        SystemExit: status `EXIT_INTERRUPTED`, after a signal and with a checkpoint.
+    """
+    arguments, accelerator = run.arguments, run.accelerator
+    watch = BatchWatch(iter(run.loader), arguments.loader_warning, arguments.loader_timeout)
+    batches = run.health.timed(watch)
     clips_per_step = arguments.per_device_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-    progress = tqdm(total=arguments.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
-    model.train()
-    while step < arguments.max_steps:
-        learning_rate = scheduler.get_last_lr()[0]
-        health.begin(step + 1)
-        losses, gradient_norm = train_step(arguments, accelerator, wrapped, optimizer, batches, health)
-        scheduler.step()
-        step += 1
+    started, logged, stopping = time.perf_counter(), run.step, False
+    progress = tqdm(total=arguments.max_steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
+    run.model.train()
+    while run.step < arguments.max_steps and not stopping:
+        learning_rate, before = run.scheduler.get_last_lr()[0], position(run)
+        run.health.begin(run.step + 1)
+        try:
+            losses, gradient_norm, stopping = train_step(run, batches)
+        except FloatingPointError:
+            if run.step not in checkpoint_steps(run.checkpoints):
+                save(run, before)
+            raise
         progress.update()
-        last = step == arguments.max_steps
-        evaluate = validation is not None and (last or step % arguments.eval_every == 0)
-        if last or evaluate or step % arguments.log_every == 0:
-            elapsed = time.perf_counter() - started
+        last, improved = run.step == arguments.max_steps, False
+        evaluate = run.validation is not None and (last or run.step % arguments.eval_every == 0)
+        if last or evaluate or run.step % arguments.log_every == 0:
             names = ("loss", "teacher_forcing_loss", "rollout_loss")
-            metrics = {"step": step, **dict(zip(names, losses.tolist(), strict=True))}
+            metrics = {"step": run.step, **dict(zip(names, losses.tolist(), strict=True))}
             metrics |= {"learning_rate": learning_rate, "gradient_norm": gradient_norm}
-            metrics["clips_per_second"] = clips_per_step * (step - logged) / elapsed
-            metrics |= health.row(step - logged, elapsed)
-            if evaluate:
-                metrics |= validate(model, validation, accelerator)
-            log_metrics(accelerator, metrics)
+            elapsed = time.perf_counter() - started
+            metrics["clips_per_second"] = clips_per_step * (run.step - logged) / elapsed
+            metrics |= run.health.row(run.step - logged, elapsed)
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", clips_s=f"{metrics['clips_per_second']:.1f}")
-            if log is not None:
-                log.write(metrics)
-            if evaluate and arguments.log_pictures:
-                log_pictures(model, validation, accelerator, arguments.output_dir, step)
-            started, logged = time.perf_counter(), step
-        if accelerator.is_main_process and (last or step % arguments.checkpoint_every == 0):
-            state = {"arguments": given, "schedule": scheduler.state_dict(), "loader": loader.state_dict()}
-            save_checkpoint(folder, step, model.predictor, optimizer.optimizer, state)
-            prune_checkpoints(folder, arguments.keep_checkpoints)
+            improved = log_step(run, metrics, evaluate)
+            started, logged = time.perf_counter(), run.step
+        if evaluate:  # it takes a while
+            stopping = any(from_all(run.stop.requested))
+        if last or improved or stopping or run.step % arguments.checkpoint_every == 0:
+            save(run, position(run))
     progress.close()
-    return metrics or MetricsLog.last(arguments.output_dir / "metrics.jsonl")
+    watch.close()
+    if run.step < arguments.max_steps:
+        if accelerator.is_main_process:
+            write_status(arguments.output_dir, "interrupted", run.step)
+        accelerator.print(f"stopped after step {run.step} with a checkpoint: start the same command again")
+        raise SystemExit(EXIT_INTERRUPTED)
+    return run.metrics or MetricsLog.last(arguments.output_dir / "metrics.jsonl")
 
 
 def save_and_push(arguments, accelerator, model, processor, encoder, metrics) -> None:
@@ -273,12 +386,17 @@ def main() -> None:
     if arguments.dry_run:
         show_dry_run(arguments)
         return
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        log_with=check_trackers(arguments.report_to) or None,
-        project_config=ProjectConfiguration(arguments.output_dir, logging_dir=arguments.output_dir / "tensorboard"),
-    )
+    with StopSignals() as stop:
+        try:
+            run_program(arguments, stop)
+        finally:
+            # Loader workers that hang, or leave signals to this process, would be waited for at exit.
+            for child in multiprocessing.active_children():
+                child.kill()
+
+
+def run_program(arguments: argparse.Namespace, stop: StopSignals) -> None:
+    accelerator = build_accelerator(arguments)
     # Whatever can fail fails here, before anything is downloaded or computed.
     check_arguments(arguments, accelerator.device)
     arguments.log_pictures = check_pictures(arguments.log_pictures, arguments.report_to)
@@ -298,9 +416,13 @@ def main() -> None:
     model.to(accelerator.device)
     accelerator.print(startup_summary(arguments, model, encoder, splits, accelerator.num_processes))
     with closing_trackers(accelerator):
-        metrics = train(arguments, accelerator, model, processor, splits)
+        run = start_run(arguments, accelerator, model, processor, splits, stop)
+        with stop.deferred():
+            metrics = train(run)
+        model = whole_model(model)
         if accelerator.is_main_process:
             save_and_push(arguments, accelerator, model, processor, encoder, metrics)
+            write_status(arguments.output_dir, "finished", run.step)
     accelerator.end_training()
 
 

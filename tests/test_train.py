@@ -16,7 +16,7 @@ from helpers_clips import write_clips
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, VJEPA2Config, VJEPA2Model
 
-from vjepa_ac_hf.training.checkpoints import checkpoint_steps
+from vjepa_ac_hf.training.checkpoints import checkpoint_steps, write_checksums
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import PRESETS, build_config
 
@@ -276,6 +276,7 @@ def test_another_data_set_is_refused_on_resume(workspace, train_here, reference)
     assert state["loader"]["next_batch"] == 8 and state["loader"]["num_clips"] == 24
     state["loader"]["clips"] = "another build"
     path.write_text(json.dumps(state))
+    write_checksums(path.parent)
     with pytest.raises(ValueError, match="clips: 'another build' in the state, '.*' here"):
         train_here(command(workspace, output, "--max_steps=10"))
     assert len(losses(output)) == 8

@@ -96,6 +96,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--auto_steps", type=int, help="steps of the rollout loss; default: the configuration's")
     model.add_argument("--loss_type", choices=("mse", "l1"), help="default: the configuration's")
     _switch(model, "gradient_checkpointing", "less memory, more computing")
+    _switch(model, "compile", "torch.compile: faster steps after some minutes")
 
 
 def _add_optimisation(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +130,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path"
     )
+    run.add_argument("--loader_warning", type=float, default=60.0, help="seconds without a batch before each warning")
+    run.add_argument("--loader_timeout", type=float, default=1800.0, help="seconds without a batch before an error")
     run.add_argument("--log_every", type=int, default=10, help="steps between rows of metrics.jsonl")
     run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
     run.add_argument("--eval_clips", type=int, default=512, help="validation clips used, spread over the split")
@@ -203,7 +206,7 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
     for name in ("num_workers", "eval_every", "weight_decay", "start_learning_rate", "final_learning_rate"):
         if not getattr(arguments, name) >= 0:
             parser.error(f"--{name} must be at least 0, found {getattr(arguments, name)}")
-    for name in ("learning_rate", "max_grad_norm", "mfu"):
+    for name in ("learning_rate", "max_grad_norm", "mfu", "loader_warning", "loader_timeout"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
     for name in ("start_learning_rate", "final_learning_rate"):

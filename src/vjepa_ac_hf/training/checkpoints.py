@@ -1,21 +1,37 @@
-"""Checkpoints of a training run: predictor, optimizer, schedule, random state and position, without a pickle.
+"""Checkpoints of a training run: predictor, optimizer, schedule, random states and position, without a pickle.
 
-A checkpoint is a folder `step-00000100` of safetensors and JSON. It is written under a temporary name and renamed when
-complete, so a folder that carries the final name is whole. The frozen encoder is not in it.
+A checkpoint is a folder `step-00000100` of safetensors and JSON. It is written under a temporary name, flushed to the
+disk and renamed when complete; `files.json` in it holds the size and checksum of every other file, so that what a disk
+loses afterwards is noticed. The frozen encoder is not in it. Tensors are whole, however the run shards them.
+
+A folder that is not to be continued from is renamed, never removed: `damaged-step-...`, `superseded-step-...`.
+(docs/training.md, "Interruptions and resume")
 """
 
 import json
+import logging
 import os
+import random
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+
+from ..records import write_json
+from .distributed import full_tensor, shard_like
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
+FILES = ("predictor.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json")
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -29,42 +45,100 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from: "auto" the newest complete one or None, "never" None, else that path.
+    """The checkpoint to continue from: "auto" the newest that is whole or None, "never" None, else that path.
+
+    With "auto", damaged checkpoints are set aside, each with a warning, and the one before is taken. Checkpoints of
+    `folder` that are newer than the one returned are set aside too: the run would otherwise continue from them later.
 
     Raises:
-        ValueError: a path that is no checkpoint.
+        ValueError: a path that is no checkpoint or is damaged (the file is named); checkpoints of which none is whole.
     """
+    found = checkpoint_steps(folder)
     if resume == "never":
+        for path in found.values():
+            _set_aside(path, "superseded", "--resume never starts anew")
         return None
     if resume == "auto":
-        steps = checkpoint_steps(folder)
-        return steps[max(steps)] if steps else None
-    path = Path(resume)
-    if not (path / "trainer_state.json").is_file():
+        for path in reversed(found.values()):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            _set_aside(path, "damaged", damage)
+        if found:
+            raise ValueError(f"{folder}: all checkpoints are damaged; --resume never starts anew")
+        return None
+    chosen = Path(resume)
+    if not (chosen / "trainer_state.json").is_file():
         raise ValueError(f"--resume {resume}: no checkpoint there (trainer_state.json is missing)")
-    return path
+    damage = find_damage(chosen)
+    if damage is not None:
+        raise ValueError(f"--resume {resume}: this checkpoint is damaged: {damage}")
+    step = read_state(chosen)["step"]
+    for path in (p for s, p in found.items() if s > step or (s == step and p.resolve() != chosen.resolve())):
+        _set_aside(path, "superseded", f"the run continues from {chosen}")
+    return chosen
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, with names and values; None: nothing."""
+    try:
+        expected = json.loads((path / "files.json").read_text())
+        if set(expected) != set(FILES):
+            return f"files.json lists {sorted(expected)}, expected {sorted(FILES)}"
+        for name, entry in expected.items():
+            found = _checksum(path / name)
+            if found != entry:
+                return f"{name}: found {found}, expected {entry}"
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_checksums(path: Path) -> None:
+    """`files.json` of a checkpoint, as its files are now."""
+    write_json(path / "files.json", {name: _checksum(path / name) for name in FILES})
 
 
 def save_checkpoint(
-    folder: Path, step: int, predictor: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    predictor: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    random_state: dict[str, Tensor],
+    state: dict[str, Any],
+    accelerator: Accelerator,
 ) -> Path:
-    """Write `folder/step-<step>`; `state` is JSON (schedule, arguments, position)."""
+    """Write `folder/step-<step>`; all processes must call it, the main one writes.
+
+    Args:
+        folder: of all checkpoints.
+        step: finished optimizer steps.
+        predictor: sharded or not.
+        optimizer: of the predictor.
+        random_state: of this process (`get_random_state`).
+        state: JSON (schedule, arguments, position of the loader).
+        accelerator: of the run.
+    """
+    tensors = {k: _on_main(v, accelerator) for k, v in predictor.state_dict().items()}
+    moments = {k: _on_main(v, accelerator) for k, v in _optimizer_tensors(predictor, optimizer).items()}
+    everywhere = {k: gather(v[None].to(accelerator.device)).cpu() for k, v in random_state.items()}
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(
-        {k: v.detach().contiguous().cpu() for k, v in predictor.state_dict().items()},
-        temporary / "predictor.safetensors",
-    )
-    save_file(_optimizer_tensors(predictor, optimizer), temporary / "optimizer.safetensors")
-    save_file({"torch": torch.get_rng_state()}, temporary / "random.safetensors")
-    (temporary / "trainer_state.json").write_text(json.dumps({"step": step, **state}, indent=2))
-    for path in temporary.iterdir():
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _flush(folder)
+    if accelerator.is_main_process:
+        temporary = folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "predictor.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        save_file(everywhere, temporary / "random.safetensors")
+        write_json(temporary / "trainer_state.json", {"step": step, **state})
+        write_checksums(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            flush(path)
+        if final.exists():
+            _set_aside(final, ".replaced", "written anew")
+        os.replace(temporary, final)
+        flush(folder)
+    accelerator.wait_for_everyone()
     return final
 
 
@@ -73,37 +147,117 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "trainer_state.json").read_text())
 
 
-def load_checkpoint(path: Path, predictor: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back.
+def load_checkpoint(
+    path: Path, predictor: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> None:
+    """Put a checkpoint's tensors back, after the model and optimizer were prepared, whatever shards them.
 
     Raises:
-        RuntimeError: the predictor of the checkpoint has other parameters or shapes.
-        ValueError: the optimizer's state does not cover the predictor's parameters.
+        ValueError: parameters, shapes, or number of processes differ.
     """
-    predictor.load_state_dict(load_file(path / "predictor.safetensors"), strict=True)
+    saved = load_file(path / "predictor.safetensors")
+    own = predictor.state_dict()
+    differing = [
+        n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape
+    ]
+    if differing:
+        raise ValueError(f"{path}: the predictor has other parameters: {sorted(differing)[:3]} of {len(differing)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(shard_like(saved[name], tensor))
     _load_optimizer_tensors(predictor, optimizer, load_file(path / "optimizer.safetensors"), path)
-    torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
+    states = load_file(path / "random.safetensors")
+    if len(states["torch"]) != accelerator.num_processes:
+        raise ValueError(f"{path}: random states of {len(states['torch'])} processes, {accelerator.num_processes} now")
+    set_random_state({k: v[accelerator.process_index] for k, v in states.items()}, accelerator.device)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted writer left."""
+def get_random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of this process's random generators (Python, NumPy, torch, the device), as tensors."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    gauss = states["python_gauss"].item()
+    random.setstate((3, tuple(states["python"].tolist()), None if np.isnan(gauss) else gauss))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy_gauss"].item()))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "device" in states:
+        torch.cuda.set_rng_state(states["device"], device)
+
+
+def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`, and what an interrupted writer left."""
     steps = checkpoint_steps(folder)
     for step in sorted(steps)[: max(len(steps) - keep, 0)]:
-        shutil.rmtree(steps[step])
-    for path in folder.glob(".step-*.tmp"):
+        if step != best:
+            # Renamed first: a removal that is cut off leaves nothing that looks like a checkpoint.
+            doomed = folder / f".step-{step:08d}.old"
+            os.replace(steps[step], doomed)
+            shutil.rmtree(doomed)
+    for path in (*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old"), *folder.glob(".replaced-step-*")):
         shutil.rmtree(path)
 
 
-def _optimizer_tensors(predictor: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """`best.json`: step, value and folder of the checkpoint with the lowest validation loss."""
+    write_json(folder / "best.json", {**best, "checkpoint": f"step-{best['step']:08d}"})
+
+
+def flush(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(path: Path, prefix: str, reason: str) -> None:
+    number, target = 1, path.with_name(f"{prefix}-{path.name}")
+    while target.exists():
+        number, target = number + 1, path.with_name(f"{prefix}-{path.name}.{number}")
+    os.replace(path, target)
+    if not prefix.startswith("."):
+        logger.warning("%s is not continued from (%s); it is now %s", path, reason, target.name)
+
+
+def _checksum(path: Path) -> dict[str, int]:
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _on_main(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """A tensor in full on the CPU of the main process; elsewhere an empty one."""
+    whole = full_tensor(tensor.detach())
+    return whole.contiguous().cpu() if accelerator.is_main_process else torch.empty(0)
+
+
+def _optimizer_tensors(predictor: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in predictor.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach().contiguous().cpu()
+            tensors[f"{name}:{key}"] = torch.as_tensor(value)
     return tensors
 
 
 def _load_optimizer_tensors(
-    predictor: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], path: Path
+    predictor: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path
 ) -> None:
     parameters = dict(predictor.named_parameters())
     for full_name, tensor in tensors.items():
@@ -111,16 +265,7 @@ def _load_optimizer_tensors(
         if name not in parameters:
             raise ValueError(f"{path}: optimizer state for {name!r}, which the predictor does not have")
         # AdamW keeps its step counter on the CPU, its moments beside the parameter.
-        device = tensor.device if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device)
+        optimizer.state[parameters[name]][key] = tensor if key == "step" else shard_like(tensor, parameters[name])
     missing = [n for n, p in parameters.items() if p not in optimizer.state]
     if missing and tensors:
         raise ValueError(f"{path}: no optimizer state for {missing[:3]} and {max(len(missing) - 3, 0)} others")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

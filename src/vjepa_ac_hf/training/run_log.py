@@ -1,10 +1,15 @@
 """The record of a run: `metrics.jsonl`, what started it, and whether a continued run is still the same."""
 
 import json
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
-from ..records import write_file
+import torch
+from torch import nn
+
+from ..records import write_file, write_json
 
 # Arguments that may differ between a run and its continuation: they do not change what is computed in a step, but for
 # the ends of the schedule, which move with its length.
@@ -36,6 +41,9 @@ FREE_ARGUMENTS = frozenset(
         "hardware_tflops",
         "devices",
         "mfu",
+        "compile",
+        "loader_warning",
+        "loader_timeout",
     }
 )
 
@@ -44,12 +52,22 @@ def jsonable(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
 
 
+def weights_checksum(module: nn.Module) -> str:
+    """CRC-32 of all parameters and buffers of a module that is not sharded."""
+    checksum = 0
+    for name, tensor in module.state_dict().items():
+        content = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+        checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"
+
+
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to continue a run with other arguments.
 
     Raises:
         ValueError: the fields that differ, with both values.
     """
+    saved, current = _flat(saved), _flat(current)
     differing = sorted(
         k for k in saved.keys() | current.keys() if k not in FREE_ARGUMENTS and saved.get(k) != current.get(k)
     )
@@ -61,28 +79,55 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
         )
 
 
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under names with dots, as JSON gives them back."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def write_status(folder: Path, status: str, step: int) -> None:
+    """`run_status.json`: "running", "interrupted" (start the same command again) or "finished", and the last step.
+
+    Launchers turn every exit status but 0 into 1; scripts can read this file instead.
+    """
+    write_json(folder / "run_status.json", {"status": status, "step": step})
+
+
 class MetricsLog:
     """`metrics.jsonl`: an object a logged step, flushed as it is written.
 
     Continuing at a step drops what was logged after it, so that no step stands there twice.
+
+    Raises:
+        ValueError: a line that is no object of a step, other than one that was cut off at the end.
     """
 
     def __init__(self, path: Path, step: int):
         self.path = path
         rows = []
-        if path.is_file() and step > 0:
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # a line cut off when the run was killed; the steps after it are done again
-                if row["step"] <= step:
-                    rows.append(line + "\n")
+        lines = path.read_text().splitlines() if path.is_file() and step > 0 else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    break  # cut off when the run was killed; its step is done again
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if row["step"] <= step:
+                rows.append(line + "\n")
         write_file(path, "".join(rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        """Bring all rows to the disk, before a checkpoint that counts on them."""
+        with self.path.open("a") as file:
+            os.fsync(file.fileno())
 
     @staticmethod
     def last(path: Path) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""Several processes: DDP or FSDP2 by Accelerate, for the predictor alone (docs/training.md, "Several processes").
+
+The encoder is frozen and every process has all of it: it is neither broadcast nor sharded nor reduced.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..modeling_vjepa2_ac import VJEPA2ACModel
+from .trackers import check_trackers
+
+
+def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
+    """The accelerator of a run: what `accelerate launch` or a configuration file asks for, and these arguments.
+
+    Raises:
+        ValueError: FSDP of version 1.
+    """
+    # The predictor has no buffers that training changes, and every parameter takes part in every step.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        log_with=check_trackers(arguments.report_to) or None,
+        project_config=ProjectConfiguration(arguments.output_dir, logging_dir=arguments.output_dir / "tensorboard"),
+        kwargs_handlers=[ddp],
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor") if arguments.compile else None,
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
+        if accelerator.distributed_type == DistributedType.MULTI_CPU:
+            # Accelerate shards on accelerators only; on a CPU, to try things out and to test them, it can as well.
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            accelerator.state.distributed_type = DistributedType.FSDP
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version must be 2 (FSDP2), found {plugin.fsdp_version}")
+        # Every process has read all weights already. Losses stay in float32, and so do sums of gradients.
+        plugin.cpu_ram_efficient_loading = False
+        bf16 = torch.bfloat16 if arguments.mixed_precision == "bf16" else None
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, model: VJEPA2ACModel, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model to call in a step, and the optimizer. FSDP2 shards `model` in place, DDP and compilation wrap it."""
+    frozen = [f"encoder.{n}" for n, _ in (*model.encoder.named_parameters(), *model.encoder.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.ignored_modules = [model.encoder]
+    return accelerator.prepare(model, optimizer)
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Parameters of a sharded model in full, in every process: forward passes within take no part of the others.
+
+    So processes may run different numbers of batches, as in validation. A model that is not sharded stays as it is.
+    """
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            # As Accelerate prepares them: the outermost module's parameters stay for the backward pass.
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full; all processes must call it. Others are returned as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A full tensor, the same in all processes, on the device of `other` and sharded as it is."""
+    tensor = tensor.to(other.device)
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def whole_model(model: VJEPA2ACModel) -> VJEPA2ACModel:
+    """The model to save: itself, or one that is not sharded; all processes must call it."""
+    if not isinstance(model, FSDPModule):
+        return model
+    assert isinstance(model.config, VJEPA2ACConfig)
+    whole = VJEPA2ACModel(model.config)
+    whole.encoder = model.encoder
+    whole.predictor.load_state_dict({k: full_tensor(v).cpu() for k, v in model.predictor.state_dict().items()})
+    return whole
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in all processes."""
+    return broadcast_object_list([value])[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes, in all of them."""
+    return gather_object([value])
