@@ -25,12 +25,13 @@ def test_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     names: dict = {}
-    for snippet in snippets:  # the third goes on from the second
+    for snippet in snippets:  # the third and fourth go on from the second
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["future"].shape == names["imagined"].shape == (1, 6, 4, 48)
     assert not names["future"].equal(names["imagined"])
+    assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
 
 
 def test_files_that_are_named_exist():

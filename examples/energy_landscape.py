@@ -1,0 +1,175 @@
+"""Energy over two action columns, clip by clip: is it lowest at the action that was taken? (docs/planning.md)
+
+python examples/energy_landscape.py --model out --dataset data/tubelets --output landscapes
+"""
+
+import argparse
+import io
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.actions_vjepa2_ac import CONTINUOUS_COLUMNS
+from vjepa_ac_hf.data.loading import clip_name, load_clips
+from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.plots import new_figure
+from vjepa_ac_hf.planning import (
+    GoalCost,
+    Imagination,
+    encode_context,
+    energy_landscape,
+    landscape_figure,
+    summarize_landscapes,
+)
+from vjepa_ac_hf.planning.landscape import check_columns
+from vjepa_ac_hf.planning.planner import MAX_BATCH_TOKENS, check_horizon, check_planning
+from vjepa_ac_hf.records import versions, write_file, write_json
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser.add_argument("--dataset", required=True, help="folder or Hub repository of a tubelet data set")
+    parser.add_argument("--output", required=True, type=Path, help="folder for landscapes.json and landscapes.png")
+    parser.add_argument("--split", default="validation", help="split of the data set")
+    parser.add_argument("--clips", type=int, nargs="+", help="rows of the split (default: --max_clips, evenly spaced)")
+    parser.add_argument("--recordings", nargs="+", help="only clips of these recordings")
+    parser.add_argument("--max_clips", type=int, default=64, help="at most this many clips")
+    parser.add_argument("--columns", nargs=2, default=["yaw_delta", "pitch_delta"], help="two action columns")
+    parser.add_argument("--cells", type=int, default=21, help="cells of the grid along a continuous column")
+    for axis in ("first", "second"):
+        parser.add_argument(
+            f"--{axis}_range",
+            type=float,
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help=f"of the {axis} column, raw units (default: mean +- 2 standard deviations of the training data)",
+        )
+    parser.add_argument("--context_steps", type=int, default=2, help="true steps before the action that is varied")
+    parser.add_argument(
+        "--horizon", type=int, default=1, help="steps to imagine; the goal is the last one's true features"
+    )
+    parser.add_argument("--num_pictures", type=int, default=6, help="landscapes to draw")
+    parser.add_argument("--max_batch_tokens", type=int, default=MAX_BATCH_TOKENS, help="tokens at once: bounds memory")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    args = parser.parse_args()
+    for name, least in (("max_clips", 1), ("cells", 2), ("num_pictures", 0), ("context_steps", 1), ("horizon", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, found {getattr(args, name)}")
+    return args
+
+
+def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
+    """Rows of the split, as the arguments have them."""
+    rows = list(range(len(dataset))) if args.clips is None else args.clips
+    wrong = [row for row in rows if not 0 <= row < len(dataset)]
+    if wrong:
+        raise ValueError(f"--clips: the split {args.split!r} has rows 0 to {len(dataset) - 1}, found {wrong[0]}")
+    if args.recordings is not None:
+        names = dataset["recording_id"]
+        unknown = sorted(set(args.recordings) - set(names))
+        if unknown:
+            raise ValueError(f"--recordings: the split {args.split!r} has no recording {unknown[0]!r}")
+        rows = [row for row in rows if names[row] in args.recordings]
+        if not rows:
+            raise ValueError(f"--clips {args.clips}: none is of the recordings {args.recordings}")
+    return [rows[i] for i in clip_data.spread(len(rows), args.max_clips)]
+
+
+def grid_values(column: str, given: list[float] | None, cells: int, processor: Any) -> np.ndarray:
+    """The grid along one column: 0 and 1 for what is pressed, else evenly spaced."""
+    if column not in CONTINUOUS_COLUMNS:
+        if given is not None:
+            raise ValueError(f"column {column!r} is 0 or 1 and takes no range, found {given}")
+        return np.array([0.0, 1.0])
+    if given is None:
+        if processor.action_statistics is None:
+            raise ValueError(
+                f"column {column!r} needs a range: the processor has no action statistics to take one from"
+            )
+        at = CONTINUOUS_COLUMNS.index(column)
+        mean, std = (processor.action_statistics[name][at] for name in ("mean", "std"))
+        given = [mean - 2 * std, mean + 2 * std]
+    if not given[0] < given[1]:
+        raise ValueError(
+            f"the range of {column!r} must rise, found {given[0]} to {given[1]} (give --first_range, --second_range)"
+        )
+    return np.linspace(*given, cells)
+
+
+def main() -> None:
+    # --- arguments, model, data: everything that can be wrong is found out here -------------------------------
+    args = parse_arguments()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model).to(args.device).eval()
+    check_planning(model, processor)
+    check_horizon(model, args.context_steps, args.horizon)
+    check_columns(args.columns, processor.action_space)
+    ranges = (args.first_range, args.second_range)
+    values = [grid_values(c, r, args.cells, processor) for c, r in zip(args.columns, ranges, strict=True)]
+    dataset = load_clips(args.dataset, args.split)
+    clip_data.check_columns(dataset)
+    rows = choose_rows(args, dataset)
+    dataset = dataset.select(rows)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    # --- one landscape a clip ---------------------------------------------------------------------------------
+    names = [f"clip {row} ({clip_name(example)})" for row, example in zip(rows, dataset, strict=True)]
+    batches = clip_data.encoded_batches(model, processor, dataset, names, batch_size=1)
+    context, stop = args.context_steps, args.context_steps + args.horizon
+    landscapes, sessions = [], []
+    for example, features in tqdm(zip(dataset, batches, strict=True), total=len(rows), desc="landscapes", unit="clip"):
+        actions = torch.tensor(example["actions"])
+        known = encode_context(
+            model,
+            processor,
+            features=features[0, :context],
+            states=example["states"][:context],
+            actions=actions[: context - 1],
+        )
+        landscapes.append(
+            energy_landscape(
+                Imagination(model, processor, known, max_batch_tokens=args.max_batch_tokens),
+                actions[context - 1 : stop - 1],
+                GoalCost(features[0, stop - 1]),
+                columns=args.columns,
+                values=(values[0], values[1]),
+            )
+        )
+        sessions.append(example["session_id"])
+
+    # --- files ------------------------------------------------------------------------------------------------
+    summary = summarize_landscapes(landscapes, sessions, seed=args.seed)
+    if args.num_pictures:
+        shown = clip_data.spread(len(rows), args.num_pictures)
+        picture = io.BytesIO()
+        landscape_figure([landscapes[i] for i in shown], [names[i] for i in shown]).savefig(picture, format="png")
+        write_file(args.output / "landscapes.png", picture.getvalue())
+    record = {
+        "summary": summary,
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        **{name: getattr(args, name) for name in ("model", "dataset", "split", "context_steps", "horizon", "seed")},
+        "landscapes": [{"clip": name, **land.to_dict()} for name, land in zip(names, landscapes, strict=True)],
+    }
+    write_json(args.output / "landscapes.json", record)
+    for name, value in summary.items():
+        print(f"{name}: {value}")
+    print(f"landscapes: {args.output / 'landscapes.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Planning with the world model: search for actions whose imagined future is like a goal (docs/planning.md).
+
+`actions` says what may be searched and makes whole actions of it, `search` holds the two methods, `planner` joins them
+with the model, `control` replans as frames come in, `environments` turns actions into MineRL's and VPT's form,
+`landscape` looks at the energy over two columns.
+"""
+
+from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view
+from .control import Controller
+from .environments import to_minerl_action, to_vpt_lines
+from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
+from .planner import Context, GoalCost, Imagination, Plan, encode_context, encode_goal, plan
+from .search import CEM, MPPI, minimize
+
+__all__ = [
+    "CEM",
+    "DEFAULT_FIXED",
+    "MPPI",
+    "Context",
+    "Controller",
+    "Distribution",
+    "GoalCost",
+    "Imagination",
+    "Landscape",
+    "Plan",
+    "SearchSpace",
+    "encode_context",
+    "encode_goal",
+    "energy_landscape",
+    "integrate_view",
+    "landscape_figure",
+    "minimize",
+    "plan",
+    "summarize_landscapes",
+    "to_minerl_action",
+    "to_vpt_lines",
+]

@@ -1,0 +1,254 @@
+"""The energy over two action columns, all else being as recorded (docs/planning.md, "Energy landscapes")."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
+from ..evaluation.figures import session_weights
+from ..evaluation.plots import new_figure
+from ..processing_vjepa2_ac import wrap_degrees
+from .actions import COLUMN, DEGREES_PER_PIXEL, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, clamp_pitch
+from .planner import Cost, Imagination
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BOOTSTRAP_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Energies over a grid of two columns.
+
+    Args:
+        columns: names of the two columns.
+        values: those of each axis, raw units, evenly spaced.
+        energies: float64 `(len(values[0]), len(values[1]))`.
+        true: the recorded action's values of both columns.
+        true_energy: energy of the recorded action, as it is.
+    """
+
+    columns: tuple[str, str]
+    values: tuple[np.ndarray, np.ndarray]
+    energies: np.ndarray
+    true: tuple[float, float]
+    true_energy: float
+
+    @property
+    def minimum(self) -> tuple[float, float]:
+        """Values of both columns where the energy is lowest (the first such cell)."""
+        row, column = divmod(int(self.energies.argmin()), len(self.values[1]))
+        return float(self.values[0][row]), float(self.values[1][column])
+
+    def distances(self) -> np.ndarray:
+        """Distance of every cell to the recorded action, in cells: the larger of both axes'.
+
+        On the axis of a key or button a cell is half a unit: within one cell is equal.
+        """
+        apart = [
+            np.abs(values - true) / (0.5 if column not in CONTINUOUS_COLUMNS else values[1] - values[0])
+            for column, values, true in zip(self.columns, self.values, self.true, strict=True)
+        ]
+        return np.maximum(apart[0][:, None], apart[1][None])
+
+    @property
+    def distance(self) -> float:
+        """Distance in cells of the minimum to the recorded action."""
+        return float(self.distances().flat[int(self.energies.argmin())])
+
+    @property
+    def covers_true(self) -> bool:
+        """Whether the recorded action lies within the grid, and so could be found."""
+        return all(v[0] <= t <= v[-1] for v, t in zip(self.values, self.true, strict=True))
+
+    @property
+    def rank(self) -> float:
+        """Share of cells whose energy is above the recorded action's; ties count half. Without a model: 0.5."""
+        return float((self.energies > self.true_energy).mean() + 0.5 * (self.energies == self.true_energy).mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "columns": list(self.columns),
+            "values": [v.tolist() for v in self.values],
+            "energies": self.energies.tolist(),
+            "true_action": list(self.true),
+            "true_energy": self.true_energy,
+            "argmin": list(self.minimum),
+            "distance_cells": self.distance,
+            "rank": self.rank,
+            "covers_true_action": self.covers_true,
+        }
+
+
+def check_columns(columns: Sequence[str], action_space: Sequence[str]) -> None:
+    """Raise a ValueError where a landscape cannot be over these two columns."""
+    if len(columns) != 2 or columns[0] == columns[1]:
+        raise ValueError(f"a landscape needs two different columns, found {list(columns)}")
+    partners = {**VIEW_OF_MOUSE, **MOUSE_OF_VIEW}
+    for column in columns:
+        if column not in COLUMN:
+            raise ValueError(f"unknown action column {column!r}: known are {list(ACTION_COLUMNS)}")
+        if column not in action_space:
+            raise ValueError(f"the action space lacks {column!r}, it has {list(action_space)}")
+    if partners.get(columns[0]) == columns[1]:
+        raise ValueError(
+            f"columns {columns[0]!r} and {columns[1]!r} move together: with one of them, choose another axis"
+        )
+    if all(column in SLOTS for column in columns):
+        raise ValueError(f"only one slot is selected at a time: {columns[0]!r} and {columns[1]!r} cannot both vary")
+
+
+def set_column(actions: Tensor, column: str, values: Tensor, pitch: float) -> None:
+    """Set one column of the first step of raw actions `(M, H, 38)` in place, and what follows from it.
+
+    Mouse movement and view change follow each other while no GUI is open (yaw wraps; pitch, now `pitch` degrees, stops
+    at +-90); a slot that is selected deselects the others.
+    """
+    first = actions[:, 0]
+    if column in SLOTS:
+        slots = first[:, COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1]
+        slots.masked_fill_((values > 0)[:, None], 0)
+    first[:, COLUMN[column]] = values
+    view = VIEW_OF_MOUSE.get(column, column)
+    if view not in MOUSE_OF_VIEW:
+        return
+    world = first[:, COLUMN["gui_open"]] == 0
+    degrees = torch.where(world, values if column == view else values * DEGREES_PER_PIXEL, first[:, COLUMN[view]])
+    if view == "pitch_delta":
+        degrees = degrees[:, None].clone()
+        clamp_pitch(degrees, pitch)
+        degrees = degrees[:, 0]
+    pixels = degrees / DEGREES_PER_PIXEL
+    first[:, COLUMN[view]] = wrap_degrees(degrees) if view == "yaw_delta" else degrees
+    mouse = COLUMN[MOUSE_OF_VIEW[view]]
+    first[:, mouse] = torch.where(world, pixels, first[:, mouse])
+
+
+def energy_landscape(
+    imagination: Imagination,
+    actions: Tensor,
+    cost: Cost,
+    *,
+    columns: Sequence[str] = ("yaw_delta", "pitch_delta"),
+    values: tuple[np.ndarray, np.ndarray],
+) -> Landscape:
+    """Energy of the recorded actions with two columns of the first imagined one replaced by every pair of values.
+
+    Args:
+        imagination: model and context.
+        actions: `(H, 38)`, raw, those recorded after the context.
+        cost: for instance `GoalCost` of the features that followed.
+        columns: two of the action space's.
+        values: of each, evenly spaced, at least two.
+
+    Raises:
+        ValueError: columns that cannot be varied together, values or actions of another shape.
+    """
+    check_columns(columns, imagination.processor.action_space)
+    for column, points in zip(columns, values, strict=True):
+        steps = np.diff(points)
+        if (
+            len(points) < 2
+            or not np.isfinite(points).all()
+            or not (steps > 0).all()
+            or not np.allclose(steps, steps[0])
+        ):
+            raise ValueError(f"values of {column!r} must be at least 2, rising in even steps, found {list(points)}")
+    if actions.ndim != 2 or actions.shape[1] != len(ACTION_COLUMNS) or len(actions) == 0:
+        raise ValueError(f"actions must be raw, (steps, {len(ACTION_COLUMNS)}), found {tuple(actions.shape)}")
+    actions = actions.double()
+    pairs = torch.cartesian_prod(*(torch.as_tensor(points, dtype=torch.float64) for points in values))
+    candidates = actions.repeat(len(pairs), 1, 1)
+    pitch = float(imagination.context.states[-1, 1])
+    # What other columns mean depends on the GUI: it is set first.
+    for axis in sorted(range(2), key=lambda axis: columns[axis] != "gui_open"):
+        set_column(candidates, columns[axis], pairs[:, axis], pitch)
+    energies = imagination.costs(torch.cat([actions[None], candidates]), cost)
+    return Landscape(
+        columns=(columns[0], columns[1]),
+        values=(np.asarray(values[0], dtype=np.float64), np.asarray(values[1], dtype=np.float64)),
+        energies=energies[1:].reshape(len(values[0]), len(values[1])).numpy(),
+        true=(float(actions[0, COLUMN[columns[0]]]), float(actions[0, COLUMN[columns[1]]])),
+        true_energy=float(energies[0]),
+    )
+
+
+def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+    """How often the minimum is within one cell of the recorded action, and how often it would be without a model.
+
+    Args:
+        landscapes: of several clips, over the same grid.
+        sessions: the session of each.
+        seed: of the bootstrap over sessions.
+
+    Returns:
+        `clips`; `outside_grid`, those whose recorded action the grid does not cover, which the rest leaves out;
+        `within_one_cell`, share of clips, with `ci95` (None with fewer than two sessions); `chance`, the share that a
+        random cell would reach; `best_constant`, that of the one cell which suits these clips best;
+        `median_distance_cells`; `rank`, the mean of `Landscape.rank`; and `correlation`, by column, of minimum and
+        recorded action over clips (None where one of them is constant). None where no clip is left.
+    """
+    pairs = [(land, session) for land, session in zip(landscapes, sessions, strict=True) if land.covers_true]
+    figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(pairs)}
+    if not pairs:
+        missing = ("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells", "rank", "correlation")
+        return {**figures, "sessions": 0, **dict.fromkeys(missing)}
+    near = np.stack([land.distances() <= 1 for land, _ in pairs])
+    hits = np.array([land.distance <= 1 for land, _ in pairs], dtype=np.float64)
+    names, session_of = np.unique([session for _, session in pairs], return_inverse=True)
+    interval = None
+    if len(names) > 1:
+        weights = session_weights(len(names), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
+        sums, counts = np.bincount(session_of, hits), np.bincount(session_of)
+        interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
+    return {
+        **figures,
+        "sessions": len(names),
+        "within_one_cell": float(hits.mean()),
+        "ci95": interval,
+        "chance": float(near.mean()),
+        "best_constant": float(near.mean(axis=0).max()),
+        "median_distance_cells": float(np.median([land.distance for land, _ in pairs])),
+        "rank": float(np.mean([land.rank for land, _ in pairs])),
+        "correlation": {
+            column: _correlation([land.minimum[axis] for land, _ in pairs], [land.true[axis] for land, _ in pairs])
+            for axis, column in enumerate(pairs[0][0].columns)
+        },
+    }
+
+
+def _correlation(found: list[float], true: list[float]) -> float | None:
+    if np.std(found) == 0 or np.std(true) == 0:
+        return None
+    return float(np.corrcoef(found, true)[0, 1])
+
+
+def landscape_figure(landscapes: Sequence[Landscape], titles: Sequence[str]) -> "Figure":
+    """Colour maps of energies with the recorded action (ring) and the minimum (cross); three in a row.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    across = min(3, len(landscapes))
+    down = -(-len(landscapes) // across)
+    figure = new_figure(4.2 * across, 3.6 * down)
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(landscapes) :]:
+        axes.set_axis_off()
+    for axes, land, title in zip(grid, landscapes, titles, strict=False):
+        image = axes.pcolormesh(*land.values, land.energies.T, shading="nearest", cmap="viridis", rasterized=True)
+        axes.plot(*land.true, "o", markersize=10, fillstyle="none", color="white", markeredgewidth=2, label="recorded")
+        axes.plot(*land.minimum, "x", markersize=8, color="#D55E00", markeredgewidth=2.5, label="lowest energy")
+        axes.set(xlabel=land.columns[0], ylabel=land.columns[1])
+        text = textwrap.fill(title, 44, break_on_hyphens=False)
+        axes.set_title(f"{text}\n{land.distance:.1f} cells apart", fontsize=7)
+        figure.colorbar(image, ax=axes, label="energy")
+    grid[0].legend(fontsize=7, loc="upper right", facecolor="#555555", labelcolor="white")
+    return figure

@@ -1,0 +1,421 @@
+"""Plans: actions whose imagined future has a low cost (docs/planning.md).
+
+Letters: C context steps, H steps of the horizon, M candidates, N frame tokens a step, D encoder width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..evaluation.clips import check_model_and_processor
+from ..modeling_vjepa2_ac import CONDITIONING_TOKENS, VJEPA2ACModel
+from ..processing_vjepa2_ac import PITCH_SCALE, VJEPA2ACProcessor
+from .actions import COLUMN, NUM_SLOTS, NUMBER_KEYS, SLOTS, SearchSpace, integrate_view
+from .environments import to_minerl_action, to_vpt_lines
+from .search import CEM, MPPI, minimize
+
+Cost = Callable[[Tensor, Tensor], Tensor]  # features (M, H, N, D), raw actions (M, H, 38) -> costs (M,)
+NATIVE_FPS = 20  # Minecraft's ticks a second
+MAX_BATCH_TOKENS = 2**14
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known when planning begins: C steps, of which the last is now. `encode_context` makes and checks it.
+
+    Args:
+        features: `(C, N, D)`, on the model's device.
+        states: `(C, 2)`, yaw and pitch in degrees.
+        actions: `(C - 1, 38)`, raw; action t led from step t to t+1.
+        slot: hotbar slot 0..8 now.
+    """
+
+    features: Tensor
+    states: Tensor
+    actions: Tensor
+    slot: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions to take and what the model expects of them.
+
+    Args:
+        actions: `(H, 38)`, raw units, columns `ACTION_COLUMNS`, float64.
+        states: `(H + 1, 2)`, degrees: now, then after each action.
+        features: `(H, N, D)`: what the model expects to see after each action.
+        cost: of these actions.
+        costs: an object an iteration: `best` so far, `current_mean` (the distribution's mean, drawn from in this
+            iteration), `candidates` (mean over all candidates).
+        decisions: `(H, width)`, what was searched: for `warm_start`.
+        slot: hotbar slot at the first action.
+        ticks_per_step: game ticks that an action lasts.
+    """
+
+    actions: Tensor
+    states: Tensor
+    features: Tensor
+    cost: float
+    costs: list[dict[str, float]]
+    decisions: Tensor
+    slot: int
+    ticks_per_step: int
+
+    def to_minerl(self) -> list[dict[str, Any]]:
+        """MineRL's action of every tick (`to_minerl_action`)."""
+        return to_minerl_action(self.actions, ticks_per_step=self.ticks_per_step)
+
+    def to_vpt(self) -> list[dict[str, Any]]:
+        """A line of a VPT log for every tick (`to_vpt_lines`)."""
+        return to_vpt_lines(self.actions, self.states[0], ticks_per_step=self.ticks_per_step)
+
+
+class GoalCost:
+    """Mean absolute difference of imagined features to a goal's: V-JEPA 2-AC's energy (arXiv 2506.09985, section 3.2).
+
+    Args:
+        goal: `(N, D)`, or `(H, N, D)`, a goal for every step.
+        steps: "last": only the last imagined step counts; "mean": all of them, weighted by `discount ** h`. None:
+            "mean" for a goal of every step, "last" for one goal.
+        discount: above 0; 1 weighs all steps alike, below 1 the early ones more.
+
+    Raises:
+        ValueError: another rank, values that are not finite, an option out of range.
+    """
+
+    def __init__(self, goal: Tensor, *, steps: str | None = None, discount: float = 1.0):
+        if goal.ndim not in (2, 3) or not goal.is_floating_point():
+            raise ValueError(
+                f"a goal must be features (tokens, width) or (steps, tokens, width), found {goal.dtype} "
+                f"{tuple(goal.shape)}"
+            )
+        if not torch.isfinite(goal).all():
+            raise ValueError(f"the goal has {int((~torch.isfinite(goal)).sum())} values that are not finite")
+        steps = ("mean" if goal.ndim == 3 else "last") if steps is None else steps
+        if steps not in ("last", "mean"):
+            raise ValueError(f"steps must be 'last' or 'mean', found {steps!r}")
+        if not 0 < discount < float("inf"):
+            raise ValueError(f"discount must be above 0 and finite, found {discount}")
+        self.goal, self.steps, self.discount = goal, steps, discount
+
+    def __call__(self, features: Tensor, actions: Tensor) -> Tensor:
+        """Costs `(M,)` of features `(M, H, N, D)`, float32; actions are not used."""
+        horizon = features.shape[1]
+        goal = self.goal.to(features.device)
+        if self.goal.ndim == 3 and len(goal) != horizon:
+            raise ValueError(f"a goal for every step must have {horizon} steps, found {len(goal)}")
+        if tuple(goal.shape[-2:]) != tuple(features.shape[-2:]):
+            raise ValueError(
+                f"the goal's features must be {tuple(features.shape[-2:])} as the model's are, found "
+                f"{tuple(goal.shape[-2:])}"
+            )
+        if self.steps == "last":
+            return (features[:, -1].float() - (goal[-1] if goal.ndim == 3 else goal).float()).abs().mean(dim=(1, 2))
+        distances = (features.float() - goal.float()).abs().mean(dim=(2, 3))
+        weights = self.discount ** torch.arange(horizon, device=features.device, dtype=torch.float32)
+        return distances @ (weights / weights.sum())
+
+
+def ticks_per_step(processor: VJEPA2ACProcessor) -> int:
+    """Game ticks that an action of the model lasts.
+
+    Raises:
+        ValueError: 20 ticks a second that are not a multiple of the processor's frame rate.
+    """
+    if NATIVE_FPS % processor.fps:
+        raise ValueError(f"{NATIVE_FPS} ticks a second are not a multiple of the processor's fps {processor.fps}")
+    return processor.tubelet_size * NATIVE_FPS // int(processor.fps)
+
+
+def check_planning(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, space: SearchSpace | None = None) -> None:
+    """Raise a ValueError where model, processor and search space do not belong together, or cannot plan."""
+    check_model_and_processor(model, processor)
+    if model.config.state_dim != 2:
+        raise ValueError(
+            f"planning needs states of 2 columns (yaw, pitch), the model's state_dim is {model.config.state_dim}"
+        )
+    if space is not None and space.columns != processor.action_space:
+        raise ValueError(
+            f"the search space's action space is {space.columns}, but the processor's is {processor.action_space}"
+        )
+    ticks_per_step(processor)
+
+
+def encode_frames(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, frames: Any, name: str) -> Tensor:
+    """Features `(steps, N, D)` of uint8 frames, tubelet by tubelet.
+
+    Raises:
+        ValueError: frames of another type, or smaller than the model's, a model that encodes whole clips.
+    """
+    if model.config.encoding != "tubelet":
+        raise ValueError(
+            f"{name}: single steps cannot be encoded, the model's encoding is {model.config.encoding!r}, not 'tubelet'"
+        )
+    shape = tuple(getattr(frames, "shape", ()))
+    size = shape[-2:] if len(shape) == 4 and shape[1] == 3 else shape[1:3]
+    if len(shape) != 4 or min(size) < processor.resolution:
+        raise ValueError(
+            f"{name} must be uint8 (frames, 3, height, width) of at least {processor.resolution} x "
+            f"{processor.resolution} pixels, found {shape}"
+        )
+    if len(frames) == 0 or len(frames) % processor.tubelet_size:
+        raise ValueError(
+            f"{name} must be a multiple of tubelet_size {processor.tubelet_size} frames, found {len(frames)}"
+        )
+    pixels = processor.normalize_pixels(processor.prepare_frames([frames]).to(model.device))
+    return model.encode(pixels)[0]
+
+
+def encode_context(
+    model: VJEPA2ACModel,
+    processor: VJEPA2ACProcessor,
+    *,
+    frames: Any = None,
+    features: Tensor | None = None,
+    states: Any = None,
+    actions: Any = None,
+    slot: int | None = None,
+) -> Context:
+    """A context from what was seen, at the clip's frame rate.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        processor: its processor.
+        frames: uint8 `(C * tubelet_size, 3, Y, X)` or `(C * tubelet_size, Y, X, 3)`; or
+        features: `(C, N, D)` of `model.encode`, instead.
+        states: `(C, 2)`, yaw and pitch in degrees at each step.
+        actions: `(C - 1, 38)`, raw; not needed for C = 1.
+        slot: hotbar slot 0..8 now; None: as the last action leaves it, 0 without one.
+
+    Raises:
+        ValueError: missing or contradicting parts; the message has what was expected and found.
+    """
+    check_planning(model, processor)
+    if (frames is None) == (features is None):
+        raise ValueError("give either frames or features of the context, and not both")
+    if features is None:
+        features = encode_frames(model, processor, frames, "context frames")
+    tokens, width = model.config.grid_size**2, model.config.encoder_config.hidden_size
+    if features.ndim != 3 or tuple(features.shape[1:]) != (tokens, width) or len(features) == 0:
+        raise ValueError(f"context features must be (steps, {tokens}, {width}), found {tuple(features.shape)}")
+    steps = len(features)
+    if states is None:
+        raise ValueError(f"a context of {steps} steps needs {steps} states (yaw, pitch), found none")
+    states = torch.as_tensor(states).double().cpu()
+    if tuple(states.shape) != (steps, 2):
+        raise ValueError(f"a context of {steps} steps needs states ({steps}, 2), found {tuple(states.shape)}")
+    actions = torch.zeros(0, len(ACTION_COLUMNS)) if actions is None else torch.as_tensor(actions)
+    actions = actions.double().cpu()
+    if tuple(actions.shape) != (steps - 1, len(ACTION_COLUMNS)):
+        raise ValueError(
+            f"a context of {steps} steps needs raw actions ({steps - 1}, {len(ACTION_COLUMNS)}), found "
+            f"{tuple(actions.shape)}"
+        )
+    for name, values in (("features", features), ("states", states), ("actions", actions)):
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"the context's {name} have {int((~torch.isfinite(values)).sum())} values that are not finite"
+            )
+    if states[:, 1].abs().max() > PITCH_SCALE:
+        raise ValueError(f"pitch must be within [-90, 90] degrees, found {float(states[:, 1].abs().max()):g}")
+    slot = next_slot(actions) if slot is None else slot
+    if slot not in range(NUM_SLOTS):
+        raise ValueError(f"slot must be a whole number from 0 to {NUM_SLOTS - 1}, found {slot!r}")
+    return Context(features.to(model.device), states, actions, int(slot))
+
+
+def next_slot(actions: Tensor) -> int:
+    """Hotbar slot after raw actions `(steps, 38)`: of the last number key, else as it was; 0 where nothing says so."""
+    if len(actions) == 0:
+        return 0
+    keys = actions[-1, [COLUMN[name] for name in NUMBER_KEYS]].nonzero().flatten().tolist()
+    slots = actions[-1, [COLUMN[name] for name in SLOTS]].nonzero().flatten().tolist()
+    return (keys or slots or [0])[-1]
+
+
+def encode_goal(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, goal: Any) -> Tensor:
+    """A goal's features, `(N, D)`, or `(G, N, D)` for a goal of every step.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        processor: its processor.
+        goal: features `(N, D)` or `(G, N, D)` of `model.encode`; or uint8 frames: one, `(3, Y, X)` or `(Y, X, 3)`,
+            which is repeated to a tubelet, or `(G * tubelet_size, 3, Y, X)`.
+
+    Raises:
+        ValueError: another geometry than the model's; the message has both.
+    """
+    goal = torch.as_tensor(goal)
+    if not goal.is_floating_point():
+        frames = goal[None].expand(processor.tubelet_size, -1, -1, -1) if goal.ndim == 3 else goal
+        features = encode_frames(model, processor, frames, "goal frames")
+        return features[0] if len(features) == 1 else features
+    expected = (model.config.grid_size**2, model.config.encoder_config.hidden_size)
+    if goal.ndim not in (2, 3) or tuple(goal.shape[-2:]) != expected:
+        raise ValueError(
+            f"goal features must be {expected} or (steps, {expected[0]}, {expected[1]}) as the model's are, found "
+            f"{tuple(goal.shape)}"
+        )
+    return goal.to(model.device)
+
+
+class Imagination:
+    """Rollouts of candidate actions from one context, and their costs, in bounded memory.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        processor: its processor.
+        context: of `encode_context`.
+        max_batch_tokens: how many tokens (candidates x (N + 2)) go through the predictor at once. Candidates beyond
+            that go in parts; the context is run once for each part, and imagined features are kept for one part only.
+
+    Raises:
+        ValueError: too few tokens for one candidate.
+    """
+
+    def __init__(
+        self,
+        model: VJEPA2ACModel,
+        processor: VJEPA2ACProcessor,
+        context: Context,
+        *,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+    ):
+        tokens = model.config.grid_size**2 + CONDITIONING_TOKENS
+        if max_batch_tokens < tokens:
+            raise ValueError(
+                f"max_batch_tokens must be at least {tokens}, a step of one candidate, found {max_batch_tokens}"
+            )
+        self.model, self.processor, self.context = model, processor, context
+        self.candidates_at_once = max_batch_tokens // tokens
+
+    @torch.no_grad()
+    def rollout(self, actions: Tensor) -> Tensor:
+        """Imagined features `(M, H, N, D)` of raw actions `(M, H, 38)`, all M at once."""
+        known, device = self.context, self.model.device
+        candidates, steps = len(actions), len(known.features)
+        whole = torch.cat([known.actions.expand(candidates, -1, -1), actions.double().cpu()], dim=1)
+        future = integrate_view(known.states[-1], whole[:, steps - 1 :])
+        states = torch.cat([known.states.expand(candidates, -1, -1), future[:, 1:]], dim=1)
+        return self.model.rollout(
+            known.features[None],
+            self.processor.normalize_actions(whole).to(device)[None],
+            self.processor.normalize_states(states).to(device)[None],
+        )[0]
+
+    @torch.no_grad()
+    def costs(self, actions: Tensor, cost: Cost) -> Tensor:
+        """Costs `(M,)`, float64 on the CPU, of raw actions `(M, H, 38)`.
+
+        Args:
+            actions: the candidates.
+            cost: called with the features `(m, H, N, D)` and raw actions `(m, H, 38)`, on the model's device, of m
+                candidates at a time: it must not compare candidates.
+
+        Raises:
+            ValueError: costs of another shape or type, or that are not finite.
+        """
+        found = []
+        for part in actions.split(self.candidates_at_once):
+            # float32 for the cost: not every device has float64.
+            costs = cost(self.rollout(part), part.float().to(self.model.device))
+            found.append(check_costs(costs, len(part)))
+        return torch.cat(found)
+
+
+def check_costs(costs: Any, candidates: int) -> Tensor:
+    """Costs `(candidates,)` as float64 on the CPU; anything else is a ValueError."""
+    if not isinstance(costs, Tensor) or tuple(costs.shape) != (candidates,) or not costs.is_floating_point():
+        found = f"{costs.dtype} {tuple(costs.shape)}" if isinstance(costs, Tensor) else type(costs).__name__
+        raise ValueError(f"the cost function must return floating-point numbers ({candidates},), found {found}")
+    costs = costs.detach().cpu().double()
+    wrong = (~torch.isfinite(costs)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"the cost function must return finite costs, found {float(costs[wrong[0]])} for candidate {wrong[0]} "
+            f"({len(wrong)} of {candidates} are not finite)"
+        )
+    return costs
+
+
+def check_horizon(model: VJEPA2ACModel, context_steps: int, horizon: int) -> None:
+    """Raise a ValueError where context and horizon are longer than the clips that the model was trained on."""
+    longest = model.config.num_steps - context_steps
+    if not isinstance(horizon, int) or not 1 <= horizon <= longest:
+        raise ValueError(
+            f"horizon must be a whole number from 1 to {longest} for a context of {context_steps} steps and a model of "
+            f"{model.config.num_steps} steps, found {horizon}"
+        )
+
+
+def plan(
+    model: VJEPA2ACModel,
+    processor: VJEPA2ACProcessor,
+    context: Context,
+    goal: Any,
+    *,
+    horizon: int,
+    generator: torch.Generator,
+    space: SearchSpace | None = None,
+    method: CEM | MPPI | None = None,
+    goal_steps: str | None = None,
+    discount: float = 1.0,
+    warm_start: Plan | None = None,
+    shift: int = 1,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> Plan:
+    """Actions whose imagined future has a low cost.
+
+    Args:
+        model: a `VJEPA2ACModel`.
+        processor: its processor.
+        context: of `encode_context`.
+        goal: what `encode_goal` takes, or a cost: a function of features `(m, H, N, D)` and raw actions `(m, H, 38)`
+            that returns `(m,)`, for m candidates at a time.
+        horizon: steps H to plan; with the context at most the steps of the model's clips.
+        generator: of all random numbers: the same seed gives the same plan.
+        space: what is searched; None: all of the processor's action space, with default bounds.
+        method: `CEM()` (the default) or `MPPI()`.
+        goal_steps: `GoalCost`'s `steps`.
+        discount: `GoalCost`'s.
+        warm_start: an earlier plan to start from, of the same search space.
+        shift: how many of its steps are done.
+        max_batch_tokens: see `Imagination`.
+
+    Raises:
+        ValueError: whatever does not fit together; the message has both values. Before any rollout, but for a cost.
+    """
+    if space is None:
+        space = SearchSpace(processor.action_space, statistics=processor.action_statistics)
+    check_planning(model, processor, space)
+    check_horizon(model, len(context.features), horizon)
+    if callable(goal) and not isinstance(goal, Tensor):
+        cost = goal
+    else:
+        cost = GoalCost(encode_goal(model, processor, goal), steps=goal_steps, discount=discount)
+        if cost.goal.ndim == 3 and len(cost.goal) != horizon:
+            raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
+    imagination = Imagination(model, processor, context, max_batch_tokens=max_batch_tokens)
+    pitch = float(context.states[-1, 1])
+    result = minimize(
+        lambda decisions: imagination.costs(space.complete(decisions, pitch=pitch, slot=context.slot), cost),
+        space,
+        space.initial(horizon) if warm_start is None else space.warm_start(warm_start.decisions, shift, horizon),
+        method=CEM() if method is None else method,
+        generator=generator,
+    )
+    actions = space.complete(result.decisions[None], pitch=pitch, slot=context.slot)
+    return Plan(
+        actions=actions[0],
+        states=integrate_view(context.states[-1], actions[0]),
+        features=imagination.rollout(actions)[0],
+        cost=result.cost,
+        costs=result.costs,
+        decisions=result.decisions,
+        slot=context.slot,
+        ticks_per_step=ticks_per_step(processor),
+    )
