@@ -5,10 +5,12 @@
 The encoder is frozen; only the predictor is trained, with teacher forcing and rollout losses (docs/model.md). Leaves in
 OUT: config.json, model.safetensors, processor_config.json, README.md and the model's code (load the folder with
 AutoModel and AutoProcessor), metrics.jsonl, run_status.json and checkpoints/step-00001000. Exit status 0 only when all
-steps are done; 75 after SIGTERM or SIGUSR1 with a checkpoint: start the same command again (docs/training.md).
+steps are done; 75 after SIGTERM or SIGUSR1 with a checkpoint: start the same command again (docs/training.md); 3 when
+all steps are done and the model is in OUT, but --push_to_hub did not bring it to the Hub: examples/push.py does.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -40,6 +42,7 @@ from vjepa_ac_hf.data.loading import (
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.records import versions
 from vjepa_ac_hf.training.arguments import parse_arguments
+from vjepa_ac_hf.training.cards import RunDescription
 from vjepa_ac_hf.training.checkpoints import (
     checkpoint_steps,
     find_checkpoint,
@@ -60,8 +63,8 @@ from vjepa_ac_hf.training.distributed import (
 )
 from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.feature_cache import cache_features
-from vjepa_ac_hf.training.health import SPEED, Health
-from vjepa_ac_hf.training.hub import model_card, prepare_repository, push_folder, save_final_model
+from vjepa_ac_hf.training.health import Health
+from vjepa_ac_hf.training.hub import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
@@ -174,6 +177,7 @@ class Run:
     validation: ValidationSet | None = None
     log: MetricsLog | None = None  # in the main process
     health: Health | None = None
+    pusher: HubPusher | None = None  # in the main process
     step: int = 0  # finished optimizer steps
     best: dict | None = None  # step and validation loss of the best checkpoint
     metrics: dict = field(default_factory=dict)  # logged last
@@ -290,8 +294,10 @@ def save(run: Run, at: dict) -> None:
     state = {"arguments": run.identity, "schedule": run.scheduler.state_dict(), "loader": at["loader"]}
     state |= {"best": run.best, "versions": versions()}
     tensors = run.model.predictor, run.optimizer.optimizer, at["random"]
-    save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator)
+    saved = save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator)
     if run.accelerator.is_main_process:
+        if run.pusher is not None and run.step < run.arguments.max_steps:
+            run.pusher.submit(run.step, saved, run.metrics)
         if run.best is not None:
             write_best(run.checkpoints, run.best)
         prune_checkpoints(run.checkpoints, run.arguments.keep_checkpoints, run.best and run.best["step"])
@@ -346,29 +352,18 @@ def train(run: Run) -> dict:
     return run.metrics or MetricsLog.last(arguments.output_dir / "metrics.jsonl")
 
 
-def save_and_push(arguments, accelerator, model, processor, encoder, metrics) -> None:
-    """The final model with its card in the output folder, and on the Hub if asked for."""
-    arguments_text = json.dumps(jsonable(vars(arguments)), indent=2)
-    card = model_card(
-        MODEL_CARD,
-        model,
-        arguments.dataset,
-        processor=processor,
-        model_name=(arguments.hub_model_id or str(arguments.output_dir)).rstrip("/").split("/")[-1],
-        repo_id=arguments.hub_model_id or arguments.output_dir,
-        encoder="random weights" if encoder == "random" else encoder,
-        steps=arguments.max_steps,
-        clips_per_step=arguments.per_device_batch_size
-        * arguments.gradient_accumulation_steps
-        * accelerator.num_processes,
-        final_metrics={k: v for k, v in metrics.items() if k != "step" and k not in SPEED},
-        arguments=arguments_text,
-        versions=", ".join(f"{k} {v}" for k, v in versions().items()),
-    )
-    save_final_model(arguments.output_dir, model, processor, card)
-    if arguments.push_to_hub:
-        push_folder(arguments.output_dir, arguments.hub_model_id)
-        print(f"pushed to {arguments.hub_model_id}")
+def finish_push(arguments, pusher) -> int:
+    """Wait for the final model to be on the Hub and say whether it is. Returns the exit status."""
+    print(f"the model is in {arguments.output_dir}; pushing it to {arguments.hub_model_id}", flush=True)
+    if pusher.finish(arguments.max_steps, arguments.hub_wait):
+        print(f"pushed to {arguments.hub_model_id}: all is up")
+        return 0
+    later = f"python examples/push.py --output_dir {arguments.output_dir}"
+    if arguments.hub_strategy == "later":
+        print(f"nothing was pushed, as --hub_strategy later asks; push with: {later}")
+        return 0
+    print(f"NOT on {arguments.hub_model_id}; the model is whole in {arguments.output_dir}, push it with: {later}")
+    return 3
 
 
 def show_dry_run(arguments: argparse.Namespace) -> None:
@@ -381,21 +376,21 @@ def show_dry_run(arguments: argparse.Namespace) -> None:
     state.print(dry_run(arguments, config, clips))
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments(__doc__)
     if arguments.dry_run:
         show_dry_run(arguments)
-        return
+        return 0
     with StopSignals() as stop:
         try:
-            run_program(arguments, stop)
+            return run_program(arguments, stop)
         finally:
             # Loader workers that hang, or leave signals to this process, would be waited for at exit.
             for child in multiprocessing.active_children():
                 child.kill()
 
 
-def run_program(arguments: argparse.Namespace, stop: StopSignals) -> None:
+def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
     accelerator = build_accelerator(arguments)
     # Whatever can fail fails here, before anything is downloaded or computed.
     check_arguments(arguments, accelerator.device)
@@ -406,8 +401,8 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> None:
     check_batch(arguments, len(splits[0]))
     if accelerator.is_main_process:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        if arguments.push_to_hub:
-            prepare_repository(arguments.hub_model_id, arguments.hub_private)
+        if arguments.push_to_hub and arguments.hub_strategy != "later":
+            prepare_repository(arguments.hub_model_id, arguments.hub_private, arguments.hub_timeout)
 
     set_seed(arguments.seed)
     model = VJEPA2ACModel(config) if encoder == "random" else VJEPA2ACModel.from_pretrained_encoder(encoder, config)
@@ -415,16 +410,25 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> None:
         model.activation_checkpointing_enable()
     model.to(accelerator.device)
     accelerator.print(startup_summary(arguments, model, encoder, splits, accelerator.num_processes))
-    with closing_trackers(accelerator):
-        run = start_run(arguments, accelerator, model, processor, splits, stop)
-        with stop.deferred():
-            metrics = train(run)
-        model = whole_model(model)
-        if accelerator.is_main_process:
-            save_and_push(arguments, accelerator, model, processor, encoder, metrics)
-            write_status(arguments.output_dir, "finished", run.step)
-    accelerator.end_training()
+    description, pusher = None, None
+    if accelerator.is_main_process:  # of a model that is not sharded yet
+        description = RunDescription.of_run(MODEL_CARD, arguments, model, processor, encoder, accelerator.num_processes)
+        pusher = HubPusher.of_run(arguments, model, processor, description) if arguments.push_to_hub else None
+    with pusher or contextlib.nullcontext():
+        with closing_trackers(accelerator):
+            run = start_run(arguments, accelerator, model, processor, splits, stop)
+            if pusher is not None:
+                pusher.begin(run.step)
+                run.pusher = pusher
+            with stop.deferred():
+                metrics = train(run)
+            model = whole_model(model)
+            if description is not None:
+                save_final_model(arguments.output_dir, model, processor, description, run.step, metrics)
+                write_status(arguments.output_dir, "finished", run.step)
+        accelerator.end_training()  # the other processes need not wait for the Hub
+        return 0 if pusher is None else finish_push(arguments, pusher)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,9 +29,32 @@ assert processor.action_statistics == load_action_statistics("org/clips").to_dic
 print("clips", len(clips), "columns", sorted(clips.column_names))
 """
 
+# For a process that cannot import this package.
+READ_BACK_WITHOUT_PACKAGE = """
+import sys, torch
 
-def environment(server: HubServer, folder: Path, token: str | None = "hf_test") -> dict[str, str]:
-    values = {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vjepa_ac_hf":
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Blocked())
+from datasets import load_dataset
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("org/world", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("org/world", trust_remote_code=True)
+clip = load_dataset("org/clips", split="train")[0]
+frames = torch.stack([frame for frame in clip["video"]])
+inputs = processor(videos=[frames], actions=[clip["actions"]], states=[clip["states"]])
+with torch.no_grad():
+    print("loss", float(model(**inputs).loss))
+"""
+
+
+def environment(server: HubServer | str, folder: Path, token: str | None = "hf_test") -> dict[str, str]:
+    url = server if isinstance(server, str) else server.url
+    values = {"HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
     values |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     clean = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     return clean | values | ({"HF_TOKEN": token} if token else {})
@@ -41,11 +64,11 @@ def run(arguments: list, env: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=ROOT)
 
 
-def train_command(clips: str, output: Path, config: Path) -> list:
+def train_command(clips: str, output: Path, config: Path, *flags: str) -> list:
     return [
         *("examples/train.py", "--dataset", clips, "--output_dir", output, "--model_config", config),
-        *("--max_steps=1", "--per_device_batch_size=2", "--num_workers=0", "--eval_every=0"),
-        *("--push_to_hub", "--hub_model_id=org/world"),
+        *("--max_steps=2", "--checkpoint_every=1", "--log_every=1", "--per_device_batch_size=2", "--num_workers=0"),
+        *("--eval_every=0", "--push_to_hub", "--hub_model_id=org/world", *flags),
     ]
 
 
@@ -53,7 +76,7 @@ def train_command(clips: str, output: Path, config: Path) -> list:
 def test_model_and_data_set_are_pushed_and_read_back(tmp_path):
     from test_train import TINY
 
-    write_clips(tmp_path / "clips", train=4, validation=0)
+    write_clips(tmp_path / "clips", train=4, validation=2)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
     with HubServer() as server:
@@ -61,16 +84,27 @@ def test_model_and_data_set_are_pushed_and_read_back(tmp_path):
         push = "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('org/clips', repo_type='dataset'); "
         push += f"a.upload_folder(repo_id='org/clips', repo_type='dataset', folder_path={str(tmp_path / 'clips')!r})"
         assert run(["-c", push], env).returncode == 0
-        trained = run(train_command("org/clips", tmp_path / "out", config), env)
+        trained = run(train_command("org/clips", tmp_path / "out", config, "--eval_every=2"), env)
         assert trained.returncode == 0, trained.stderr[-3000:]
+        assert "pushed to org/world: all is up" in trained.stdout
         files = server.repositories[("model", "org/world")]
         wanted = {"config.json", "model.safetensors", "processor_config.json", "README.md", "modeling_vjepa2_ac.py"}
-        assert wanted | {"metrics.jsonl"} <= files.keys()
-        assert not [f for f in files if f.startswith("checkpoints") or f.endswith(".tmp")]
-        assert b"datasets:\n- org/clips" in files["README.md"]
+        assert wanted | {"metrics.jsonl", "training_args.json"} <= files.keys()
+        assert not [f for f in files if f.startswith(("checkpoints", ".hub")) or f.endswith(".tmp")]
+        assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+        card = files["README.md"].decode()
+        assert (
+            "datasets:\n- org/clips" in card and "model-index:" in card and "error over persistence, horizon 1" in card
+        )
+        assert server.commits[-1][1] == "Trained model, step 2"
         read = run(["-c", READ_BACK], environment(server, tmp_path / "elsewhere", token=None))
         assert read.returncode == 0, read.stderr[-3000:]
         assert "clips 4" in read.stdout
+        env = environment(server, tmp_path / "nothing", token=None)
+        env.pop("PYTHONPATH", None)
+        read = run(["-c", READ_BACK_WITHOUT_PACKAGE], env)
+        assert read.returncode == 0, read.stderr[-3000:]
+        assert float(read.stdout.split("loss")[1]) > 0
 
 
 @pytest.mark.slow
@@ -100,5 +134,5 @@ def test_without_a_token_it_fails_before_training(tmp_path):
     with HubServer() as server:
         env = environment(server, tmp_path, token=None)
         result = run(train_command(str(tmp_path / "clips"), tmp_path / "out", config), env)
-    assert result.returncode != 0 and "401" in result.stderr
+    assert result.returncode != 0 and "no access token" in result.stderr and "--push_to_hub org/world" in result.stderr
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

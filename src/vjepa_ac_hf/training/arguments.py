@@ -141,9 +141,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="pictures of every validation, in OUTPUT_DIR/pictures and the trackers (default: with --report_to)",
     )
-    _switch(run, "push_to_hub", "upload the final model")
+    _switch(run, "push_to_hub", "keep the model on the Hub (docs/training.md)")
     run.add_argument("--hub_model_id", help="ORG/NAME")
     _switch(run, "hub_private", "create the repository as private")
+    run.add_argument(
+        "--hub_strategy",
+        choices=("every_checkpoint", "end", "later"),
+        default="every_checkpoint",
+        help="later: never contact the Hub, only prepare for examples/push.py",
+    )
+    run.add_argument(
+        "--hub_timeout", type=float, default=60.0, help="seconds of silence after which a request to the Hub fails"
+    )
+    run.add_argument(
+        "--hub_wait", type=float, default=1800.0, help="seconds to wait at the end for the final model to be up"
+    )
 
 
 def _add_estimates(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +233,8 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             f"--hardware {arguments.hardware}: expected one of {', '.join(HARDWARE)} with or without a number "
             "(h100x8); for another device give --hardware_tflops and --devices"
         )
+    if arguments.hub_timeout <= 0 or arguments.hub_wait < 0:
+        parser.error("--hub_timeout must be above 0, and --hub_wait at least 0")
     if arguments.push_to_hub and not arguments.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id ORG/NAME")
     if arguments.streaming and arguments.cache_features:
