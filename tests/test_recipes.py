@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import weakref
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
 from vjepa_ac_hf.training.arguments import build_parser, parse_arguments
+from vjepa_ac_hf.training.dry_run import estimate
 from vjepa_ac_hf.training.estimates import (
     encoder_flops,
     predictor_flops,
@@ -98,6 +100,27 @@ def test_recipes_run_dry(train_program, monkeypatch, tmp_path, capsys, path):
     assert results["steps"] == values["max_steps"] and results["clips_per_step"] == values["global_batch_size"]
     shown = capsys.readouterr().out
     assert f"{found[0]:,} trained" in shown and f"{results['hours']['estimate']:.1f}, estimate" in shown
+
+
+def estimates_of(*flags: str) -> tuple[float, float, float]:
+    """Gigabytes without and with gradient checkpointing, hours."""
+    arguments = parse("--hardware=h100x8", "--dry_run", *flags)
+    config = build_config(arguments.model_config, action_space=arguments.action_space, loss_type=arguments.loss_type)
+    with torch.device("meta"):
+        results = estimate(arguments, config, VJEPA2ACModel(config))
+    memory = results["memory_bytes_by_gradient_checkpointing"]
+    return memory["false"]["total"] / 1e9, memory["true"]["total"] / 1e9, results["hours"]["estimate"]
+
+
+def test_the_figures_of_the_readme_are_the_dry_runs():
+    readme = (ROOT / "README.md").read_text()
+    found = re.findall(
+        r"\| `([\w-]+)`(, features cached)? \| (\d+) GB \(estimated\) \| (\d+) GB \(estimated\) \| (\d+) \(est", readme
+    )
+    assert len(found) == 3
+    for name, cached, *figures in found:
+        flags = [f"--config={ROOT / 'examples' / 'configs' / name}.yaml", *(["--cache_features=x"] if cached else [])]
+        assert [round(value) for value in estimates_of(*flags)] == [int(figure) for figure in figures], name
 
 
 def test_the_sources_of_the_numbers():

@@ -1,6 +1,7 @@
 """`--dry_run`: everything checked, one step on tensors without data, and what a run will take (docs/training.md)."""
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .optimization import check_schedule
 def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | None = None) -> str:
     """One training step on the meta device (shapes alone: no data, no memory, no weights), then the estimates.
 
+    The step has two layers of encoder and predictor, since all layers are alike; what is counted has them all.
+
     Args:
         arguments: the run's.
         config: the model's, as the run would build it.
@@ -34,19 +37,22 @@ def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | 
         What to show; the same as JSON is in `--dry_run_json`.
     """
     check_schedule(arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
+    _one_step(arguments, config)
     with torch.device("meta"):
         model = VJEPA2ACModel(config)
-    _one_step(arguments, config, model)
     results = estimate(arguments, config, model, clips)
     if arguments.dry_run_json is not None:
         write_json(arguments.dry_run_json, results)
     return as_text(arguments, results)
 
 
-def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig, model: VJEPA2ACModel) -> None:
+def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> None:
+    batch, config = arguments.per_device_batch_size, copy.deepcopy(config)
     assert config.action_dim is not None
-    batch = arguments.per_device_batch_size
+    config.pred_num_hidden_layers = min(config.pred_num_hidden_layers, 2)
+    config.encoder_config.num_hidden_layers = min(config.encoder_config.num_hidden_layers, 2)
     with torch.device("meta"):
+        model = VJEPA2ACModel(config)
         inputs = {
             "actions": torch.empty(batch, config.num_steps - 1, config.action_dim),
             "states": torch.empty(batch, config.num_steps, config.state_dim),
@@ -114,7 +120,7 @@ def as_text(arguments: argparse.Namespace, results: dict[str, Any]) -> str:
     parameters, tokens, flops = results["parameters"], results["tokens_per_step"], results["flops_per_step"]
     devices, clips = results["processes"], results["clips"]
     lines = [
-        "dry run: one step on shapes alone went through; no weights, clips or gradients were made",
+        "dry run: a step on shapes alone went through; no weights, features or gradients were made",
         f"parameters      {parameters['trainable']:,} trained (predictor), {parameters['frozen']:,} frozen (encoder)",
         f"step            {results['clips_per_step']} clips = {devices} processes x "
         f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated; "
