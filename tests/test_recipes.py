@@ -353,7 +353,6 @@ def test_memory_is_what_a_step_on_a_cpu_holds(bf16, auto_steps, checkpointing, c
     estimate = memory.activations + copies + memory.working + memory.gradients
     assert live.peak <= estimate < 1.8 * live.peak
     assert memory.optimizer == 8 * trained and memory.gradients == 4 * trained
-    assert step_memory(config, frozen, trained, batch, processes=2).gradients == 8 * trained
 
 
 def test_hours():

@@ -85,7 +85,6 @@ def estimate(
                 cached_features=cached,
                 bf16=bf16,
                 gradient_checkpointing=checkpointed,
-                processes=processes,
             )
         )
         for checkpointed in (False, True)

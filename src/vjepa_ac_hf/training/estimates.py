@@ -129,7 +129,7 @@ class Memory:
 
     Args:
         weights: encoder and predictor, float32, and in bf16 the copies that autocast makes of the predictor's.
-        gradients: of the predictor, float32; twice for several processes, which send them in buckets.
+        gradients: of the predictor, float32; several processes send them from where they are.
         optimizer: AdamW's two moments, float32.
         activations: what the forward pass keeps for the backward pass, pixels and features included.
         working: what is held for a moment beside it: one layer's backward pass, or the encoder's forward pass.
@@ -189,7 +189,6 @@ def step_memory(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     cached_features: bool = False,
-    processes: int = 1,
     device: str = "cuda",
 ) -> Memory:
     """Estimate of the memory of one device in a training step of `batch_size` clips (docs/training.md, "Dry run").
@@ -219,7 +218,7 @@ def step_memory(
     weights = 4.0 * (encoder_parameters + predictor_parameters) + (2.0 * predictor_parameters if bf16 else 0.0)
     return Memory(
         weights=weights,
-        gradients=4.0 * predictor_parameters * (2 if processes > 1 else 1),
+        gradients=4.0 * predictor_parameters,
         optimizer=8.0 * predictor_parameters,
         activations=layers + around + features + pixels,
         working=working,

@@ -90,7 +90,6 @@ def startup_summary(
         bf16=arguments.mixed_precision == "bf16",
         gradient_checkpointing=arguments.gradient_checkpointing,
         cached_features=arguments.cache_features is not None,
-        processes=processes,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     epochs = arguments.max_steps * arguments.global_batch_size / len(train)
