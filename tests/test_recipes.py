@@ -134,16 +134,28 @@ def test_the_sources_of_the_numbers():
         assert values["global_batch_size"] == 4 * 8 * 8 and values["weight_decay"] == 0.04
 
 
-def test_the_recipe_of_the_demo_says_what_its_flags_said():
-    """The command line of `make demo` before it had a recipe: every argument is the same, so its results are."""
+@pytest.mark.parametrize("steps", [2500, 100])
+def test_the_demo_trains_as_before_it_had_a_recipe(monkeypatch, tmp_path, steps):
+    """Its training program gets the arguments that its flags spelled out before: its results are the same."""
+    specification = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    demo = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(demo)
+    commands = []
+    monkeypatch.setattr(demo, "run", lambda title, program, *flags, launcher=(): commands.append((program, flags)))
+    monkeypatch.setattr(demo, "show_result", lambda report: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", f"--output={tmp_path}", f"--max_steps={steps}", "--seed=3"])
+    demo.main()
+    flags = next(flags for program, flags in commands if program == "examples/train.py")
+    monkeypatch.chdir(ROOT)
+    found = parse_arguments("", [str(flag) for flag in flags])
     before = parse(
         *("--model_config=tiny", "--encoder=random", "--action_space=vpt-38", "--resize_mode=squash"),
-        *("--num_workers=0", "--seed=0", "--max_steps=2500", "--per_device_batch_size=16", "--learning_rate=4e-3"),
-        *("--decay_steps=625", "--loss_type=l1", "--auto_steps=1", "--eval_every=500", "--checkpoint_every=500"),
-        "--cache_dtype=float32",
+        *(f"--dataset={tmp_path / 'clips'}", f"--output_dir={tmp_path / 'model'}", "--cache_dtype=float32"),
+        *(f"--cache_features={tmp_path / 'features'}", "--num_workers=0", "--seed=3", f"--max_steps={steps}"),
+        *("--per_device_batch_size=16", "--learning_rate=4e-3", f"--decay_steps={steps // 4}", "--loss_type=l1"),
+        *("--auto_steps=1", "--eval_every=500", "--checkpoint_every=500"),
     )
-    recipe = parse(f"--config={ROOT / 'examples' / 'configs' / 'tiny-vizdoom.yaml'}")
-    assert {**vars(recipe), "config": None} == {**vars(before), "config": None}
+    assert {**vars(found), "config": None} == {**vars(before), "config": None}
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):
