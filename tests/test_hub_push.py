@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_the_final_model_replaces_an_upload_that_hangs(server, parts, tmp_path):
     assert read_pending(tmp_path) is None and not list((tmp_path / ".hub").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_left_is_pushed_unless_it_is_undone(server, parts, tmp_path, caplog):
     later = new_pusher(tmp_path, parts, strategy="later")
     later.begin(0)
@@ -184,18 +186,24 @@ def test_a_full_disk_costs_a_push_and_not_the_training(server, parts, tmp_path, 
 # ---------------------------------------------------------------------------------------------------- faults
 
 
-def test_one_push_survives_every_fault(server, parts, tmp_path, caplog):
+EARLY_FAULTS = [
+    Fault("preupload", times=1, status=429, headers={"Retry-After": "1"}),
+    Fault("objects/batch", times=1, status=503),
+    Fault("PUT /objects/.*/2", times=1, hang=3),
+    Fault("objects/complete", times=1, status=500),
+]
+LATE_FAULTS = [
+    Fault("PUT /objects/.*/1", times=1, drop_after=20_000),
+    Fault("/commit/", times=1, status=500),
+    Fault("/commit/", times=1, lose_answer=True),
+]
+
+
+@pytest.mark.parametrize("faults", [LATE_FAULTS, pytest.param(EARLY_FAULTS, marks=pytest.mark.slow)])
+def test_one_push_survives_every_fault(server, parts, tmp_path, caplog, faults):
     """Each request goes wrong once, in another way; in the end there is one commit, and every byte is right."""
     server.part_size = 100_000
-    server.faults = [
-        Fault("preupload", times=1, status=429, headers={"Retry-After": "1"}),
-        Fault("objects/batch", times=1, status=503),
-        Fault("PUT /objects/.*/1", times=1, drop_after=20_000),
-        Fault("PUT /objects/.*/2", times=1, hang=3),
-        Fault("objects/complete", times=1, status=500),
-        Fault("/commit/", times=1, status=500),
-        Fault("/commit/", times=1, lose_answer=True),
-    ]
+    server.faults = [replace(fault) for fault in faults]
     final_model(tmp_path, parts)
     with new_pusher(tmp_path, timeout=1.5) as pusher:
         pusher.begin(40)
@@ -204,11 +212,14 @@ def test_one_push_survives_every_fault(server, parts, tmp_path, caplog):
     assert len(server.commits) == 1, "a commit whose answer is lost is not made twice"
     for name, content in server.repositories[KEY].items():
         assert content == (tmp_path / name).read_bytes(), name
-    first, second = server.asked("preupload")[:2]
-    assert second.time - first.time >= 1
-    assert "HTTP 500 as the test asks" in caplog.text and "tried again in" in caplog.text
+    if faults is EARLY_FAULTS:
+        first, second = server.asked("preupload")[:2]
+        assert second.time - first.time >= 1
+    else:
+        assert "HTTP 500 as the test asks" in caplog.text and "tried again in" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_hubs_retry_after_is_kept_whatever_is_submitted(server, parts, tmp_path):
     server.faults = [Fault("/commit/", times=1, status=500, headers={"Retry-After": "2"})]
     with new_pusher(tmp_path, parts) as pusher:
@@ -272,6 +283,7 @@ def test_a_hub_that_is_down(server, parts, tmp_path, monkeypatch, caplog):
     assert on_hub(server, "model.safetensors") == (tmp_path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_upload_that_takes_too_long_is_given_up(server, parts, tmp_path, caplog):
     server.faults = [Fault("preupload", times=1, hang=600)]
     final_model(tmp_path, parts)
@@ -443,6 +455,35 @@ def test_training_goes_on_while_the_hub_hangs_and_the_push_is_made_up_for(
     assert {k for k in server.repositories[KEY] if "/" in k} == {"evaluation/metrics.json"}
     assert b"error over persistence, horizon 1" in on_hub(server, "README.md")
     assert load(on_hub(server, "model.safetensors")).keys() == load_file(out / "model.safetensors").keys()
+
+
+def test_without_a_token_it_fails_before_training(server, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(sys, "argv", list(map(str, tiny_run())))
+    with pytest.raises(ValueError, match="--push_to_hub org/world: the Hub refuses it: .*no access token"):
+        program("train").main()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_network_is_pushed_from_elsewhere(server, tiny_run, tmp_path, monkeypatch, capsys):
+    """`--hub_strategy later` asks the Hub nothing; every checkpoint can be pushed meanwhile."""
+    out, submit = tmp_path / "out", HubPusher.submit
+
+    def submit_and_push(self, step, *arguments):
+        submit(self, step, *arguments)
+        if step == 1:
+            assert not server.requests
+            assert run_push(monkeypatch, "--output_dir", out) == 0
+
+    monkeypatch.setattr(HubPusher, "submit", submit_and_push)
+    monkeypatch.setattr(sys, "argv", list(map(str, tiny_run("--max_steps=3", "--hub_strategy=later"))))
+    assert program("train").main() == 0
+    assert "nothing was pushed, as --hub_strategy later asks" in capsys.readouterr().out
+    assert [summary for _, summary, _ in server.commits] == ["Step 1"]
+    assert read_pending(out) == Push("org/world", 3, True)
+    assert run_push(monkeypatch, "--output_dir", out) == 0
+    assert [summary for _, summary, _ in server.commits] == ["Step 1", "Trained model, step 3"]
 
 
 def test_push_names_what_is_missing(server, parts, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers_clips import write_clips
 from hub_server import HubServer
+from huggingface_hub import DatasetCard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,18 +122,10 @@ def test_a_build_is_pushed_with_its_card(tmp_path):
         load += "print('rows', len(d), len(d[0]['video']), d.features['actions'].shape)"
         read = run(["-c", load], environment(server, tmp_path / "elsewhere", token=None))
         assert read.returncode == 0, read.stderr[-3000:]
+        card = DatasetCard(files["README.md"].decode())
+        assert card.data.license == "unknown" and "OpenAI's contractor data: MIT" in card.text
+        assert all(
+            f"\n## {section}\n" in card.text for section in ("Columns", "Data", "Limits", "Licence and citation")
+        )
         clips = json.loads(files["report.json"])["clips"]
         assert f"rows {clips} 16 (7, 38)" in read.stdout
-
-
-def test_without_a_token_it_fails_before_training(tmp_path):
-    from test_train import TINY
-
-    write_clips(tmp_path / "clips", train=2, validation=0)
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY))
-    with HubServer() as server:
-        env = environment(server, tmp_path, token=None)
-        result = run(train_command(str(tmp_path / "clips"), tmp_path / "out", config), env)
-    assert result.returncode != 0 and "no access token" in result.stderr and "--push_to_hub org/world" in result.stderr
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()

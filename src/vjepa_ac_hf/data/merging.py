@@ -119,7 +119,8 @@ def write_card(output: Path, report: dict, options: BuildOptions) -> None:
             {split: datasets.SplitInfo(split, num_examples=part["clips"]) for split, part in splits.items()}
         ),
     )
-    data = DatasetCardData(tags=["world-model", "action-conditioned", "video", "vpt"])
+    # The recordings' licence is not in them: who publishes a data set has to name it.
+    data = DatasetCardData(license="unknown", tags=["world-model", "action-conditioned", "video", "vpt"])
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     data["configs"] = [{"config_name": "default", "data_files": files}]
@@ -152,6 +153,26 @@ the numbers below and the names of recordings.
 ## Data
 
 {summary_markdown(report)}
+## Limits
+
+What players did and saw: no instructions, no sound, no rewards. Actions are what was pressed, not what came of it.
+Within a clip, frames between those at {clip.fps:g} FPS are missing, while actions cover every tick. Recordings that do
+not fit their log are left out, and known faults of the recorder are repaired as counted above; the rest is as it was
+recorded. Play of few players in one game: a model learns their habits too.
+
+## Licence and citation
+
+A data set has the licence of the recordings that it was built from (OpenAI's contractor data: MIT): put its name in
+`license` at the top of this file when you publish it. Cite the source of the recordings, such as
+
+```bibtex
+@article{{baker2022vpt,
+  title={{Video PreTraining (VPT): Learning to Act by Watching Unlabeled Online Videos}},
+  author={{Baker, Bowen and others}},
+  journal={{arXiv preprint arXiv:2206.11795}},
+  year={{2022}}
+}}
+```
 """
 
 

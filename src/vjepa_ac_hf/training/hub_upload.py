@@ -106,8 +106,6 @@ def assemble(folder: Path, base: str, metrics: str, step: int) -> None:
         metrics: the run's metrics.jsonl, of which rows up to `step` are taken.
         step: of the checkpoint.
     """
-    from safetensors.torch import load_file, save_file
-
     for file in Path(base).iterdir():
         if file.name != "model.safetensors" and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
@@ -115,6 +113,8 @@ def assemble(folder: Path, base: str, metrics: str, step: int) -> None:
         rows = [line for line in Path(metrics).read_text().splitlines(keepends=True) if line.endswith("\n")]
         (folder / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
     if not (folder / "model.safetensors").exists():
+        from safetensors.torch import load_file, save_file  # here: PyTorch takes seconds, and is not always needed
+
         tensors = load_file(Path(base) / "model.safetensors")
         predictor = load_file(folder / "predictor.safetensors")
         tensors |= {f"predictor.{name}": tensor for name, tensor in predictor.items()}
