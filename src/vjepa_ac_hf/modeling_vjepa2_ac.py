@@ -483,7 +483,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         return model
 
     def encode(self, pixel_values_videos: Tensor) -> Tensor:
-        """Features of every tubelet, without gradients.
+        """Features of every tubelet, without gradients as long as the encoder is frozen.
 
         Args:
             pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels, frames a multiple of the tubelet size.
@@ -507,7 +507,8 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         steps, clips = frames // encoder.tubelet_size, pixel_values_videos
         if self.config.encoding == "tubelet":
             clips = clips.unflatten(1, (steps, encoder.tubelet_size)).flatten(0, 1)
-        with torch.no_grad():
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        with torch.set_grad_enabled(trained):  # heads may train the encoder
             hidden = self.encoder(clips).last_hidden_state
             return self._normalize(hidden.reshape(len(pixel_values_videos), steps, -1, hidden.shape[-1]))
 

@@ -1,0 +1,728 @@
+"""Heads over the features of an action-conditioned V-JEPA 2 model: inverse dynamics, anticipation, classification.
+
+Letters in the names of tensors, beside those of `modeling_vjepa2_ac.py`: W width of the head, G tokens along an edge of
+a frame (N = G * G), P pairs of consecutive steps, h heads of the token matching, d width of one of them, F future
+actions. What the heads compute: docs/applications.md. Shipped to the Hub with the models: imports the standard library,
+torch, transformers and its siblings only.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .actions_vjepa2_ac import CONTINUOUS_COLUMNS
+from .configuration_heads_vjepa2_ac import (
+    NOT_THE_HEADS,
+    VJEPA2ACActionAnticipationConfig,
+    VJEPA2ACActionHeadConfig,
+    VJEPA2ACHeadConfig,
+    VJEPA2ACInverseDynamicsConfig,
+    VJEPA2ACVideoClassificationConfig,
+)
+from .modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACPreTrainedModel
+
+
+@dataclass
+class VJEPA2ACActionHeadOutput(ModelOutput):
+    """What the heads that tell actions return. `...` is `(B, T-1)` for inverse dynamics, `(B, T, F)` for anticipation.
+
+    Args:
+        loss: `()`, sum of the losses below, float32; with labels only, as they are.
+        continuous_loss: `()`, Huber loss of `continuous`.
+        binary_loss: `()`, cross-entropy of `binary_logits`, pressed keys weighted by `pos_weight`.
+        slot_loss: `()`, cross-entropy of `slot_logits`.
+        continuous: `(..., columns)`, `config.continuous_columns`, normalised as the labels are.
+        binary_logits: `(..., columns)`, `config.binary_columns`.
+        slot_logits: `(..., 9)`, where the action space holds all hotbar columns.
+    """
+
+    loss: Tensor | None = None
+    continuous_loss: Tensor | None = None
+    binary_loss: Tensor | None = None
+    slot_loss: Tensor | None = None
+    continuous: Tensor | None = None
+    binary_logits: Tensor | None = None
+    slot_logits: Tensor | None = None
+
+
+@dataclass
+class VJEPA2ACVideoClassificationOutput(ModelOutput):
+    """What `VJEPA2ACForVideoClassification` returns.
+
+    Args:
+        loss: `()`, cross-entropy, float32; with labels only.
+        logits: `(B, classes)`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def binary_pos_weight(actions: Tensor, max_weight: float = 20.0) -> list[float]:
+    """How much more a pressed key counts than one that is not, so that both weigh the same in the loss.
+
+    Args:
+        actions: `(..., columns)`, 0 or 1, of the training split.
+        max_weight: weights are kept within `[1 / max_weight, max_weight]`; a column that is never pressed gets it.
+
+    Returns:
+        For each column (unpressed / pressed), clipped.
+
+    Raises:
+        ValueError: no rows, or values that are neither 0 nor 1.
+    """
+    rows = actions.reshape(-1, actions.shape[-1]).double()
+    if not len(rows) or not bool(((rows == 0) | (rows == 1)).all()):
+        raise ValueError(
+            f"binary columns must hold 0 and 1 in at least one row, found {len(rows)} rows or other values"
+        )
+    pressed = rows.sum(dim=0)
+    return ((len(rows) - pressed) / pressed).clamp(1 / max_weight, max_weight).tolist()
+
+
+class VJEPA2ACHeadLayer(nn.Module):
+    """Pre-norm transformer block; `causal` keeps a token from seeing later ones."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BLW: Tensor, causal: bool = False) -> Tensor:
+        q_BHLd, k_BHLd, v_BHLd = (
+            self.qkv(self.norm1(x_BLW)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        attended = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal)
+        x_BLW = x_BLW + self.proj(attended.transpose(1, 2).flatten(2))
+        return x_BLW + self.fc2(F.gelu(self.fc1(self.norm2(x_BLW))))
+
+
+class VJEPA2ACAttentivePooling(nn.Module):
+    """One learnt query attends to all tokens, then an MLP: the attentive probe of V-JEPA (arXiv 2404.08471)."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Embedding(1, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.kv, self.proj = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        """`(B, L, W)` -> `(B, W)`."""
+        k_BHLd, v_BHLd = self.kv(self.norm1(x_BLW)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BH1d = self.query.weight.view(1, self.num_heads, 1, -1).expand(len(x_BLW), -1, -1, -1)
+        pooled_BW = self.proj(F.scaled_dot_product_attention(q_BH1d, k_BHLd, v_BHLd).flatten(1))
+        return pooled_BW + self.fc2(F.gelu(self.fc1(self.norm2(pooled_BW))))
+
+
+class VJEPA2ACSimilarityScale(nn.Module):
+    """Learnt inverse temperatures of the token matching, one a head; a module of its own, for initialisation."""
+
+    def __init__(self, num_heads: int, start: float):
+        super().__init__()
+        self.start = start
+        self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(start)))
+
+    def forward(self) -> Tensor:
+        return self.log_scale.exp().clamp(max=1000.0)
+
+
+class VJEPA2ACTokenMatching(nn.Module):
+    """Where did every token of a frame go, and where did every token of the next come from? A soft optical flow.
+
+        step t tokens   --embed--> q (N, h, d) unit vectors  \\   S = q k'  (h, N, N)   softmax over its rows: forward
+        step t+1 tokens --embed--> k (N, h, d) unit vectors  /                          over its columns: backward
+
+    From each softmax and head, per token: expected displacement (dx, dy), its standard deviation, the greatest
+    probability, and the greatest similarity. Camera motion moves all tokens alike, so for every head the similarities
+    are also summed along each displacement (a cross-correlation of the token grids, by FFT), and the softmax over
+    displacements gives the same five numbers for the frame as a whole. Both frames share one projection: a token
+    and its unchanged successor have similarity 1 from the start, whatever the encoder.
+    """
+
+    FIELD_CHANNELS = 5
+
+    def __init__(self, config: VJEPA2ACHeadConfig):
+        super().__init__()
+        self.num_heads, self.grid_size = config.head_num_attention_heads, config.grid_size
+        self.embed = nn.Linear(config.encoder_config.hidden_size, config.head_hidden_size, bias=False)
+        self.token_scale = VJEPA2ACSimilarityScale(self.num_heads, start=20.0)
+        self.frame_scale = VJEPA2ACSimilarityScale(self.num_heads, start=100.0)
+        self.field_size = 2 * self.FIELD_CHANNELS * self.num_heads
+        self.summary_size = (self.FIELD_CHANNELS + 4) * self.num_heads
+
+    def forward(self, before_PND: Tensor, after_PND: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            before_PND: tokens of a step, `(P, N, D)`.
+            after_PND: those of the next, in the same order.
+
+        Returns:
+            `(P, N, field_size)`: of every token place, forward and backward; lengths in quarters of the grid.
+            `(P, summary_size)`: of the frame as a whole, and the mean displacements weighted by confidence.
+        """
+        q_PNhd, k_PNhd = self._unit_vectors(before_PND), self._unit_vectors(after_PND)
+        with torch.autocast(before_PND.device.type, enabled=False):  # angles and softmaxes of small differences
+            q_PhNd, k_PhNd = q_PNhd.float().transpose(1, 2), k_PNhd.float().transpose(1, 2)
+            similarity_PhNN = q_PhNd @ k_PhNd.transpose(-1, -2)
+            forward_PhNc = self._displacements(similarity_PhNN)
+            backward_PhNc = self._displacements(similarity_PhNN.transpose(-1, -2))
+            backward_PhNc = torch.cat([-backward_PhNc[..., :2], backward_PhNc[..., 2:]], dim=-1)
+            summary = [self._frame_displacement(q_PhNd, k_PhNd)]
+            for field_PhNc in (forward_PhNc, backward_PhNc):
+                confidence = field_PhNc[..., 3:4] / field_PhNc[..., 3:4].sum(dim=2, keepdim=True)
+                summary.append((confidence * field_PhNc[..., :2]).sum(dim=2))
+            fields = torch.cat([forward_PhNc, backward_PhNc], dim=-1).transpose(1, 2).flatten(2)
+        return fields, torch.cat(summary, dim=-1).flatten(1)
+
+    def _unit_vectors(self, tokens_PND: Tensor) -> Tensor:
+        # What all tokens of a frame have in common says nothing about which is which.
+        centred = tokens_PND - tokens_PND.mean(dim=1, keepdim=True)
+        return F.normalize(self.embed(centred).unflatten(-1, (self.num_heads, -1)).float(), dim=-1)
+
+    def _displacements(self, similarity_PhNN: Tensor) -> Tensor:
+        """`(P, h, N, 5)`: of every row's token, the place where it is found less its own."""
+        probability = (similarity_PhNN * self.token_scale().view(1, -1, 1, 1)).softmax(dim=-1)
+        edge = torch.arange(self.grid_size, dtype=torch.float32, device=probability.device)
+        x, y = edge.repeat(self.grid_size), edge.repeat_interleave(self.grid_size)
+        places = torch.stack([x, y], dim=1)
+        moments = probability @ torch.cat([places, places.square()], dim=1)
+        mean, square = moments.split(2, dim=-1)
+        spread = (square - mean.square()).sum(dim=-1, keepdim=True).clamp(min=1e-4).sqrt()
+        peaks = [probability.amax(dim=-1, keepdim=True), similarity_PhNN.amax(dim=-1, keepdim=True)]
+        unit = self.grid_size / 4
+        return torch.cat([(mean - places) / unit, spread / unit, *peaks], dim=-1)
+
+    def _frame_displacement(self, q_PhNd: Tensor, k_PhNd: Tensor) -> Tensor:
+        """`(P, h, 5)`: the one displacement of the whole grid that fits best."""
+        G = self.grid_size
+        spectra = [torch.fft.rfft2(m.unflatten(2, (G, G)), s=(2 * G, 2 * G), dim=(2, 3)) for m in (q_PhNd, k_PhNd)]
+        crossed = (spectra[0].conj() * spectra[1]).sum(dim=-1)
+        sums = torch.fft.fftshift(torch.fft.irfft2(crossed, s=(2 * G, 2 * G)), dim=(-2, -1))[..., 1:, 1:]
+        steps = torch.arange(1 - G, G, dtype=torch.float32, device=sums.device)
+        overlap = (G - steps.abs())[:, None] * (G - steps.abs())
+        # Displacements that leave few tokens in view are means of few: drawn towards 0.
+        similarity = (sums / (overlap + G * G / 8)).flatten(-2)
+        probability = (similarity * self.frame_scale().view(1, -1, 1)).softmax(dim=-1)
+        places = torch.stack([steps.repeat(len(steps)), steps.repeat_interleave(len(steps))], dim=1)
+        mean, square = (probability @ torch.cat([places, places.square()], dim=1)).split(2, dim=-1)
+        spread = (square - mean.square()).sum(dim=-1, keepdim=True).clamp(min=1e-4).sqrt()
+        peaks = [probability.amax(dim=-1, keepdim=True), similarity.amax(dim=-1, keepdim=True)]
+        return torch.cat([mean / (G / 4), spread / (G / 4), *peaks], dim=-1)
+
+
+class VJEPA2ACMotionEncoder(nn.Module):
+    """Two consecutive steps -> one vector: token matching beside the tokens, transformer layers, attentive pooling."""
+
+    def __init__(self, config: VJEPA2ACHeadConfig):
+        super().__init__()
+        width, heads = config.head_hidden_size, config.head_num_attention_heads
+        self.matching = VJEPA2ACTokenMatching(config)
+        self.embed_tokens = nn.Linear(2 * config.encoder_config.hidden_size, width)
+        self.embed_field = nn.Linear(self.matching.field_size, width)
+        self.embed_place = nn.Embedding(config.grid_size**2, width)
+        self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
+        self.pooling = VJEPA2ACAttentivePooling(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.output_size = width + self.matching.summary_size
+
+    def forward(self, before_PND: Tensor, after_PND: Tensor) -> Tensor:
+        """`(P, N, D)` twice -> `(P, output_size)`, the matching's own summary at the end of it."""
+        field_PNc, summary_PC = self.matching(before_PND, after_PND)
+        dtype = self.embed_field.weight.dtype
+        x_PNW = self.embed_tokens(torch.cat([before_PND, after_PND], dim=-1)) + self.embed_field(field_PNc.to(dtype))
+        x_PNW = x_PNW + self.embed_place.weight
+        for layer in self.layers:
+            x_PNW = layer(x_PNW)
+        return torch.cat([self.norm(self.pooling(x_PNW)), summary_PC.to(dtype)], dim=-1)
+
+
+class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
+    """A world model `vjepa2_ac` and a `head` over its features.
+
+    `from_pretrained` takes a saved head, or a saved `VJEPA2ACModel` (the head is then new); `from_world_model` one in
+    memory. The world model's predictor is kept only where features come from it.
+    """
+
+    config_class = VJEPA2ACHeadConfig
+    _keys_to_ignore_on_load_unexpected = [r"predictor\."]
+
+    def __init__(self, config: VJEPA2ACHeadConfig):
+        super().__init__(config)
+        config.check()
+        self.vjepa2_ac = VJEPA2ACModel(config)
+        if config.features_from == "encoder":
+            self.vjepa2_ac.predictor = None
+        self.head = self._make_head(config)
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear):  # variance kept from layer to layer: heads are shallow and narrow
+                module.init_divisor = config.initializer_range * module.in_features**0.5
+        self.post_init()
+        self.freeze()
+
+    def _make_head(self, config: Any) -> nn.Module:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VJEPA2ACSimilarityScale):
+            init.constant_(module.log_scale, math.log(module.start))
+
+    def freeze(self) -> None:
+        """Freeze the world model, or make it trainable, as the configuration says."""
+        self.vjepa2_ac.requires_grad_(not self.config.freeze_encoder)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the world model comes out frozen where the configuration says so."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze()
+        return loaded
+
+    @classmethod
+    def from_world_model(cls, world_model: VJEPA2ACModel, **config_kwargs: Any) -> Any:
+        """A new head over a world model in memory, whose encoder (and predictor, where used) it shares.
+
+        Args:
+            world_model: a `VJEPA2ACModel`.
+            config_kwargs: the head's own fields, or `action_space` where the head's is another one than the model's.
+        """
+        values = {k: v for k, v in world_model.config.to_dict().items() if k not in NOT_THE_HEADS} | config_kwargs
+        if "action_space" in config_kwargs:
+            values.pop("action_dim")
+        values["encoder_config"] = copy.deepcopy(world_model.config.encoder_config)
+        config = cls.config_class(**values)
+        if config.features_from == "predictor" and config.action_dim != world_model.config.action_dim:
+            raise ValueError(
+                f"features_from 'predictor' needs the world model's action_dim {world_model.config.action_dim}, the "
+                f"head's action space has {config.action_dim} columns"
+            )
+        with torch.device("meta"):
+            model = cls(config)
+        model.vjepa2_ac.encoder = world_model.encoder
+        if config.features_from == "predictor":
+            model.vjepa2_ac.predictor = world_model.predictor
+        model.head.to_empty(device=world_model.device)
+        model.head.apply(model._init_weights)
+        model.freeze()
+        return model
+
+    def read_features(self, pixel_values_videos: Tensor | None, features: Tensor | None, min_steps: int) -> Tensor:
+        """Features `(B, T, N, D)` that the head reads, in the type of its weights.
+
+        Raises:
+            ValueError: both or none given, shapes that are not the model's, or less than `min_steps` steps.
+        """
+        if (pixel_values_videos is None) == (features is None):
+            raise ValueError("give either pixel_values_videos or features, and not both")
+        config, world = self.config, self.vjepa2_ac
+        tubelet = config.encoder_config.tubelet_size
+        if pixel_values_videos is not None:
+            frames = pixel_values_videos.shape[1] if pixel_values_videos.ndim == 5 else tubelet * min_steps
+            if frames < tubelet * min_steps:
+                raise ValueError(
+                    f"a clip must have at least {tubelet * min_steps} frames ({min_steps} tubelets of {tubelet}), "
+                    f"found {frames}"
+                )
+            features = world.encode(pixel_values_videos)
+        assert features is not None
+        expected = (config.grid_size**2, config.encoder_config.hidden_size)
+        if features.ndim != 4 or tuple(features.shape[2:]) != expected:
+            raise ValueError(
+                f"features must be (batch, steps, {expected[0]}, {expected[1]}), found {tuple(features.shape)}"
+            )
+        steps = features.shape[1]
+        if not min_steps <= steps <= config.num_steps:
+            raise ValueError(f"features must have {min_steps} to {config.num_steps} steps, found {steps}")
+        if config.features_from == "predictor":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze_encoder):
+                # Recorded actions and states would tell the answer: zeros stand for the mean turn and no key.
+                unknown = [features.new_zeros(len(features), steps, n) for n in (config.action_dim, config.state_dim)]
+                features = world.predict(features, *unknown)
+        return features.to(next(self.head.parameters()).dtype)
+
+
+class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
+    """What inverse dynamics and anticipation share: kinds of columns, losses, decoding."""
+
+    config_class = VJEPA2ACActionHeadConfig
+
+    @property
+    def _columns(self) -> tuple[list[int], list[int], list[int]]:
+        """Places in the action space of continuous, binary and slot columns."""
+        config = self.config
+        kinds = (config.continuous_columns, config.binary_columns, config.slot_columns)
+        return tuple([config.action_space.index(c) for c in kind] for kind in kinds)  # type: ignore[return-value]
+
+    def _output(self, values: Tensor) -> VJEPA2ACActionHeadOutput:
+        """Numbers `(..., A)` of the head, continuous, then keys, then slots -> output without losses."""
+        sizes = [len(c) for c in self._columns]
+        parts = [part if part.shape[-1] else None for part in values.split(sizes, dim=-1)]
+        return VJEPA2ACActionHeadOutput(None, None, None, None, *parts)
+
+    def _add_losses(self, output: VJEPA2ACActionHeadOutput, labels: Tensor, valid: Tensor | None = None) -> None:
+        """Put the losses into an output, `labels` `(..., A)`; `valid` `(...)` leaves predictions without labels out."""
+        config, columns = self.config, self._columns
+        kinds = []
+        for predicted, at in zip((output.continuous, output.binary_logits, output.slot_logits), columns, strict=True):
+            if predicted is None:
+                kinds.append(None)
+                continue
+            target = labels[..., at]
+            kinds.append((predicted.float(), target) if valid is None else (predicted.float()[valid], target[valid]))
+        if kinds[0] is not None:
+            output.continuous_loss = F.smooth_l1_loss(*kinds[0])
+        if kinds[1] is not None:
+            weight = None if config.pos_weight is None else labels.new_tensor(config.pos_weight)
+            output.binary_loss = F.binary_cross_entropy_with_logits(*kinds[1], pos_weight=weight)
+        if kinds[2] is not None:
+            logits, slots = kinds[2]
+            output.slot_loss = F.cross_entropy(logits.flatten(0, -2), slots.argmax(dim=-1).flatten())
+        losses = (output.continuous_loss, output.binary_loss, output.slot_loss)
+        output.loss = torch.stack([loss for loss in losses if loss is not None]).sum()
+
+    def _check_actions(self, name: str, actions: Tensor, batch: int, steps: int) -> Tensor:
+        """Actions as float32 after a check of shape and values."""
+        config = self.config
+        if tuple(actions.shape) != (batch, steps, config.action_dim):
+            raise ValueError(
+                f"{name} must be (batch {batch}, {steps} actions, {config.action_dim} columns of {config.action_space}"
+                f"), found {tuple(actions.shape)}"
+            )
+        actions = actions.float()
+        _, binary, slot = self._columns
+        bad = ~actions.isfinite().flatten(0, 1).all(dim=0)
+        discrete = actions[..., binary + slot]
+        bad[binary + slot] |= ((discrete != 0) & (discrete != 1)).flatten(0, 1).any(dim=0)
+        if slot:
+            bad[slot] |= (actions[..., slot].sum(dim=-1) != 1).any()
+        if bad.any():
+            names = [c for c, b in zip(config.action_space, bad.tolist(), strict=True) if b]
+            raise ValueError(
+                f"{name}: columns {names} hold values that are not finite, keys that are neither 0 nor 1, or hotbar "
+                "slots that are not one of nine"
+            )
+        return actions
+
+    def normalized_actions(self, output: VJEPA2ACActionHeadOutput) -> Tensor:
+        """The actions that an output tells, `(..., A)` in the order of the action space, as a world model takes them.
+
+        Continuous columns are as predicted; keys are 1 where their logit is above 0; the slot is the likeliest one.
+        """
+        continuous, binary, slot = self._columns
+        some = next(p for p in (output.continuous, output.binary_logits, output.slot_logits) if p is not None)
+        actions = torch.zeros(*some.shape[:-1], self.config.action_dim, device=some.device)
+        if output.continuous is not None:
+            actions[..., continuous] = output.continuous.float()
+        if output.binary_logits is not None:
+            actions[..., binary] = (output.binary_logits > 0).float()
+        if output.slot_logits is not None:
+            actions[..., slot] = F.one_hot(output.slot_logits.argmax(dim=-1), len(slot)).float()
+        return actions
+
+    def decode_actions(self, output: VJEPA2ACActionHeadOutput) -> dict[str, Tensor]:
+        """The actions that an output tells, in raw units, by column name; each of shape `...`.
+
+        Returns:
+            Mouse in pixels, yaw and pitch changes in degrees (float64), keys as booleans, and, where the action space
+            holds the hotbar, `hotbar`: the slot 0 .. 8.
+
+        Raises:
+            ValueError: the configuration has no `action_statistics`, and there are columns to scale.
+        """
+        config, actions = self.config, self.normalized_actions(output).double()
+        statistics = config.action_statistics
+        decoded: dict[str, Tensor] = {}
+        for at, column in enumerate(config.action_space):
+            values = actions[..., at]
+            if column in CONTINUOUS_COLUMNS:
+                if statistics is None:
+                    raise ValueError(
+                        f"column {column!r} has no raw units: config.action_statistics is None; set it to "
+                        "the processor's"
+                    )
+                i = CONTINUOUS_COLUMNS.index(column)
+                decoded[column] = values * (statistics["std"][i] or 1.0) + statistics["mean"][i]
+            elif column in config.binary_columns:
+                decoded[column] = values > 0.5
+        if config.slot_columns:
+            slots = [int(c.removeprefix("hotbar.")) for c in config.action_space if c in config.slot_columns]
+            assert output.slot_logits is not None
+            decoded["hotbar"] = torch.tensor(slots, device=actions.device)[output.slot_logits.argmax(dim=-1)]
+        return decoded
+
+
+class VJEPA2ACInverseDynamicsHead(nn.Module):
+    """Motion of two steps -> numbers of one action; the matching's summary also has a straight way out."""
+
+    def __init__(self, config: VJEPA2ACInverseDynamicsConfig):
+        super().__init__()
+        assert config.action_dim is not None
+        self.motion = VJEPA2ACMotionEncoder(config)
+        self.fc1 = nn.Linear(self.motion.output_size, 2 * config.head_hidden_size)
+        self.fc2 = nn.Linear(2 * config.head_hidden_size, config.action_dim)
+        self.direct = nn.Linear(self.motion.matching.summary_size, config.action_dim, bias=False)
+
+    def forward(self, features_BTND: Tensor) -> Tensor:
+        """`(B, T, N, D)` -> `(B, T-1, A)`."""
+        pairs = [f.flatten(0, 1) for f in (features_BTND[:, :-1], features_BTND[:, 1:])]
+        motion_PM = self.motion(*pairs)
+        summary_PC = motion_PM[:, -self.motion.matching.summary_size :]
+        values = self.fc2(F.gelu(self.fc1(motion_PM))) + self.direct(summary_PC)
+        return values.unflatten(0, (len(features_BTND), -1))
+
+
+class VJEPA2ACForInverseDynamics(VJEPA2ACActionHeadPreTrainedModel):
+    """Which action led from each step to the next? (As VPT's inverse dynamics model, arXiv 2206.11795, over features.)
+
+    `forward(features)` `(B, T, N, D)` tells T-1 actions: action k covers the ticks from the start of tubelet k to that
+    of tubelet k+1, so its first half is seen within tubelet k, too.
+    """
+
+    config_class = VJEPA2ACInverseDynamicsConfig
+
+    def _make_head(self, config: VJEPA2ACInverseDynamicsConfig) -> nn.Module:
+        return VJEPA2ACInverseDynamicsHead(config)
+
+    def forward(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> VJEPA2ACActionHeadOutput | tuple:
+        """
+        Args:
+            pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels, at least two tubelets; or
+            features: `(B, T, N, D)` of `VJEPA2ACModel.encode`, instead.
+            labels: `(B, T-1, A)`, the actions as `VJEPA2ACProcessor` normalises them; with them comes the loss.
+            return_dict: False returns a tuple.
+        """
+        features = self.read_features(pixel_values_videos, features, min_steps=2)
+        output = self._output(self.head(features))
+        if labels is not None:
+            labels = self._check_actions("labels", labels, len(features), features.shape[1] - 1)
+            self._add_losses(output, labels)
+        return output.to_tuple() if return_dict is False else output
+
+
+class VJEPA2ACActionAnticipationHead(nn.Module):
+    """Steps up to t -> the F actions from t on, for every t: a token a step, causal transformer layers.
+
+    step 0          step 1          step 2
+    [look(0)]       [look(1)]       [look(2)]        attentive pooling of the step's tokens
+    [start]         [motion(0,1)]   [motion(1,2)]    how the picture has moved since the step before
+    [no action]     [action 0]      [action 1]       if told: the last action that is over
+    [state 0]       [state 1]       [state 2]        if told
+    = token 0       = token 1       = token 2   -->  a_t .. a_{t+F-1} for each
+    """
+
+    def __init__(self, config: VJEPA2ACActionAnticipationConfig):
+        super().__init__()
+        assert config.action_dim is not None
+        width, heads = config.head_hidden_size, config.head_num_attention_heads
+        self.action_shape = (config.anticipation_steps, config.action_dim)
+        self.embed = nn.Linear(config.encoder_config.hidden_size, width)
+        self.look = VJEPA2ACAttentivePooling(width, heads)
+        self.motion = VJEPA2ACMotionEncoder(config)
+        self.embed_motion = nn.Linear(self.motion.output_size, width)
+        self.embed_step = nn.Embedding(config.num_steps, width)
+        self.embed_action = nn.Linear(config.action_dim, width) if config.use_past_actions else None
+        self.embed_state = nn.Linear(config.state_dim, width) if config.use_states else None
+        self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, config.anticipation_steps * config.action_dim)
+
+    def forward(self, features_BTND: Tensor, actions_BTA: Tensor | None, states_BTS: Tensor | None) -> Tensor:
+        """Features, actions and states of T steps -> `(B, T, F, A)`; at t, actions before t alone are used."""
+        B, T = features_BTND.shape[:2]
+        x_BTW = self.look(self.embed(features_BTND.flatten(0, 1))).unflatten(0, (B, T))
+        x_BTW = x_BTW + self.embed_step.weight[:T]
+        if T > 1:
+            pairs = [f.flatten(0, 1) for f in (features_BTND[:, :-1], features_BTND[:, 1:])]
+            motion_BTW = self.embed_motion(self.motion(*pairs)).unflatten(0, (B, T - 1))
+            x_BTW = x_BTW + F.pad(motion_BTW, (0, 0, 1, 0))
+            if self.embed_action is not None:
+                assert actions_BTA is not None
+                x_BTW = x_BTW + F.pad(self.embed_action(actions_BTA[:, : T - 1].to(x_BTW.dtype)), (0, 0, 1, 0))
+        if self.embed_state is not None:
+            assert states_BTS is not None
+            x_BTW = x_BTW + self.embed_state(states_BTS[:, :T].to(x_BTW.dtype))
+        for layer in self.layers:
+            x_BTW = layer(x_BTW, causal=True)
+        return self.out(self.norm(x_BTW)).unflatten(-1, self.action_shape)
+
+
+class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
+    """Which actions come next? At every step t of a clip, from the steps 0 .. t alone: actions t .. t+F-1.
+
+    Action t has begun when tubelet t is seen (it covers the ticks from the start of tubelet t to that of tubelet t+1):
+    the first of the F actions is half over, the second is the first that lies wholly ahead.
+    """
+
+    config_class = VJEPA2ACActionAnticipationConfig
+
+    def __init__(self, config: VJEPA2ACActionAnticipationConfig):
+        if config.encoding != "tubelet":
+            raise ValueError(
+                f"anticipation needs encoding 'tubelet', found {config.encoding!r}: features of a whole clip have seen "
+                "the future"
+            )
+        super().__init__(config)
+
+    def _make_head(self, config: VJEPA2ACActionAnticipationConfig) -> nn.Module:
+        return VJEPA2ACActionAnticipationHead(config)
+
+    def forward(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        features: Tensor | None = None,
+        actions: Tensor | None = None,
+        states: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> VJEPA2ACActionHeadOutput | tuple:
+        """
+        Args:
+            pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels; or
+            features: `(B, T, N, D)` of `VJEPA2ACModel.encode`, instead.
+            actions: `(B, T-1, A)`, past actions, normalised, with `use_past_actions`; step t is told those before t.
+            states: `(B, T, S)`, normalised, with `use_states`.
+            labels: `(B, T-1, A)`, all actions of the clip, normalised; with them comes the loss, over the actions that
+                lie within the clip.
+            return_dict: False returns a tuple.
+
+        Returns:
+            Predictions `(B, T, F, ...)`: at `[:, t, j]` those of action t + j.
+        """
+        config = self.config
+        features = self.read_features(pixel_values_videos, features, min_steps=1)
+        B, T = features.shape[:2]
+        if config.use_past_actions:
+            if actions is None:
+                raise ValueError("use_past_actions is set, but no actions are given")
+            actions = self._check_actions("actions", actions, B, T - 1)
+        if config.use_states and (states is None or tuple(states.shape) != (B, T, config.state_dim)):
+            found = None if states is None else tuple(states.shape)
+            raise ValueError(f"use_states is set: states must be ({B}, {T}, {config.state_dim}), found {found}")
+        output = self._output(self.head(features, actions, states))
+        if labels is not None:
+            if T < 2:
+                raise ValueError(f"labels need a clip of at least 2 tubelets, found {T}")
+            labels = self._check_actions("labels", labels, B, T - 1)
+            targets, valid = self.targets(labels)
+            self._add_losses(output, targets, valid.expand(B, -1, -1))
+        return output.to_tuple() if return_dict is False else output
+
+    def targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions `(B, T-1, A)` of a clip as what each step is to tell, `(B, T, F, A)`, and which of them lie in the
+        clip, `(T, F)`."""
+        T = labels.shape[1] + 1
+        steps = torch.arange(T, device=labels.device)
+        at = steps[:, None] + torch.arange(self.config.anticipation_steps, device=labels.device)
+        return labels[:, at.clamp(max=T - 2)], at < T - 1
+
+
+class VJEPA2ACVideoClassificationHead(nn.Module):
+    """Attentive probe over the tokens of all steps, each told its step (tubelets are encoded one by one)."""
+
+    def __init__(self, config: VJEPA2ACVideoClassificationConfig):
+        super().__init__()
+        width, heads = config.head_hidden_size, config.head_num_attention_heads
+        self.embed = nn.Linear(config.encoder_config.hidden_size, width)
+        self.embed_step = nn.Embedding(config.num_steps, width)
+        self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
+        self.pooling = VJEPA2ACAttentivePooling(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, config.num_labels)
+
+    def forward(self, features_BTND: Tensor) -> Tensor:
+        """`(B, T, N, D)` -> `(B, classes)`."""
+        x_BTNW = self.embed(features_BTND) + self.embed_step.weight[: features_BTND.shape[1], None]
+        x_BLW = x_BTNW.flatten(1, 2)
+        for layer in self.layers:
+            x_BLW = layer(x_BLW)
+        return self.out(self.norm(self.pooling(x_BLW)))
+
+
+class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
+    """Clip -> one label, or several, by an attentive probe as V-JEPA's (arXiv 2404.08471, 2506.09985)."""
+
+    config_class = VJEPA2ACVideoClassificationConfig
+
+    def _make_head(self, config: VJEPA2ACVideoClassificationConfig) -> nn.Module:
+        return VJEPA2ACVideoClassificationHead(config)
+
+    def forward(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> VJEPA2ACVideoClassificationOutput | tuple:
+        """
+        Args:
+            pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels; or
+            features: `(B, T, N, D)` of `VJEPA2ACModel.encode`, instead.
+            labels: `(B,)` int64, the class of each clip; or `(B, classes)`, 0 and 1, for several labels a clip.
+            return_dict: False returns a tuple.
+        """
+        features = self.read_features(pixel_values_videos, features, min_steps=1)
+        output = VJEPA2ACVideoClassificationOutput(logits=self.head(features))
+        if labels is not None:
+            output.loss = self._loss(output.logits.float(), labels)
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        classes, names = self.config.num_labels, self.config.id2label
+        if self.config.problem_type is None:
+            self.config.problem_type = (
+                "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            )
+        if self.config.problem_type == "multi_label_classification":
+            if labels.shape != logits.shape:
+                raise ValueError(
+                    f"for several labels a clip, labels must be {tuple(logits.shape)} (batch, classes), found "
+                    f"{tuple(labels.shape)}"
+                )
+            labels = labels.float()
+            if not bool(((labels == 0) | (labels == 1)).all()):
+                raise ValueError("labels must be 0 or 1, found values that are not finite or between them")
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        if labels.shape != logits.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"for one label a clip, labels must be whole numbers ({len(logits)},), found {labels.dtype} "
+                f"{tuple(labels.shape)}"
+            )
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            raise ValueError(
+                f"labels reach from {labels.min().item()} to {labels.max().item()}, the label map has the {classes} "
+                f"classes 0 to {classes - 1}: {dict(names)}"
+            )
+        return F.cross_entropy(logits, labels)
+
+
+VJEPA2ACForInverseDynamics.register_for_auto_class("AutoModel")
+VJEPA2ACForActionAnticipation.register_for_auto_class("AutoModel")
+VJEPA2ACForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+
+__all__ = [
+    "VJEPA2ACActionHeadOutput",
+    "VJEPA2ACForActionAnticipation",
+    "VJEPA2ACForInverseDynamics",
+    "VJEPA2ACForVideoClassification",
+    "VJEPA2ACVideoClassificationOutput",
+    "binary_pos_weight",
+]
