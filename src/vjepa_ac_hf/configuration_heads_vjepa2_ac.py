@@ -143,19 +143,19 @@ class VJEPA2ACVideoClassificationConfig(VJEPA2ACHeadConfig):
 
     def check(self) -> None:
         super().check()
-        ids = sorted(self.id2label or {})
-        if ids != list(range(len(ids))) or not ids:
-            raise ValueError(f"id2label must map 0, 1, ... without a gap to class names, found the ids {ids}")
-        expected = {name: i for i, name in self.id2label.items()}
-        if len(expected) != len(ids):
-            raise ValueError(f"id2label names a class twice: {self.id2label}")
-        if not self.label2id or set(self.label2id) <= {f"LABEL_{i}" for i in range(max(len(self.label2id), 2))}:
-            self.label2id = expected  # not given: transformers' default names
-        if dict(self.label2id) != expected:
-            missing = sorted(set(expected) - set(self.label2id))
+        names: dict[Any, Any] = {**(self.id2label or {})}
+        ids: dict[Any, Any] = {**(self.label2id or {})}
+        if sorted(names) != list(range(len(names))) or not names:
+            raise ValueError(f"id2label must map 0, 1, ... without a gap to class names, found the ids {sorted(names)}")
+        expected = {name: i for i, name in names.items()}
+        if len(expected) != len(names):
+            raise ValueError(f"id2label names a class twice: {names}")
+        if set(ids) <= {f"LABEL_{i}" for i in range(max(len(ids), 2))}:
+            ids = self.label2id = expected  # not given: transformers' own names
+        if ids != expected:
+            missing = sorted(set(expected) - set(ids))
             raise ValueError(
-                f"label2id {dict(self.label2id)} is not the inverse of id2label {dict(self.id2label)}"
-                + (f": it misses {missing}" if missing else "")
+                f"label2id {ids} is not the inverse of id2label {names}" + (f": it misses {missing}" if missing else "")
             )
         if self.problem_type not in (None, "single_label_classification", "multi_label_classification"):
             raise ValueError(

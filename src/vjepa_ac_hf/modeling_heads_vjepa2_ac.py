@@ -262,7 +262,7 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
         config.check()
         self.vjepa2_ac = VJEPA2ACModel(config)
         if config.features_from == "encoder":
-            self.vjepa2_ac.predictor = None
+            self.vjepa2_ac.predictor = None  # type: ignore[assignment]
         self.head = self._make_head(config)
         for module in self.head.modules():
             if isinstance(module, nn.Linear):  # variance kept from layer to layer: heads are shallow and narrow
@@ -375,7 +375,7 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
     def _add_losses(self, output: VJEPA2ACActionHeadOutput, labels: Tensor, valid: Tensor | None = None) -> None:
         """Put the losses into an output, `labels` `(..., A)`; `valid` `(...)` leaves predictions without labels out."""
         config, columns = self.config, self._columns
-        kinds = []
+        kinds: list[tuple[Tensor, Tensor] | None] = []
         for predicted, at in zip((output.continuous, output.binary_logits, output.slot_logits), columns, strict=True):
             if predicted is None:
                 kinds.append(None)
@@ -646,6 +646,7 @@ class VJEPA2ACVideoClassificationHead(nn.Module):
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.pooling = VJEPA2ACAttentivePooling(width, heads)
         self.norm = nn.LayerNorm(width)
+        assert config.num_labels is not None
         self.out = nn.Linear(width, config.num_labels)
 
     def forward(self, features_BTND: Tensor) -> Tensor:
@@ -686,7 +687,8 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        classes, names = self.config.num_labels, self.config.id2label
+        names: dict[Any, Any] = {**(self.config.id2label or {})}
+        classes = len(names)
         if self.config.problem_type is None:
             self.config.problem_type = (
                 "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
@@ -709,7 +711,7 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
         if bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(
                 f"labels reach from {labels.min().item()} to {labels.max().item()}, the label map has the {classes} "
-                f"classes 0 to {classes - 1}: {dict(names)}"
+                f"classes 0 to {classes - 1}: {names}"
             )
         return F.cross_entropy(logits, labels)
 

@@ -1,0 +1,262 @@
+"""Training of heads: labels of clips, statistics of actions, parameter groups, figures on validation clips."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..evaluation.clips import spread
+from ..modeling_heads_vjepa2_ac import (
+    VJEPA2ACForActionAnticipation,
+    VJEPA2ACForInverseDynamics,
+    VJEPA2ACForVideoClassification,
+    binary_pos_weight,
+)
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
+
+TASKS: dict[str, Any] = {
+    "inverse_dynamics": VJEPA2ACForInverseDynamics,
+    "action_anticipation": VJEPA2ACForActionAnticipation,
+    "video_classification": VJEPA2ACForVideoClassification,
+}
+CLIPS_FOR_WEIGHTS = 100_000
+HOTBAR = [ACTION_COLUMNS.index(f"hotbar.{i}") for i in range(9)]
+
+
+def head_parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, encoder_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: head and, where it is trained, world model; no weight decay on biases, norms, scales.
+
+    Args:
+        model: a head model (`head`, `vjepa2_ac`).
+        learning_rate: of the head.
+        weight_decay: of parameters with more than one dimension.
+        encoder_learning_rate: of the world model under it; None: a tenth of the head's.
+    """
+    rates = {"head": learning_rate, "vjepa2_ac": learning_rate / 10}
+    if encoder_learning_rate is not None:
+        rates["vjepa2_ac"] = encoder_learning_rate
+    groups = []
+    for name, rate in rates.items():
+        trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
+        for decay, chosen in (
+            (weight_decay, [p for p in trained if p.ndim > 1]),
+            (0.0, [p for p in trained if p.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
+    return groups
+
+
+def fit_pos_weight(clips: Dataset, columns: Sequence[str]) -> list[float]:
+    """`binary_pos_weight` of a training split, of at most `CLIPS_FOR_WEIGHTS` clips spread over it."""
+    chosen = clips.select_columns(["actions"]).select(spread(len(clips), CLIPS_FOR_WEIGHTS))
+    at = [ACTION_COLUMNS.index(c) for c in columns]
+    parts = [torch.as_tensor(np.asarray(b["actions"]))[..., at] for b in chosen.with_format("numpy").iter(4096)]
+    return binary_pos_weight(torch.cat(parts)) if columns else []
+
+
+class ClipLabels:
+    """Labels of clips by the names that batches give them, as tensors for `VJEPA2ACForVideoClassification`.
+
+    Args:
+        names: class names of each clip, by "recording_id@start_tick".
+        classes: all class names, in order; None: those that occur, sorted.
+        several: whether clips can have several labels; None: if any clip has another number than one.
+
+    Raises:
+        ValueError: a label that is not among the classes.
+    """
+
+    def __init__(self, names: dict[str, list[str]], classes: Sequence[str] | None = None, several: bool | None = None):
+        self.classes = sorted({c for labels in names.values() for c in labels}) if classes is None else list(classes)
+        self.several = any(len(labels) != 1 for labels in names.values()) if several is None else several
+        for clip, labels in names.items():
+            unknown = [c for c in labels if c not in self.classes]
+            if unknown:
+                raise ValueError(f"clip {clip} has the label {unknown[0]!r}, the label map has only {self.classes}")
+            if not self.several and len(labels) != 1:
+                raise ValueError(f"clip {clip} has {len(labels)} labels {labels}, expected one")
+        self._ids = {clip: [self.classes.index(c) for c in labels] for clip, labels in names.items()}
+
+    def __call__(self, clips: Sequence[str]) -> Tensor:
+        """`(B,)` int64, or for several labels `(B, classes)`, 0 and 1."""
+        if not self.several:
+            return torch.tensor([self._ids[c][0] for c in clips])
+        return self.hot(clips)
+
+    def hot(self, clips: Sequence[str]) -> Tensor:
+        """`(B, classes)`, 0 and 1."""
+        labels = torch.zeros(len(clips), len(self.classes))
+        for row, clip in zip(labels, clips, strict=True):
+            row[self._ids[clip]] = 1
+        return labels
+
+
+def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
+    """Class names of every clip of a split, by "recording_id@start_tick".
+
+    Args:
+        clips: a split (`load_clips`).
+        source: a JSON file, `{recording_id or "recording_id@start_tick": label or list of labels}` (a clip's own entry
+            goes first); or a column of the data set; or "hotbar", the slot held at the clip's start.
+
+    Raises:
+        ValueError: no such column or file, or clips without a label (their number, and the first).
+    """
+    keys = [f"{r}@{t}" for r, t in zip(clips["recording_id"], clips["start_tick"], strict=True)]
+    columns = clips.column_names
+    values: list[Any]
+    if Path(source).suffix == ".json":
+        if not Path(source).is_file():
+            raise ValueError(f"--labels {source}: no such file")
+        table = json.loads(Path(source).read_text())
+        if not isinstance(table, dict):
+            raise ValueError(f"{source}: expected an object of labels by recording, found {type(table).__name__}")
+        values = [table.get(k, table.get(k.rsplit("@", 1)[0])) for k in keys]
+    elif source in columns:
+        values = list(clips[source])
+    elif source == "hotbar":
+        first = (np.asarray(row["actions"])[0, HOTBAR] for row in clips.select_columns(["actions"]))
+        values = [f"slot {int(a.argmax())}" if a.any() else None for a in first]
+    else:
+        raise ValueError(f"--labels {source}: neither a .json file nor 'hotbar' nor one of the columns {columns}")
+    missing = [k for k, v in zip(keys, values, strict=True) if v is None or v != v]
+    if missing:
+        raise ValueError(f"--labels {source}: {len(missing)} of {len(keys)} clips have no label, {missing[0]} first")
+    return {k: [str(x) for x in v] if isinstance(v, list) else [str(v)] for k, v in zip(keys, values, strict=True)}
+
+
+def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, Tensor]:
+    """A loader's batch as arguments of a head's `forward`."""
+    inputs: dict[str, Tensor] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
+    if isinstance(model, VJEPA2ACForVideoClassification):
+        assert labels is not None
+        return inputs | {"labels": labels(batch["clips"]).to(batch["states"].device)}
+    if isinstance(model, VJEPA2ACForActionAnticipation):
+        inputs |= {"actions": batch["actions"], "states": batch["states"]}
+    return inputs | {"labels": batch["actions"]}
+
+
+@torch.no_grad()
+def evaluate_head(
+    model: Any,
+    batches: Iterable[dict[str, Any]],
+    processor: VJEPA2ACProcessor,
+    accelerator: Accelerator,
+    labels: ClipLabels | None = None,
+) -> dict[str, Any]:
+    """Loss and figures over the clips of all processes, on each of them (docs/applications.md, "Figures").
+
+    Args:
+        model: a head model, not wrapped.
+        batches: of this process; every clip once over all processes.
+        processor: gives raw units.
+        accelerator: processes, device and precision.
+        labels: for classification.
+    """
+    model.eval()
+    parts: list[dict[str, Any]] = []
+    for batch in batches:
+        batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with accelerator.autocast():
+            output = model(**head_inputs(model, batch, labels))
+        rows = _label_rows(output, batch, labels) if labels else _action_rows(model, output, batch, processor)
+        parts.append({"loss": float(output.loss), "clips": len(batch["clips"]), **rows})
+    model.train()
+    parts = gather_object(parts)
+    clips = sum(p["clips"] for p in parts)
+    rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("loss", "clips")}
+    figures = {"clips": clips, "loss": sum(p["loss"] * p["clips"] for p in parts) / clips}
+    if labels is not None:
+        return figures | label_figures(rows, labels.classes)
+    return figures | action_figures(rows, model.config)
+
+
+def _label_rows(output: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, np.ndarray]:
+    assert labels is not None
+    return {"told": output.logits.double().cpu().numpy(), "true": labels.hot(batch["clips"]).double().numpy()}
+
+
+def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEPA2ACProcessor) -> dict[str, np.ndarray]:
+    """Rows of one action each: told and true in raw units (told keys and slots as logits), horizon, last action."""
+    config = model.config
+    told = processor.denormalize_actions(model.normalized_actions(output)).cpu()
+    for logits, columns in (
+        (output.binary_logits, config.binary_columns),
+        (output.slot_logits, config.slot_columns),
+    ):
+        if logits is not None:
+            told[..., [config.action_space.index(c) for c in columns]] = logits.double().cpu()
+    true = processor.denormalize_actions(batch["actions"]).cpu()
+    if not isinstance(model, VJEPA2ACForActionAnticipation):
+        return {"told": told.flatten(0, 1).numpy(), "true": true.flatten(0, 1).numpy()}
+    targets, valid = model.targets(true)
+    valid = valid.clone()
+    valid[0] = False  # no action is over yet: nothing to repeat
+    last = torch.cat([true[:, :1], true], dim=1)[:, :, None].expand_as(targets)
+    horizon = torch.arange(1, valid.shape[1] + 1).expand_as(valid).expand(len(true), -1, -1)
+    mask = valid.expand(len(true), -1, -1)
+    rows = {"told": told[mask], "true": targets[mask], "last": last[mask], "horizon": horizon[mask]}
+    return {k: v.numpy() for k, v in rows.items()}
+
+
+def label_figures(rows: dict[str, np.ndarray], classes: Sequence[str]) -> dict[str, Any]:
+    """`LabelMetric` of rows `told` (logits) and `true`."""
+    from ..evaluation.head_metrics import LabelMetric  # imports the library `evaluate`: only who asks for it pays
+
+    return LabelMetric().compute(predictions=rows["told"], references=rows["true"], classes=classes)
+
+
+def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
+    """`camera`, `keys` and `slot` of rows of actions; by horizon, next to the last action, where rows have one."""
+    from ..evaluation.head_metrics import AnticipationMetric, CameraMetric, KeyMetric, LabelMetric
+
+    space = config.action_space
+    kinds = {"camera": config.continuous_columns, "keys": config.binary_columns, "slot": config.slot_columns}
+    at = {kind: [space.index(c) for c in columns] for kind, columns in kinds.items() if columns}
+    if "horizon" in rows:
+        columns = config.continuous_columns + config.binary_columns
+        chosen = [space.index(c) for c in columns]
+        told = {"predictions": rows["told"][:, chosen], "references": rows["true"][:, chosen]}
+        told |= {"repeated": rows["last"][:, chosen], "horizon": rows["horizon"]}
+        figures = AnticipationMetric().compute(**told, columns=columns, continuous=config.continuous_columns)
+        for horizon in figures["horizons"]:
+            here = rows["horizon"] == horizon["horizon"]
+            if "slot" in at:
+                true, last, slots = (rows[k][here][:, at["slot"]].argmax(axis=1) for k in ("true", "last", "told"))
+                horizon["slot"] = {"model": float((slots == true).mean()), "repeat_last": float((last == true).mean())}
+        return figures
+    figures = {}
+    for kind, metric in (("camera", CameraMetric), ("keys", KeyMetric)):
+        if kind in at:
+            pair = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
+            figures[kind] = metric().compute(**pair, columns=kinds[kind])
+    if "slot" in at:
+        pair = {"predictions": rows["told"][:, at["slot"]], "references": rows["true"][:, at["slot"]]}
+        figures["slot"] = LabelMetric().compute(**pair, classes=kinds["slot"])
+    return figures
+
+
+def headline(figures: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of an evaluation that a training log shows, by name; figures without data are left out."""
+    found: dict[str, Any] = {"validation_loss": figures["loss"]}
+    for column, values in figures.get("camera", {}).items():
+        found[f"validation_r2_{column}"] = values["r2"]
+    for name in ("macro_f1", "mean_average_precision"):
+        found[f"validation_{name}"] = figures.get("keys", figures).get(name)
+    found["validation_accuracy"] = figures.get("slot", figures).get("accuracy")
+    for horizon in figures.get("horizons", []):
+        for column, values in horizon["columns"].items():
+            name = "r2" if "r2" in values["model"] else "average_precision"
+            found[f"validation_{name}_{column}_{horizon['horizon']}"] = values["model"][name]
+    return {k: v for k, v in found.items() if v is not None}

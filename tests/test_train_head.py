@@ -1,0 +1,220 @@
+"""examples/train_head.py in this process, on moving pictures with a tiny model; labels, groups and weights by hand."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_clips import write_clips
+from safetensors.torch import load_file
+from test_heads import head
+from test_train import TINY
+from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
+
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel
+from vjepa_ac_hf.data.loading import load_clips
+from vjepa_ac_hf.training.heads import ClipLabels, fit_pos_weight, head_parameter_groups, read_labels
+from vjepa_ac_hf.training.presets import build_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACE = "mouse_dx,yaw_delta,key.w"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    write_clips(folder / "clips", train=24, validation=6)
+    sizes = TINY | {"encoder_config": TINY["encoder_config"] | {"patch_size": 8}}
+    (folder / "tiny.json").write_text(json.dumps(sizes))
+    torch.manual_seed(0)
+    VJEPA2ACModel(build_config(str(folder / "tiny.json"), action_space=SPACE.split(","))).save_pretrained(
+        folder / "world"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program():
+    specification = importlib.util.spec_from_file_location("train_head_program", ROOT / "examples" / "train_head.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train_head(program, workspace, monkeypatch):
+    """Run the program here; flags override the defaults below, `None` leaves a flag out."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def main(task: str, output: Path, **flags) -> dict:
+        values = {"task": task, "dataset": workspace / "clips", "output_dir": output, "model": workspace / "world"}
+        values |= {"max_steps": 4, "per_device_batch_size": 4, "num_workers": 0, "log_every": 1, "eval_every": 4}
+        values |= {"checkpoint_every": 2, "head_hidden_size": 16, "head_num_hidden_layers": 1, "action_space": SPACE}
+        values |= {"head_num_attention_heads": 2, "cache_features": workspace / "features", "cache_dtype": "float32"}
+        values |= flags
+        arguments = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
+        monkeypatch.setattr(sys, "argv", ["train_head.py", *arguments])
+        program.main()
+        return json.loads((output / "metrics.json").read_text())
+
+    return main
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_inverse_dynamics_from_command_to_loaded_model(train_head, workspace, tmp_path):
+    metrics = train_head("inverse_dynamics", tmp_path, max_steps=40, learning_rate=5e-3, eval_every=20)
+    assert metrics["clips"] == 6 and metrics["training_clips"] == 24
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged] == list(range(1, 41))
+    assert np.mean([row["loss"] for row in logged[-5:]]) < 0.7 * np.mean([row["loss"] for row in logged[:5]])
+    assert logged[-1]["validation_r2_yaw_delta"] == metrics["camera"]["yaw_delta"]["r2"]
+
+    # The figures again, from the saved folder and the data set alone.
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model) is VJEPA2ACForInverseDynamics and model.config.action_statistics == processor.action_statistics
+    clips = load_clips(str(workspace / "clips"), "validation")
+    world = VJEPA2ACModel.from_pretrained(workspace / "world")
+    told, true = [], []
+    from vjepa_ac_hf.data.loading import decode_clip
+
+    for row in clips:
+        pixels = processor(videos=decode_clip(row["video"], "clip", 16))["pixel_values_videos"]
+        with torch.no_grad():
+            assert torch.equal(model.vjepa2_ac.encode(pixels), world.encode(pixels))
+            told.append(model.decode_actions(model(pixel_values_videos=pixels))["yaw_delta"][0].numpy())
+        true.append(np.array(row["actions"])[:, ACTION_COLUMNS.index("yaw_delta")])
+    errors = (np.concatenate(told) - np.concatenate(true) + 180) % 360 - 180
+    assert metrics["camera"]["yaw_delta"]["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-3)
+    deviations = np.concatenate(true) - np.mean(true)
+    assert metrics["camera"]["yaw_delta"]["r2"] == pytest.approx(
+        1 - (errors**2).sum() / (deviations**2).sum(), rel=1e-2
+    )
+    assert "key.w" in metrics["keys"]["columns"]
+    page = (tmp_path / "report.html").read_text()
+    assert "yaw_delta" in page and f"{metrics['camera']['yaw_delta']['mae']:.3f}" in page and "data:image/png" in page
+    assert (tmp_path / "README.md").read_text().startswith("---\n") and (tmp_path / "figures.png").stat().st_size > 1000
+
+
+def test_a_continued_run_equals_one_that_was_not_interrupted(train_head, tmp_path):
+    train_head("action_anticipation", tmp_path / "whole", use_past_actions=True, use_states=True)
+    # The first two steps must run at the rates of the whole run.
+    train_head("action_anticipation", tmp_path / "parts", use_past_actions=True, use_states=True)
+    for path in (tmp_path / "parts" / "checkpoints").glob("step-00000004"):
+        path.rename(tmp_path / "gone")
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    train_head("action_anticipation", tmp_path / "parts", use_past_actions=True, use_states=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "parts")]
+    with pytest.raises(ValueError, match="learning_rate: 0.001 then, 0.5 now"):
+        train_head("action_anticipation", tmp_path / "parts", learning_rate=0.5, use_past_actions=True, use_states=True)
+
+
+def test_anticipation_is_measured_against_the_last_action(train_head, workspace, tmp_path):
+    metrics = train_head("action_anticipation", tmp_path, max_steps=1)
+    actions = np.array(load_clips(str(workspace / "clips"), "validation")["actions"])
+    yaw = actions[..., ACTION_COLUMNS.index("yaw_delta")]
+    for horizon, figures in zip((1, 2), metrics["horizons"], strict=True):
+        # step t = 1 .. 6 knows action t-1 and tells action t + horizon - 1
+        pairs = [(yaw[:, t - 1], yaw[:, t + horizon - 1]) for t in range(1, 8) if t + horizon - 1 < 7]
+        assert figures["rows"] == 6 * len(pairs) == 6 * (7 - horizon)
+        errors = [np.abs((a - b + 180) % 360 - 180) for a, b in pairs]
+        assert figures["columns"]["yaw_delta"]["repeat_last"]["mae"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_classification_from_command_to_loaded_model(train_head, workspace, tmp_path):
+    recordings = {r for s in ("train", "validation") for r in load_clips(str(workspace / "clips"), s)["recording_id"]}
+    labels = {r: ("cave", "forest")[int(r.split("-")[1]) % 2] for r in recordings}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    metrics = train_head("video_classification", tmp_path / "out", labels=tmp_path / "labels.json")
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "cave", 1: "forest"} and model.config.label2id == {"cave": 0, "forest": 1}
+    assert metrics["majority_accuracy"] == 0.5 == metrics["chance"] and set(metrics["classes"]) == {"cave", "forest"}
+    assert 0 <= metrics["accuracy"] <= 1
+
+    validation = next(r for r in load_clips(str(workspace / "clips"), "validation")["recording_id"])
+    (tmp_path / "labels.json").write_text(json.dumps(labels | {validation: "moon"}))
+    with pytest.raises(ValueError, match=r"label 'moon', the label map has only \['cave', 'forest'\]"):
+        train_head("video_classification", tmp_path / "out2", labels=tmp_path / "labels.json")
+    (tmp_path / "labels.json").write_text(json.dumps({k: v for k, v in labels.items() if k != validation}))
+    with pytest.raises(ValueError, match=f"3 of 6 clips have no label, {validation}@0 first"):
+        train_head("video_classification", tmp_path / "out2", labels=tmp_path / "labels.json")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_the_encoder_can_be_trained_and_the_predictor_be_read(train_head, workspace, tmp_path):
+    def encoder(folder):
+        return {k.removeprefix("vjepa2_ac."): v for k, v in load_file(folder / "model.safetensors").items()}
+
+    train_head("inverse_dynamics", tmp_path / "a", train_encoder=True, cache_features=None, max_steps=2)
+    train_head("inverse_dynamics", tmp_path / "b", features_from="predictor", max_steps=2)
+    before = load_file(workspace / "world" / "model.safetensors")
+    name = next(n for n in before if n.startswith("encoder.") and n.endswith("query.weight"))
+    assert not torch.equal(before[name], encoder(tmp_path / "a")[name])
+    assert torch.equal(before[name], encoder(tmp_path / "b")[name])
+    assert "predictor.head.weight" in encoder(tmp_path / "b") and "predictor.head.weight" not in encoder(tmp_path / "a")
+
+
+def test_mistakes_are_found_before_anything_is_computed(train_head, tmp_path, capsys):
+    for flags, message in [
+        ({"model": None}, "give either --model, or --encoder"),
+        ({"labels": "x.json"}, "--labels belongs to video_classification"),
+        ({"train_encoder": True}, "no --cache_features"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, found 0"),
+    ]:
+        with pytest.raises(SystemExit) as exit_:
+            train_head("inverse_dynamics", tmp_path / "out", **flags)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"unknown action column 'key.ww'; did you mean 'key.w'"):
+        train_head("inverse_dynamics", tmp_path / "out", action_space="yaw_delta,key.ww")
+    with pytest.raises(ValueError, match="action_dim 3, the head's action space has 13 columns"):
+        train_head("inverse_dynamics", tmp_path / "out", action_space="vpt-13", features_from="predictor")
+    with pytest.raises(ValueError, match="neither a .json file nor 'hotbar' nor one of the columns"):
+        train_head("video_classification", tmp_path / "out", labels="scenario")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_come_from_columns_files_and_the_hotbar(workspace, tmp_path):
+    clips = load_clips(str(workspace / "clips"), "validation")
+    assert set(map(tuple, read_labels(clips, "session_id").values())) == {(s,) for s in clips["session_id"]}
+    with pytest.raises(ValueError, match="6 of 6 clips have no label"):
+        read_labels(clips, "hotbar")
+    actions = np.array(clips["actions"])
+    actions[:, 0, 28 + 3], actions[2:, 0, 28 + 3], actions[2:, 0, 28 + 7] = 1, 0, 1
+    held = clips.remove_columns("actions").add_column("actions", actions.tolist())
+    assert [v[0] for v in read_labels(held, "hotbar").values()] == ["slot 3"] * 2 + ["slot 7"] * 4
+    names = [f"{r}@{t}" for r, t in zip(clips["recording_id"], clips["start_tick"], strict=True)]
+    (tmp_path / "l.json").write_text(json.dumps({r: ["a", "b"] for r in clips["recording_id"]} | {names[1]: []}))
+    labels = ClipLabels(read_labels(clips, str(tmp_path / "l.json")))
+    assert labels.several and labels(names[:3]).tolist() == [[1, 1], [0, 0], [1, 1]]
+    with pytest.raises(ValueError, match="2 labels .* expected one"):
+        ClipLabels({"x@0": ["a", "b"]}, several=False)
+
+
+def test_weights_of_keys_are_those_of_the_training_split(workspace):
+    clips = load_clips(str(workspace / "clips"), "train")
+    share = np.array(clips["actions"])[..., ACTION_COLUMNS.index("key.w")].mean()
+    assert fit_pos_weight(clips, ["key.w", "key.q"]) == pytest.approx([(1 - share) / share, 20.0])
+
+
+def test_parameter_groups():
+    for freeze in (True, False):
+        model = head(VJEPA2ACForInverseDynamics, freeze_encoder=freeze)
+        groups = head_parameter_groups(model, 1e-3, 0.05, encoder_learning_rate=1e-5)
+        listed = [p for g in groups for p in g["params"]]
+        assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
+        assert len(listed) == len({id(p) for p in listed})
+        inside = {id(p) for p in model.vjepa2_ac.parameters()}
+        for group in groups:
+            for p in group["params"]:
+                assert group["lr"] == (1e-5 if id(p) in inside else 1e-3)
+                assert group["weight_decay"] == (0.05 if p.ndim > 1 else 0.0)
+        assert ({g["name"] for g in groups} == {"head"}) is freeze
