@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,7 @@ def test_the_revision_of_a_changed_checkout(tmp_path):
     (package / "__init__.py").write_text("")
     assert git_revision(package) is None
     git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "of something else")
     assert git_revision(package) is None  # a repository, but not of this file
     git("add", "package")
     git("commit", "-q", "-m", "first")
@@ -252,6 +254,28 @@ def test_the_start_tells_what_will_be_done(finished):
     assert "6 steps = 1.00 epochs; warm-up 0, decay 0" in shown
     assert "4 clips = 1 process x 4 x 1 accumulated" in shown
     assert "frozen (encoder: random)" in shown and "GB a device, estimate" in shown and shown.count("parameters") == 1
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_speaks_for_both(workspace):
+    output = workspace / "two"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "examples/train.py", *flags(workspace, output, "--per_device_batch_size=2")]
+    more = ["--max_steps=2", "--global_batch_size=8", "--eval_every=0", "--hardware_tflops=0.5"]
+    result = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("8 clips = 2 processes x 2 x 2 accumulated") == 1
+    record = json.loads((output / "run.json").read_text())
+    assert record["processes"] == len(record["devices"]) == 2
+    row = rows(output)[-1]
+    assert row["tokens_per_second"] == pytest.approx(row["clips_per_second"] * 8 * 6)
+    assert row["mfu"] == pytest.approx(row["model_tflops_per_second"] / (2 * 0.5))
+    # A mistake is told once too.
+    refused = subprocess.run(
+        [*command, "--global_batch_size=7"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert refused.returncode != 0 and refused.stderr.count("--global_batch_size 7 is no multiple of") == 1
 
 
 @pytest.mark.parametrize(
