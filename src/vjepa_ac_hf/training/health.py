@@ -89,6 +89,7 @@ class Health:
         """Say which step (counted from 1) is about to be computed: whether it is observed follows from that."""
         arguments = self.arguments
         every = [n for n in (arguments.log_every, arguments.eval_every) if n]
+        self._observed = {}
         self._watched = step == arguments.max_steps or any(step % n == 0 for n in every)
 
     def observe(self, output: VJEPA2ACOutput) -> None:
@@ -115,5 +116,5 @@ class Health:
         }
         if self._peak is not None:
             row["mfu"] = flops_per_second / self._peak
-        self._observed, self._waited = {}, 0.0
+        self._waited = 0.0
         return row
