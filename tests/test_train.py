@@ -63,13 +63,18 @@ def run(arguments: list[str], processes: int = 1, check: bool = True) -> subproc
     return result
 
 
-@pytest.fixture(scope="module")
-def train_program():
+def load_program():
     """`examples/train.py` as a module: a run without the seconds that a process takes to start."""
     specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
     module = importlib.util.module_from_spec(specification)
+    sys.modules["train_program"] = module  # its dataclass is looked up there
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def train_program():
+    return load_program()
 
 
 @pytest.fixture

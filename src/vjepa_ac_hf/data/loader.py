@@ -7,8 +7,10 @@ import hashlib
 import logging
 import multiprocessing
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -172,6 +174,11 @@ def worker_options(num_workers: int, prefetch_factor: int = 2, start_method: str
     context = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
         context.set_forkserver_preload(_PRELOADED)
+        # Schedulers signal all processes of a job. Workers (which inherit the mask) leave that to the main process,
+        # which stops with a checkpoint while they still bring its batches; they end with it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return {
         "num_workers": num_workers,
         "prefetch_factor": prefetch_factor,

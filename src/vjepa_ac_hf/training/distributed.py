@@ -71,6 +71,8 @@ def prepare(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.ignored_modules = [model.encoder]
+        # Accelerate asks for the input embeddings, to shard them apart; ours are in the encoder.
+        model.get_input_embeddings = lambda: None  # type: ignore[method-assign, assignment, return-value]
     return accelerator.prepare(model, optimizer)
 
 
