@@ -45,7 +45,6 @@ from vjepa_ac_hf.records import versions
 from vjepa_ac_hf.training.arguments import parse_arguments
 from vjepa_ac_hf.training.cards import RunDescription
 from vjepa_ac_hf.training.checkpoints import (
-    checkpoint_steps,
     find_checkpoint,
     get_random_state,
     load_checkpoint,
@@ -180,6 +179,7 @@ class Run:
     health: Health | None = None
     pusher: HubPusher | None = None  # in the main process
     step: int = 0  # finished optimizer steps
+    saved: int | None = None  # step of the newest checkpoint
     best: dict | None = None  # step and validation loss of the best checkpoint
     metrics: dict = field(default_factory=dict)  # logged last
 
@@ -218,6 +218,7 @@ def start_run(arguments, accelerator, model, processor, splits, stop) -> Run:
         load_checkpoint(checkpoint, model.predictor, optimizer.optimizer, accelerator)
         scheduler.load_state_dict(state["schedule"])
         run.step, run.best = state["step"], state["best"]
+        run.saved = run.step if checkpoint.parent.resolve() == run.checkpoints.resolve() else None
         accelerator.print(f"continuing from {checkpoint}")
     run.health = Health(model, arguments, accelerator)
     write_run_record(arguments, accelerator)
@@ -296,6 +297,7 @@ def save(run: Run, at: dict) -> None:
     state |= {"best": run.best, "versions": versions()}
     tensors = run.model.predictor, run.optimizer.optimizer, at["random"]
     saved = save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator)
+    run.saved = run.step
     if run.accelerator.is_main_process:
         if run.pusher is not None and run.step < run.arguments.max_steps:
             run.pusher.submit(run.step, saved, run.metrics)
@@ -323,7 +325,7 @@ def train(run: Run) -> dict:
         try:
             losses, gradient_norm, stopping = train_step(run, batches)
         except FloatingPointError:
-            if run.step not in checkpoint_steps(run.checkpoints):
+            if run.step != run.saved:
                 save(run, before)
             raise
         progress.update()
