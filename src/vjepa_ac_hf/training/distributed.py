@@ -36,8 +36,7 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
     Raises:
         ValueError: FSDP of version 1.
     """
-    # The predictor has no buffers that training changes, and every parameter takes part in every step.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # every parameter takes part in every step
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
