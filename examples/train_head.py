@@ -53,8 +53,8 @@ from vjepa_ac_hf.training.heads import (
     head_parameter_groups,
     headline,
     read_labels,
+    save_head,
 )
-from vjepa_ac_hf.training.hub import save_final_model
 from vjepa_ac_hf.training.optimization import build_scheduler
 from vjepa_ac_hf.training.presets import build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum
@@ -307,7 +307,7 @@ def save_all(arguments, model, processor, figures, clips) -> None:
         f"{arguments.model or arguments.encoder}, trained on {clips:,} clips of {arguments.dataset} with "
         f"`examples/train_head.py` of vjepa-ac-hf. On its validation split:\n\n```json\n{shown}\n```\n"
     )
-    save_final_model(arguments.output_dir, model, processor, card)
+    save_head(arguments.output_dir, model, processor, card)
 
 
 def main() -> None:

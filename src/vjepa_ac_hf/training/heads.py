@@ -1,6 +1,8 @@
 """Training of heads: labels of clips, statistics of actions, parameter groups, figures on validation clips."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
@@ -145,6 +148,18 @@ def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) ->
     if isinstance(model, VJEPA2ACForActionAnticipation):
         inputs |= {"actions": batch["actions"], "states": batch["states"]}
     return inputs | {"labels": batch["actions"]}
+
+
+def save_head(folder: Path, model: Any, processor: VJEPA2ACProcessor, card: ModelCard) -> None:
+    """Write head, processor, code and card (README.md); each file appears whole."""
+    temporary = folder / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    card.save(temporary / "README.md")
+    for path in sorted(temporary.iterdir()):
+        os.replace(path, folder / path.name)
+    temporary.rmdir()
 
 
 @torch.no_grad()
