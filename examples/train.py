@@ -120,6 +120,11 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
         return train, None
     validation = load_clips(arguments.dataset, "validation")
     check_clips(validation, processor, f"{arguments.dataset}, split validation")
+    if min(len(validation), arguments.eval_clips) < 2:
+        raise ValueError(
+            f"{arguments.dataset}, split validation: clips are compared, so 2 are needed, found {len(validation)} with "
+            f"--eval_clips {arguments.eval_clips}; --eval_every 0 trains without validation"
+        )
     # As examples/evaluate.py --max_clips chooses them, so that both programs give the same figures.
     return train, validation.select(spread(len(validation), arguments.eval_clips))
 

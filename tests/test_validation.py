@@ -48,12 +48,13 @@ def make_model(action_space="vpt-38") -> VJEPA2ACModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Clips whose keys and hotbar slots differ from clip to clip; gui_open is 0 in all."""
+    """Clips whose hotbar slots differ from clip to clip, their keys in one action only or not at all; none has a GUI."""
     folder = write_clips(tmp_path_factory.mktemp("validation") / "clips", train=3, validation=0)
     rng = np.random.default_rng(1)
     rows = [clip_row(rng, 1 + i // 3, i % 3) for i in range(CLIPS)]
     for i, row in enumerate(rows):
-        row["actions"][:, 4:28] = rng.random((7, 24)) < 0.2
+        row["actions"][:, 4:28] = 0
+        row["actions"][i % 7, 4:28] = (rng.random(24) < 0.2) * (i % 3 > 0)
         row["actions"][:, 28 + i % 2] = 1
     datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "data/validation-00000-of-00001.parquet")
     return folder
@@ -187,7 +188,8 @@ def test_every_figure_equals_plain_loops(figures, by_hand):
     assert found.keys() == by_hand.keys()
     for name, expected in by_hand.items():
         assert found[name] == (None if expected is None else pytest.approx(expected, rel=2e-5)), name
-    assert 0 < figures["validation_sensitivity_hotbar_pairs"] < figures["validation_sensitivity_mouse_pairs"]
+    pairs = {g: figures[f"validation_sensitivity_{g}_pairs"] for g in ("keys", "hotbar", "mouse")}
+    assert 0 < min(pairs.values()) and max(pairs["keys"], pairs["hotbar"]) < pairs["mouse"] == CLIPS * HORIZON
     assert figures["validation_retrieval_top1"] not in (0, 1)
     json.dumps(figures, allow_nan=False)
 
@@ -297,7 +299,9 @@ def test_every_clip_is_of_one_process_and_all_make_as_many_batches(folder, accel
     whole = validation._measure(make_model().eval(), validation_set(folder, accelerator), accelerator)
     parts, batches = [], set()
     for rank in range(processes):
-        place = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+        place = SimpleNamespace(
+            process_index=rank, num_processes=processes, device=torch.device("cpu"), is_main_process=False
+        )
         place.autocast, place.reduce = accelerator.autocast, lambda tensor, reduction: tensor
         clips = validation_set(folder, place, batch_size=9)
         assert clips.partners.equal(validation_set(folder, accelerator).partners)
@@ -351,6 +355,9 @@ def test_groups_without_columns_are_left_out():
 
 
 def test_one_clip_is_refused(folder, accelerator):
+    arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=1)
+    with pytest.raises(ValueError, match="2 are needed, found 19 with --eval_clips 1; --eval_every 0"):
+        load_program("train").load_splits(arguments, make_processor(folder))
     source = load_clips(str(folder), "validation").select([0])
     with pytest.raises(ValueError, match="needs at least 2 clips, found 1"):
         ValidationSet(source, source, make_processor(folder), accelerator, batch_size=1)

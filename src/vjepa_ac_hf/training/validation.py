@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..data.loader import worker_options
 from ..data.loading import ClipCollator
@@ -94,7 +95,8 @@ class ValidationSet:
         batches = [_batches(share, batch_size) for share in shares]
         self.share, self.batches = shares[accelerator.process_index], batches[accelerator.process_index]
         # Sharded models communicate in every forward pass: all processes make as many, the last ones without use.
-        surplus = [[0]] * (max(map(len, batches)) - len(self.batches))
+        self.num_batches = max(map(len, batches))
+        surplus = [[0]] * (self.num_batches - len(self.batches))
         self._loader = DataLoader(
             clips,
             batch_sampler=[*self.batches, *surplus],
@@ -165,7 +167,14 @@ def _measure(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
     columns = {name: torch.zeros(len(clips), *shape) for name, shape in shapes.items()}
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     groups = list(clips.share)
-    for rows, batch, counted in clips:
+    for rows, batch, counted in tqdm(
+        clips,
+        total=clips.num_batches,
+        desc="validating",
+        unit="batch",
+        leave=False,
+        disable=not accelerator.is_main_process,
+    ):
         with accelerator.autocast():
             values, neighbours = _measure_batch(model, clips, rows, batch, accelerator.device)
         if not counted:
