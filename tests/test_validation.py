@@ -48,7 +48,7 @@ def make_model(action_space="vpt-38") -> VJEPA2ACModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Clips whose hotbar slots differ from clip to clip, their keys in one action only or not at all; none has a GUI."""
+    """Clips whose hotbar slots differ from clip to clip, their keys in one action or not at all; none has a GUI."""
     folder = write_clips(tmp_path_factory.mktemp("validation") / "clips", train=3, validation=0)
     rng = np.random.default_rng(1)
     rows = [clip_row(rng, 1 + i // 3, i % 3) for i in range(CLIPS)]
@@ -189,7 +189,7 @@ def test_every_figure_equals_plain_loops(figures, by_hand):
     for name, expected in by_hand.items():
         assert found[name] == (None if expected is None else pytest.approx(expected, rel=2e-5)), name
     pairs = {g: figures[f"validation_sensitivity_{g}_pairs"] for g in ("keys", "hotbar", "mouse")}
-    assert 0 < min(pairs.values()) and max(pairs["keys"], pairs["hotbar"]) < pairs["mouse"] == CLIPS * HORIZON
+    assert min(pairs.values()) > 0 and max(pairs["keys"], pairs["hotbar"]) < pairs["mouse"] == CLIPS * HORIZON
     assert figures["validation_retrieval_top1"] not in (0, 1)
     json.dumps(figures, allow_nan=False)
 
