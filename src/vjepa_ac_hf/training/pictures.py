@@ -46,10 +46,13 @@ def check_pictures(wanted: bool | None, report_to: str) -> bool:
 def log_pictures(
     model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator, output_dir: Path, step: int
 ) -> None:
-    """Write `pictures/step-XXXXXXXX.png` of the last validation (`clips.horizons`), and log its parts as images."""
-    shown = _picture_clips(model, clips, accelerator)
+    """Write `pictures/step-XXXXXXXX.png` of the last validation (`clips.horizons`), and log its parts as images.
+
+    The main process does; a sharded model must be whole meanwhile (`whole_parameters`).
+    """
     if not accelerator.is_main_process:
         return
+    shown = _picture_clips(model, clips, accelerator)
     seconds_per_step = clips.processor.tubelet_size / clips.processor.fps
     images = {"pictures/errors_by_horizon": _render(curves_figure(clips.horizons, seconds_per_step))}
     for number, pictures in enumerate(shown):
@@ -63,7 +66,7 @@ def log_pictures(
 
 
 def _picture_clips(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator) -> list[ClipPictures]:
-    """Evenly spaced clips. On all processes, as sharded models communicate in every forward pass."""
+    """The first and the last clip, and evenly spaced ones between them."""
     shown = spread(len(clips), PICTURED_CLIPS)
     processor, names = clips.processor, clips.records.names
     rows = clips.source.select(shown)

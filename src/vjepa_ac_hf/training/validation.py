@@ -91,15 +91,12 @@ class ValidationSet:
         self.horizons: list[dict[str, Any]] = []  # figures by horizon of the last validation, for pictures
         self.announced: set[str] = set()  # warnings that were given
 
-        shares = [self.groups[rank :: accelerator.num_processes] for rank in range(accelerator.num_processes)]
-        batches = [_batches(share, batch_size) for share in shares]
-        self.share, self.batches = shares[accelerator.process_index], batches[accelerator.process_index]
-        # Sharded models communicate in every forward pass: all processes make as many, the last ones without use.
-        self.num_batches = max(map(len, batches))
-        surplus = [[0]] * (self.num_batches - len(self.batches))
+        self.share = self.groups[accelerator.process_index :: accelerator.num_processes]
+        rows = [row for group in self.share for row in group]
+        self.batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         self._loader = DataLoader(
             clips,
-            batch_sampler=[*self.batches, *surplus],
+            batch_sampler=self.batches,
             collate_fn=ClipCollator(processor),
             pin_memory=accelerator.device.type == "cuda",
             # Every pass draws a seed for its workers, not to be taken from the model's generator.
@@ -110,16 +107,9 @@ class ValidationSet:
     def __len__(self) -> int:
         return len(self.records.names)
 
-    def __iter__(self) -> Iterator[tuple[list[int], dict[str, Any], bool]]:
-        """Row numbers and batches of this process, and whether they count or are only there for company."""
-        for number, batch in enumerate(self._loader):
-            counted = number < len(self.batches)
-            yield self.batches[number] if counted else [0], batch, counted
-
-
-def _batches(groups: list[range], size: int) -> list[list[int]]:
-    rows = [row for group in groups for row in group]
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    def __iter__(self) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Row numbers and batches of this process."""
+        return zip(self.batches, self._loader, strict=True)
 
 
 @contextmanager
@@ -137,7 +127,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator) -> dict[str, Any]:
     """Figures over the clips of all processes, every clip once; the same on every process.
 
-    The model's mode and the random generators are left as they were.
+    The model's mode and the random generators are left as they were. A sharded model must be whole meanwhile
+    (`whole_parameters`): processes run different numbers of batches.
 
     Returns:
         Flat names and numbers, as metrics.jsonl has them (docs/evaluation.md, "During training"). A figure without data
@@ -167,18 +158,10 @@ def _measure(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
     columns = {name: torch.zeros(len(clips), *shape) for name, shape in shapes.items()}
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     groups = list(clips.share)
-    for rows, batch, counted in tqdm(
-        clips,
-        total=clips.num_batches,
-        desc="validating",
-        unit="batch",
-        leave=False,
-        disable=not accelerator.is_main_process,
-    ):
+    total, quiet = len(clips.batches), not accelerator.is_main_process
+    for rows, batch in tqdm(clips, total=total, desc="validating", unit="batch", leave=False, disable=quiet):
         with accelerator.autocast():
             values, neighbours = _measure_batch(model, clips, rows, batch, accelerator.device)
-        if not counted:
-            continue
         for name, value in values.items():
             columns[name][rows] = value
         columns["seen"][rows] += 1
