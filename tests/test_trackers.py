@@ -133,7 +133,10 @@ def test_pictures_show_the_first_and_last_clip_and_disturb_nothing(folder, tmp_p
     draw = pictures.clip_figure
     monkeypatch.setattr(pictures, "clip_figure", lambda clip: (shown.append(clip), draw(clip))[1])
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    encode, modes = model.encode, []
+    monkeypatch.setattr(model, "encode", lambda pixels: (modes.append(model.training), encode(pixels))[1])
     pictures.log_pictures(model, clips, accelerator, tmp_path, 7)
+    assert modes == [False]
     assert torch.equal(torch.get_rng_state(), before[0]) and model.training
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-00000007.png"]
