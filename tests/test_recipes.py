@@ -372,6 +372,22 @@ def test_hours():
     assert training_hours(1e15, 3600, 2, 500.0, 0.5) == pytest.approx(2.0)
 
 
+def test_hours_of_other_devices_and_precisions(train_program, monkeypatch, tmp_path, capsys):
+    """Devices by number and peak; float32 has its own peak; what does not fit is said."""
+    flags = ["--model_config=tiny", "--max_steps=100", "--mfu=0.5", "--per_device_batch_size=4"]
+    results = dry_run(train_program, monkeypatch, tmp_path, *flags, "--hardware_tflops=2", "--devices=3")
+    seconds = results["flops_per_step"]["computed"] * 100 / (3 * 2e12 * 0.5)
+    assert results["hours"]["estimate"] == pytest.approx(seconds / 3600) and results["clips_per_step"] == 12
+    float32 = dry_run(train_program, monkeypatch, tmp_path, *flags, "--hardware=a100")["hours"]
+    bf16 = dry_run(train_program, monkeypatch, tmp_path, *flags, "--hardware=a100", "--mixed_precision=bf16")["hours"]
+    assert (float32["tflops_of_a_device"], bf16["tflops_of_a_device"]) == (19.5, 312.0)
+    assert "do not fit" not in capsys.readouterr().out
+    dry_run(train_program, monkeypatch, tmp_path, "--per_device_batch_size=64", "--hardware=a100")
+    assert "do not fit in the 80 GB of this device (a100): lower --per_device_batch_size" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="warmup_steps 90 and decay_steps 11 do not fit in max_steps 100"):
+        dry_run(train_program, monkeypatch, tmp_path, *flags, "--warmup_steps=90", "--decay_steps=11")
+
+
 def test_a_dry_run_with_data_counts_epochs_and_checks_them(train_program, monkeypatch, tmp_path):
     from helpers_clips import write_clips
 

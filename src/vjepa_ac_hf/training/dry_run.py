@@ -157,7 +157,7 @@ def _hardware_lines(arguments: argparse.Namespace, results: dict[str, Any]) -> l
         ]
         if total > HARDWARE[name].memory:
             lines.append(
-                f"warning         {total / 1e9:.1f} GB do not fit in the {HARDWARE[name].memory / 1e9:.0f} GB of a "
-                f"{name}: lower --per_device_batch_size or use --gradient_checkpointing"
+                f"warning         {total / 1e9:.1f} GB do not fit in the {HARDWARE[name].memory / 1e9:.0f} GB of this "
+                f"device ({name}): lower --per_device_batch_size or use --gradient_checkpointing"
             )
     return lines
