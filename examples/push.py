@@ -70,7 +70,7 @@ def write_card(push: Push, arguments: argparse.Namespace) -> None:
             raise ValueError(f"{source} is missing: --evaluation is a folder of examples/evaluate.py")
         stored.parent.mkdir(exist_ok=True)
         evaluation = json.loads(source.read_text())
-        check_evaluated_model(evaluation, arguments)
+        check_evaluated_model(evaluation, arguments, push.repo_id)
         write_json(stored, evaluation)
     evaluation = json.loads(stored.read_text()) if stored.is_file() else None
     run = RunDescription.of_folder(MODEL_CARD, folder, push.repo_id)
@@ -78,10 +78,10 @@ def write_card(push: Push, arguments: argparse.Namespace) -> None:
     write_file(folder / "README.md", str(card).encode())
 
 
-def check_evaluated_model(evaluation: dict, arguments: argparse.Namespace) -> None:
+def check_evaluated_model(evaluation: dict, arguments: argparse.Namespace, repo_id: str) -> None:
     """Warn of figures that may be another model's: nothing in them says of which weights they are."""
     model = evaluation.get("model")
-    if model is not None and Path(model).resolve() != arguments.output_dir.resolve():
+    if model not in (None, repo_id) and Path(model).resolve() != arguments.output_dir.resolve():
         logging.warning("%s evaluates the model %s, not %s", arguments.evaluation, model, arguments.output_dir)
 
 

@@ -266,7 +266,10 @@ class HubPusher:
         Returns:
             True if all is up. False, with the reason on the log, if not: the Hub refuses, or `wait` is over.
         """
-        return self.push(Push(self.repo_id, step, True, self.private), wait)
+        done = self.push(Push(self.repo_id, step, True, self.private), wait)
+        if done:
+            shutil.rmtree(self.folder / "base", ignore_errors=True)  # a run that goes on writes it anew
+        return done
 
     def push(self, push: Push, wait: float) -> bool:
         """Push this model, as often as it takes, and wait for it; False as for `finish`."""
