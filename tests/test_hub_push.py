@@ -189,7 +189,7 @@ def test_a_full_disk_costs_a_push_and_not_the_training(server, parts, tmp_path, 
 EARLY_FAULTS = [
     Fault("preupload", times=1, status=429, headers={"Retry-After": "1"}),
     Fault("objects/batch", times=1, status=503),
-    Fault("PUT /objects/.*/2", times=1, hang=3),
+    Fault("PUT /objects/.*/2", times=1, hang=600),
     Fault("objects/complete", times=1, status=500),
 ]
 LATE_FAULTS = [
