@@ -1,10 +1,13 @@
 """The ViZDoom recorder through its command line: log and picture belong together, and the play is repeatable."""
 
+import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from torchcodec.decoders import VideoDecoder
 
 pytest.importorskip("vizdoom")
+pytest.importorskip("gymnasium")
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKS = 120
@@ -21,7 +25,11 @@ TICKS = 120
 def record(output: Path, *flags: str) -> subprocess.CompletedProcess:
     program = str(ROOT / "dataset_scripts" / "record_vizdoom.py")
     arguments = ["--output", str(output), "--ticks", str(TICKS), "--resolution", "160x120", *flags]
-    return subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=ROOT)
+    # The logs' `milli` is of local time.
+    environment = {**os.environ, "TZ": "UTC"}
+    return subprocess.run(
+        [sys.executable, program, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
 
 
 def read(shard: Path) -> dict[str, tuple[bytes, list[dict]]]:
@@ -60,6 +68,23 @@ def test_log_and_engine_agree(recorded):
         pressed = [set(line["keyboard"]["keys"]) for line in lines]
         for before, now, line in zip(pressed, pressed[1:], lines[1:], strict=False):
             assert set(line["keyboard"]["newKeys"]) == now - before
+
+
+def test_logs_are_those_of_version_0_1(recorded):
+    """Logs of ViZDoom 1.3.0 as the first version of the program wrote them: same arguments, same logs."""
+    if version("vizdoom") != "1.3.0":
+        pytest.skip("another engine may play differently")
+    with tarfile.open(recorded / "shard-000000.tar") as archive:
+        logs = [m for m in archive if m.name.endswith(".jsonl")]
+        digests = {m.name: hashlib.sha256(archive.extractfile(m).read()).hexdigest() for m in logs}
+    assert digests == {
+        "vizdoom-ivory-koala-8c59e4a872d0-20260101-000000.jsonl": (
+            "11e845529dd13f053cb776b5de19fbc24a2f0b0a9c288a1514cbeb359a40347c"
+        ),
+        "vizdoom-eager-koala-fcb5f028633b-20260101-000500.jsonl": (
+            "9be893b32f5415cacb8bb320e86996a5794030134927a1016c1e0503d949ed27"
+        ),
+    }
 
 
 def horizontal_shift(first: np.ndarray, second: np.ndarray) -> int:

@@ -1,0 +1,48 @@
+"""A first-person game with VPT's inputs, features of its frames for reinforcement learning (docs/environments.md).
+
+Importing registers `vjepa_ac_hf/VizDoomVPT-v0`, `vjepa_ac_hf/VizDoomVPTSteps-v0` and `vjepa_ac_hf/VizDoomVPTGoal-v0`
+with Gymnasium (extras "rl" and "vizdoom"). `vjepa_ac_hf.envs.sb3` has the features extractor for Stable-Baselines3.
+"""
+
+try:
+    import gymnasium
+except ImportError as error:
+    raise ImportError("vjepa_ac_hf.envs needs Gymnasium: pip install 'vjepa-ac-hf[rl,vizdoom]'") from error
+
+from .features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper
+from .goals import GoalEpisode, GoalViewWrapper, view_distance
+from .recording import RecordVPT, VPTWriter
+from .steps import DiscreteActions, ModelStepWrapper, raw_action
+from .vizdoom_env import VizDoomVPTEnv
+
+
+def make_steps(**options) -> gymnasium.Env:
+    """`VizDoomVPTEnv` (which takes the options) where one step is one of the model."""
+    return ModelStepWrapper(VizDoomVPTEnv(**options))
+
+
+def make_goals(*, resolution: str = "640x360", render_mode: str | None = None, **options) -> gymnasium.Env:
+    """`make_steps` with a view to be reached; other options are `GoalViewWrapper`'s."""
+    return GoalViewWrapper(make_steps(resolution=resolution, render_mode=render_mode), **options)
+
+
+for _name, _entry in (("", "VizDoomVPTEnv"), ("Steps", "make_steps"), ("Goal", "make_goals")):
+    # Gymnasium warns where a name is registered twice.
+    if f"vjepa_ac_hf/VizDoomVPT{_name}-v0" not in gymnasium.registry:
+        gymnasium.register(f"vjepa_ac_hf/VizDoomVPT{_name}-v0", entry_point=f"vjepa_ac_hf.envs:{_entry}")
+
+__all__ = [
+    "DiscreteActions",
+    "GoalEpisode",
+    "GoalViewWrapper",
+    "ModelStepWrapper",
+    "RecordVPT",
+    "VJEPA2ACFeatureWrapper",
+    "VJEPA2ACVectorFeatureWrapper",
+    "VPTWriter",
+    "VizDoomVPTEnv",
+    "make_goals",
+    "make_steps",
+    "raw_action",
+    "view_distance",
+]

@@ -1,0 +1,184 @@
+"""Goals that are views: turn, and walk, until the picture is the goal's (docs/environments.md, "Goals")."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from .steps import ModelStepWrapper, raw_action, turn_between
+
+_ATTEMPTS = 50
+
+
+@dataclass(frozen=True)
+class GoalEpisode:
+    """A start and a view that can be reached from there.
+
+    Attributes:
+        engine_seed: of the start, with `heading`: options of `VizDoomVPTEnv.reset`.
+        heading: degrees.
+        actions: float32 `(K, 38)`, raw, that lead there: the oracle's.
+        frame: uint8 `(Y, X, 3)`, what is seen there.
+        state: float32 `(2,)`, yaw and pitch there, degrees.
+        position: float64 `(3,)`, map units.
+        start_state: float32 `(2,)`, at the start.
+        start_position: float64 `(3,)`.
+    """
+
+    engine_seed: int
+    heading: float
+    actions: np.ndarray
+    frame: np.ndarray
+    state: np.ndarray
+    position: np.ndarray
+    start_state: np.ndarray
+    start_position: np.ndarray
+
+
+def view_distance(state: np.ndarray, goal: np.ndarray) -> float:
+    """Degrees between two views (yaw, pitch): the root of the squared differences, yaw circular."""
+    return math.hypot(turn_between(float(goal[0]), float(state[0])), float(state[1]) - float(goal[1]))
+
+
+class GoalViewWrapper(gymnasium.Wrapper):
+    """Episodes with a goal: a frame that an oracle has seen some steps from the start.
+
+    `reset` draws start and actions, plays them, keeps the last frame as goal, and begins again at the same start:
+    playing `goal.actions` reaches it exactly. Observations are `ModelStepWrapper`'s and `goal`, uint8 `(Y, X, 3)`. A
+    step that ends within both tolerances is a success and terminates the episode. The reward is the decrease of the
+    distance: degrees over `tolerance_degrees`, and map units over `tolerance_units` where that is given.
+
+    `info` has, beside `ModelStepWrapper`'s: `success`, `goal_degrees` (`view_distance`), `goal_units` (on the map).
+
+    Args:
+        env: a `ModelStepWrapper`.
+        steps: least and most steps of the oracle.
+        turn: least and most degrees that it turns in a step, all steps of an episode to the same side.
+        walk: probability that it walks ahead during a step.
+        tolerance_degrees: a view as close as this is a success.
+        tolerance_units: and a place as close as this, in map units (32 to a metre); None: any place.
+        max_steps: then the episode is truncated.
+
+    Attributes:
+        goal: the `GoalEpisode`; None before the first `reset`.
+
+    Raises:
+        ValueError: another environment, values that contradict each other.
+    """
+
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        *,
+        steps: tuple[int, int] = (1, 3),
+        turn: tuple[float, float] = (10.0, 30.0),
+        walk: float = 0.0,
+        tolerance_degrees: float = 5.0,
+        tolerance_units: float | None = None,
+        max_steps: int = 10,
+    ):
+        if not isinstance(env, ModelStepWrapper):
+            raise ValueError(f"GoalViewWrapper goes around a ModelStepWrapper, found {env}")
+        super().__init__(env)
+        if not 1 <= steps[0] <= steps[1] <= max_steps:
+            raise ValueError(f"steps must be 1 <= least <= most <= max_steps {max_steps}, found {steps}")
+        if not 0 < turn[0] <= turn[1] < 180 or not 0 <= walk <= 1:
+            raise ValueError(f"turn must be 0 < least <= most < 180 and walk in [0, 1], found {turn} and {walk}")
+        if not 0 < tolerance_degrees < turn[0]:
+            raise ValueError(
+                f"tolerance_degrees must be above 0 and below the least turn {turn[0]}, found {tolerance_degrees}"
+            )
+        if tolerance_units is not None and not tolerance_units > 0:
+            raise ValueError(f"tolerance_units must be above 0, found {tolerance_units}")
+        self.steps, self.turn, self.walk, self.max_steps = steps, turn, walk, max_steps
+        self.tolerance_degrees, self.tolerance_units = tolerance_degrees, tolerance_units
+        self.goal: GoalEpisode | None = None
+        goal = spaces.Box(0, 255, env.game.frame_shape, np.uint8)
+        self.observation_space = spaces.Dict({**env.views, "goal": goal})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """A new goal.
+
+        Args:
+            seed: of start and oracle.
+            options: `{"goal": GoalEpisode}` begins that one again.
+
+        Raises:
+            ValueError: another option.
+            RuntimeError: no start is found where the oracle's episode does not end early.
+        """
+        options = dict(options or {})
+        unknown = sorted(set(options) - {"goal"})
+        if unknown or not isinstance(options.get("goal"), (GoalEpisode, type(None))):
+            raise ValueError(f"reset takes the option 'goal', a GoalEpisode, found {options}")
+        self.goal = options.get("goal") or self._draw(seed)
+        start = {"engine_seed": self.goal.engine_seed, "heading": self.goal.heading}
+        seen, info = self.env.reset(seed=seed if "goal" in options else None, options=start)
+        self._done, self._potential = 0, self._distance(seen, info)[2]
+        return self._observe(seen), {**info, **self._progress(seen, info)}
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        assert self.goal is not None
+        seen, _, terminated, truncated, info = self.env.step(action)
+        self._done += 1
+        before, self._potential = self._potential, self._distance(seen, info)[2]
+        progress = self._progress(seen, info)
+        # Beyond a teleport no view counts.
+        progress["success"] = progress["success"] and not terminated
+        truncated = truncated or (self._done >= self.max_steps and not (terminated or progress["success"]))
+        reward = float(before - self._potential) if not terminated else 0.0
+        return self._observe(seen), reward, terminated or progress["success"], truncated, {**info, **progress}
+
+    def _observe(self, seen: dict) -> dict:
+        assert self.goal is not None
+        return {**seen, "goal": self.goal.frame.copy()}
+
+    def _distance(self, seen: dict, info: dict) -> tuple[float, float, float]:
+        """Degrees, map units, and both in tolerances."""
+        assert self.goal is not None
+        degrees = view_distance(seen["state"], self.goal.state)
+        units = float(np.linalg.norm((info["position"] - self.goal.position)[:2]))
+        total = degrees / self.tolerance_degrees
+        return degrees, units, total + (units / self.tolerance_units if self.tolerance_units else 0.0)
+
+    def _progress(self, seen: dict, info: dict) -> dict[str, Any]:
+        degrees, units, _ = self._distance(seen, info)
+        near = self.tolerance_units is None or units <= self.tolerance_units
+        return {
+            "success": bool(degrees <= self.tolerance_degrees and near),
+            "goal_degrees": degrees,
+            "goal_units": units,
+        }
+
+    def _draw(self, seed: int | None) -> GoalEpisode:
+        for attempt in range(_ATTEMPTS):
+            seen, begun = self.env.reset(seed=seed if attempt == 0 else None)
+            generator = self.unwrapped.np_random
+            side = generator.choice([-1, 1])
+            start_state, start_position = seen["state"], begun["position"]
+            actions, ended = [], False
+            for _ in range(int(generator.integers(self.steps[0], self.steps[1] + 1))):
+                turn = side * generator.uniform(*self.turn)
+                keys = ["key.w"] if generator.random() < self.walk else []
+                actions.append(raw_action(turn=turn, pressed=keys, slot=max(begun["hotbar"], 0)))
+                seen, _, terminated, truncated, info = self.env.step(actions[-1])
+                ended = terminated or truncated
+                if ended:
+                    break
+            # All turns of nearly a whole circle would end where they began.
+            if ended or view_distance(start_state, seen["state"]) <= self.tolerance_degrees:
+                continue
+            return GoalEpisode(
+                engine_seed=begun["engine_seed"],
+                heading=begun["heading"],
+                actions=np.stack(actions),
+                frame=seen["frame"],
+                state=seen["state"],
+                position=info["position"],
+                start_state=start_state,
+                start_position=start_position,
+            )
+        raise RuntimeError(f"no goal was found from {_ATTEMPTS} starts: the oracle's episodes end early")

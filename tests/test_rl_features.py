@@ -1,0 +1,353 @@
+"""Features for reinforcement learning against tubelets that the test cuts itself, one environment at a time."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_modeling import tiny_model
+
+gymnasium = pytest.importorskip("gymnasium")
+
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.envs.features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper
+
+SIZE = (40, 48)
+NUM_ENVS = 8
+
+
+class Pictures(gymnasium.Env):
+    """A random picture a step, of which the seed decides all; episodes of random length."""
+
+    def __init__(self, as_dict: bool = False, tubelets: bool = False):
+        self.as_dict = as_dict
+        self.shape = (2, *SIZE, 3) if tubelets else (*SIZE, 3)
+        frame = spaces.Box(0, 255, self.shape, np.uint8)
+        self.observation_space = frame
+        if as_dict:
+            goal = spaces.Box(0, 255, (*SIZE, 3), np.uint8)
+            state = spaces.Box(-1, 1, (2,), np.float32)
+            self.observation_space = spaces.Dict({"frame": frame, "goal": goal, "state": state})
+        self.action_space = spaces.Discrete(2)
+
+    def _look(self):
+        frame = self.np_random.integers(0, 256, self.shape, dtype=np.uint8)
+        state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return {"frame": frame, "goal": self.goal.copy(), "state": state} if self.as_dict else frame
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(2, 8))
+        self.goal = self.np_random.integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+        return self._look(), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self._look(), float(action), self.left == 0, False, {}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return VJEPA2ACProcessor(resolution=32)
+
+
+class Oracle:
+    """Features of one environment's episode so far, tubelet by tubelet."""
+
+    def __init__(self, model, processor, steps: int, spacing: int):
+        self.model, self.processor, self.steps, self.spacing = model, processor, steps, spacing
+        self.frames: list[np.ndarray] = []
+
+    def tubelet(self, older: np.ndarray, newer: np.ndarray) -> np.ndarray:
+        pixels = self.processor(videos=[np.stack([older, newer])])["pixel_values_videos"]
+        return self.model.encode(pixels)[0, 0].numpy()
+
+    def see(self, frame: np.ndarray, begins: bool) -> np.ndarray:
+        self.frames = [frame] if begins else [*self.frames, frame]
+        now = len(self.frames) - 1
+        ticks = [max(now - self.spacing * back, 0) for back in range(2 * self.steps)][::-1]
+        pairs = zip(ticks[::2], ticks[1::2], strict=True)
+        return np.concatenate([self.tubelet(self.frames[a], self.frames[b]).mean(axis=0) for a, b in pairs])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize(("steps", "spacing"), [(2, 3)])
+def test_vector_equals_single_environments_and_oracle(model, processor, mode, steps, spacing):
+    """Eight environments whose episodes end at different times, in every autoreset mode."""
+    options = {"num_steps": steps, "spacing": spacing}
+    vector = SyncVectorEnv([Pictures] * NUM_ENVS, autoreset_mode=mode)
+    vector = VJEPA2ACVectorFeatureWrapper(vector, model, processor, **options)
+    singles = [VJEPA2ACFeatureWrapper(Pictures(), model, processor, **options) for _ in range(NUM_ENVS)]
+    raws = [Pictures() for _ in range(NUM_ENVS)]
+    oracles = [Oracle(model, processor, steps, spacing) for _ in range(NUM_ENVS)]
+
+    found, _ = vector.reset(seed=100)
+    assert found.shape == (NUM_ENVS, steps * 48) and found in vector.observation_space
+    lone = np.stack([single.reset(seed=100 + i)[0] for i, single in enumerate(singles)])
+    expected = np.stack(
+        [o.see(r.reset(seed=100 + i)[0], True) for i, (o, r) in enumerate(zip(oracles, raws, strict=True))]
+    )
+    np.testing.assert_allclose(lone, expected, atol=2e-6)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    ended, episodes = np.zeros(NUM_ENVS, bool), 0
+    for _ in range(14):
+        if mode == AutoresetMode.DISABLED and ended.any():
+            found, _ = vector.reset(options={"reset_mask": ended.copy()})
+            for i in np.flatnonzero(ended):
+                lone[i] = singles[i].reset()[0]
+                expected[i] = oracles[i].see(raws[i].reset()[0], True)
+            np.testing.assert_allclose(found, expected, atol=2e-6)  # the others' as they were
+            ended[:] = False
+        found, _, terminated, _, info = vector.step(np.zeros(NUM_ENVS, int))
+        for i in range(NUM_ENVS):
+            if mode == AutoresetMode.NEXT_STEP and ended[i]:
+                lone[i] = singles[i].reset()[0]
+                expected[i] = oracles[i].see(raws[i].reset()[0], True)
+                ended[i] = False
+                continue
+            lone[i], _, done, _, _ = singles[i].step(0)
+            frame, _, _, _, _ = raws[i].step(0)
+            expected[i] = oracles[i].see(frame, False)
+            assert done == terminated[i]
+            ended[i] = done
+            if mode == AutoresetMode.SAME_STEP and done:
+                np.testing.assert_allclose(info["final_obs"][i], expected[i], atol=2e-6)
+                lone[i] = singles[i].reset()[0]
+                expected[i] = oracles[i].see(raws[i].reset()[0], True)
+        episodes += int(terminated.sum())
+        np.testing.assert_allclose(lone, expected, atol=2e-6)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert episodes > NUM_ENVS
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP], ids=lambda mode: mode.name)
+def test_dict_observations_keep_the_rest_and_goals_stand_still(model, processor, mode):
+    make = lambda: Pictures(as_dict=True)  # noqa: E731
+    vector = SyncVectorEnv([make] * 3, autoreset_mode=mode)
+    vector = VJEPA2ACVectorFeatureWrapper(vector, model, processor, still_keys=("goal",), pooling="none")
+    plain = SyncVectorEnv([make] * 3, autoreset_mode=mode)
+    oracle = Oracle(model, processor, 1, 1)
+    (found, _), (raw, _) = vector.reset(seed=1), plain.reset(seed=1)
+    goals = set()
+    for _ in range(15):
+        assert set(found) == {"features", "goal", "state"} and found in vector.observation_space
+        np.testing.assert_array_equal(found["state"], raw["state"])
+        for i, goal in enumerate(raw["goal"]):
+            np.testing.assert_allclose(found["goal"][i, 0], oracle.tubelet(goal, goal), atol=2e-6)
+            goals.add(goal.tobytes())
+        previous = {k: v.copy() for k, v in raw.items()}
+        found, _, _, _, info = vector.step(np.zeros(3, int))
+        raw, _, terminated, _, raw_info = plain.step(np.zeros(3, int))
+        for i in np.flatnonzero(terminated) if mode == AutoresetMode.SAME_STEP else ():
+            final, raw_final = info["final_obs"][i], raw_info["final_obs"][i]
+            np.testing.assert_array_equal(final["state"], raw_final["state"])
+            np.testing.assert_allclose(
+                final["goal"][0], oracle.tubelet(previous["goal"][i], previous["goal"][i]), atol=2e-6
+            )
+            np.testing.assert_allclose(
+                final["features"][0], oracle.tubelet(previous["frame"][i], raw_final["frame"]), atol=2e-6
+            )
+    assert len(goals) > 6
+
+
+def test_tubelets_are_encoded_as_they_are(model, processor):
+    env = VJEPA2ACFeatureWrapper(Pictures(tubelets=True), model, processor, num_steps=2)
+    raw, oracle = Pictures(tubelets=True), Oracle(model, processor, 1, 1)
+    found, (seen, _) = env.reset(seed=0)[0], raw.reset(seed=0)
+    before = seen
+    for _ in range(2):
+        pair = [oracle.tubelet(*tubelet).mean(axis=0) for tubelet in (before, seen)]
+        np.testing.assert_allclose(found, np.concatenate(pair), atol=2e-6)
+        before, found, seen = seen, env.step(0)[0], raw.step(0)[0]
+
+
+def test_another_dtype_and_a_bigger_encoder(processor):
+    half = tiny_model().eval().to(torch.bfloat16)
+    env = VJEPA2ACFeatureWrapper(Pictures(), half, processor)
+    exact = VJEPA2ACFeatureWrapper(Pictures(), tiny_model().eval(), processor)
+    a, b = env.reset(seed=0)[0], exact.reset(seed=0)[0]
+    assert a.dtype == np.float32 and 0 < np.abs(a - b).max() < 0.1
+    check_env(VJEPA2ACFeatureWrapper(Pictures(), tiny_model().eval(), processor), skip_render_check=True)
+
+
+def test_bad_input_is_named(model, processor):
+    with pytest.raises(ValueError, match="needs VJEPA2ACVectorFeatureWrapper"):
+        VJEPA2ACFeatureWrapper(SyncVectorEnv([Pictures]), model, processor)
+    with pytest.raises(ValueError, match="needs VJEPA2ACFeatureWrapper"):
+        VJEPA2ACVectorFeatureWrapper(Pictures(), model, processor)
+    with pytest.raises(ValueError, match=r"observations have no 'picture': found \['frame', 'goal', 'state'\]"):
+        VJEPA2ACFeatureWrapper(Pictures(as_dict=True), model, processor, frame_key="picture")
+    with pytest.raises(ValueError, match="'state' must be a Box of uint8 frames"):
+        VJEPA2ACFeatureWrapper(Pictures(as_dict=True), model, processor, frame_key="state")
+    with pytest.raises(ValueError, match="frames of 64 pixels and tubelets of 2, the model takes 32 and 2"):
+        VJEPA2ACFeatureWrapper(Pictures(), model, VJEPA2ACProcessor(resolution=64))
+    with pytest.raises(ValueError, match="at least 1, found 0 and 1"):
+        VJEPA2ACFeatureWrapper(Pictures(), model, processor, num_steps=0)
+    with pytest.raises(ValueError, match="found 'max'"):
+        VJEPA2ACFeatureWrapper(Pictures(), model, processor, pooling="max")
+    with pytest.raises(ValueError, match="with spacing 1, found 4"):
+        VJEPA2ACFeatureWrapper(Pictures(tubelets=True), model, processor, spacing=4)
+    with pytest.raises(ValueError, match="need Dict observations"):
+        VJEPA2ACFeatureWrapper(Pictures(), model, processor, still_keys=("goal",))
+
+
+def test_without_the_extra_the_error_names_it():
+    code = """
+import sys
+for package, module in (("gymnasium", "vjepa_ac_hf.envs"), ("stable_baselines3", "vjepa_ac_hf.envs.sb3")):
+    known = sys.modules.pop(package, None)
+    sys.modules[package] = None
+    try:
+        __import__(module)
+    except ImportError as error:
+        print(error)
+    del sys.modules[package]
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2, found.stderr
+    assert "needs Gymnasium: pip install 'vjepa-ac-hf[rl,vizdoom]'" in lines[0]
+    assert "needs Stable-Baselines3: pip install 'vjepa-ac-hf[rl]'" in lines[1]
+
+
+# --- Stable-Baselines3 ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(model, processor, tmp_path_factory):
+    pytest.importorskip("stable_baselines3")
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def stacked_spaces() -> dict[str, tuple[spaces.Box, np.ndarray]]:
+    """Five stacked frames in every layout; the oracle takes the first and the last."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, *SIZE, 3), dtype=np.uint8)
+    last = np.concatenate(list(frames), axis=-1)
+    layouts = {"stack": frames, "last": last, "first": np.moveaxis(last, -1, 0)}
+    return {name: (spaces.Box(0, 255, array.shape, np.uint8), array) for name, array in layouts.items()}
+
+
+@pytest.mark.parametrize("layout", ["stack", "last", "first"])
+def test_extractor_gives_the_encoders_features(saved, model, processor, layout):
+    from stable_baselines3.common.preprocessing import preprocess_obs
+
+    from vjepa_ac_hf.envs.sb3 import VJEPA2ACFeaturesExtractor
+
+    space, array = stacked_spaces()[layout]
+    extractor = VJEPA2ACFeaturesExtractor(space, saved, spacing=4)
+    found = extractor(preprocess_obs(torch.from_numpy(array)[None], space))
+    frames = stacked_spaces()["stack"][1]
+    expected = Oracle(model, processor, 1, 1).tubelet(frames[0], frames[4]).mean(axis=0)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=2e-6)
+    assert extractor.features_dim == 48 and not list(extractor.parameters()) and not extractor.state_dict()
+
+
+def test_extractor_refuses_what_does_not_fit(saved, model):
+    from vjepa_ac_hf.envs.sb3 import VJEPA2ACFeaturesExtractor
+
+    space = stacked_spaces()["stack"][0]
+    with pytest.raises(ValueError, match="5 frames with spacing 1 make no whole tubelets of 2"):
+        VJEPA2ACFeaturesExtractor(space, saved)
+    with pytest.raises(ValueError, match="model must be a folder or repository"):
+        VJEPA2ACFeaturesExtractor(space, model, spacing=4)
+    with pytest.raises(ValueError, match="found 'max'"):
+        VJEPA2ACFeaturesExtractor(space, saved, spacing=4, pooling="max")
+    for wrong in (spaces.Box(0, 1, (5, *SIZE, 3), np.float32), spaces.Discrete(2), spaces.Box(0, 255, (7,), np.uint8)):
+        with pytest.raises(ValueError, match="observations must be uint8"):
+            VJEPA2ACFeaturesExtractor(wrong, saved)
+
+
+def train_ppo(saved: str, pooling: str, steps: int):
+    from stable_baselines3 import PPO
+
+    from vjepa_ac_hf.envs.sb3 import VJEPA2ACFeaturesExtractor
+
+    env = gymnasium.wrappers.FrameStackObservation(Pictures(), 2)
+    options = {
+        "features_extractor_class": VJEPA2ACFeaturesExtractor,
+        "features_extractor_kwargs": {"model": saved, "pooling": pooling},
+    }
+    agent = PPO("CnnPolicy", env, policy_kwargs=options, n_steps=16, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    before = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    return agent.learn(steps), before
+
+
+def test_policy_leaves_the_encoder_alone(saved, tmp_path):
+    """Trained for a moment: what is optimised and saved is the policy's, and a loaded policy acts as the saved one."""
+    from stable_baselines3 import PPO
+
+    from vjepa_ac_hf.envs.sb3 import _load
+
+    encoder = {k: v.clone() for k, v in _load(saved)[0].state_dict().items()}
+    agent, before = train_ppo(saved, "attentive", 32)
+    after = agent.policy.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any("pool.query" in name for name in changed) and any("attention" in name for name in changed)
+    optimised = {id(p) for group in agent.policy.optimizer.param_groups for p in group["params"]}
+    frozen = _load(saved)[0]
+    assert not optimised & {id(p) for p in frozen.parameters()}
+    assert all(torch.equal(v, encoder[k]) for k, v in frozen.state_dict().items())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    extractors = (agent.policy.features_extractor, agent.policy.pi_features_extractor)
+    assert all(e._frozen[0] is frozen for e in extractors)
+    agent.save(tmp_path / "agent.zip")
+    loaded = PPO.load(tmp_path / "agent.zip")
+    observation = agent.get_env().reset()
+    with torch.no_grad():
+        seen = torch.from_numpy(observation)
+        torch.testing.assert_close(loaded.policy.predict_values(seen), agent.policy.predict_values(seen))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+@pytest.mark.slow
+def test_ppo_runs(saved, pooling):
+    agent, _ = train_ppo(saved, pooling, 400)
+    assert agent.num_timesteps >= 400
+
+
+@pytest.mark.slow
+def test_vizdoom_goals_with_features_for_stable_baselines(model, processor):
+    pytest.importorskip("vizdoom")
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
+
+    from vjepa_ac_hf.envs import DiscreteActions, make_goals
+
+    def make():
+        return DiscreteActions(make_goals(resolution="160x120"))
+
+    env = VJEPA2ACFeatureWrapper(make(), model, processor, frame_key="tubelet", still_keys=("frame", "goal"))
+    check_for_stable_baselines(env)
+    PPO("MultiInputPolicy", env, n_steps=64, batch_size=32, n_epochs=1, device="cpu").learn(256)
+    env.close()
+    vector = SyncVectorEnv([make] * NUM_ENVS)
+    vector = VJEPA2ACVectorFeatureWrapper(vector, model, processor, still_keys=("goal",))
+    singles = [VJEPA2ACFeatureWrapper(make(), model, processor, still_keys=("goal",)) for _ in range(NUM_ENVS)]
+    found, _ = vector.reset(seed=0)
+    lone = [single.reset(seed=i)[0] for i, single in enumerate(singles)]
+    ended = np.zeros(NUM_ENVS, bool)
+    for step in range(12):
+        for i, one in enumerate(lone):
+            for key, value in one.items():
+                np.testing.assert_allclose(found[key][i], value, atol=1e-5)
+        actions = (np.arange(NUM_ENVS) + step) % 5
+        found, _, terminated, truncated, _ = vector.step(actions)
+        lone = [s.reset()[0] if e else s.step(a)[0] for s, e, a in zip(singles, ended, actions, strict=True)]
+        ended = terminated | truncated
+    vector.close()
+    for single in singles:
+        single.close()
