@@ -219,6 +219,14 @@ def test_what_is_free_and_what_is_not():
     assert "key.e" in space.keys and "gui_open" in space.keys and "key.w" not in space.keys
     assert space.numbers == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert (space.complete(space.mode(space.initial(2))[None], pitch=0, slot=0)[..., AT["key.w"]] == 1).all()
+    chosen = Distribution(
+        torch.tensor([[90.0, -1.0]], dtype=torch.float64),
+        torch.ones(1, 2, dtype=torch.float64),
+        torch.linspace(0, 1, len(space.keys), dtype=torch.float64)[None],
+        torch.nn.functional.one_hot(torch.tensor([5]), 10).double() * 0.4 + 0.06,
+    )
+    pressed = [float(i > (len(space.keys) - 1) / 2) for i in range(len(space.keys))]
+    assert space.mode(chosen).tolist() == [[float(space.high[0]), -1.0, *pressed, 5.0]]
     assert SearchSpace(["key.1", "hotbar.6"]).numbers == [0, 1, 7]
     assert SearchSpace(["key.1", "key.2"], fixed={"key.2": 1}).numbers == [2]
 
@@ -232,6 +240,9 @@ def test_bounds_of_mouse_and_view_hold_both():
     assert space.continuous == ["mouse_dx", "mouse_dy"]
     np.testing.assert_allclose(space.low, [-20, 1])
     np.testing.assert_allclose(space.high, [40, 2])
+    turned = SearchSpace(["mouse_dx"], fixed={"mouse_dx": 1300})  # 195 degrees to the right: 165 to the left
+    action = turned.complete(turned.mode(turned.initial(1))[None], pitch=0, slot=0)[0, 0]
+    assert action[:3].tolist() == pytest.approx([1300, 0, -165])
 
 
 def test_uncoupled_mouse_is_sampled_by_itself():
@@ -650,6 +661,16 @@ def test_plan_minimises_any_cost(model, processor):
     assert found.actions[:, AT["key.w"]].sum() == 0 and found.actions[:, AT["gui_open"]].sum() == 0
 
 
+def test_a_plan_stops_where_the_view_does(model, processor):
+    context = make_context(model, processor)  # pitch 80, 82 and, now, 84 degrees
+    found = plan(
+        model, processor, context, lambda f, a: -a[:, :, 3].sum(dim=1), horizon=3, generator=seeded(), method=SMALL
+    )
+    assert float(found.actions[:, 3].sum()) == pytest.approx(6, abs=1e-9)
+    torch.testing.assert_close(found.states[:, 1].diff(), found.actions[:, 3])
+    assert float(found.states[-1, 1]) == 90
+
+
 def test_warm_start_is_never_worse_than_the_rest_of_the_plan(model, processor):
     context, goal = make_context(model, processor), make_frames(1, seed=7)[0]
     options = dict(horizon=3, method=SMALL)
@@ -780,6 +801,7 @@ def test_ticks_in_detail():
     gui = torch.zeros(38)
     gui[[AT["gui_open"], AT["mouse_dx"]]] = torch.tensor([1.0, 80.0])
     assert to_minerl_action(gui)[0]["camera"].tolist() == pytest.approx([0, 80 * 0.15 / 8])
+    assert to_vpt_lines(gui, (0, 0))[0]["isGuiOpen"] is True and to_vpt_lines(gui, (0, 0))[-1]["yaw"] == 0
     for bad, ticks_per_step, message in [
         (torch.zeros(13), 8, r"actions must be raw, \(38,\) or \(steps, 38\), found \(1, 13\)"),
         (torch.full((38,), math.nan), 8, "actions hold 38 values that are not finite"),
@@ -935,9 +957,15 @@ def test_distances_and_summary_by_hand():
     assert summary["best_constant"] == 1.0 and summary["median_distance_cells"] == 1.0
     assert summary["ci95"] == [0.5, 1.0]  # session a: 1 of 2, session b: 1 of 1
     assert summary["rank"] == pytest.approx(11 / 12) and summary["correlation"]["yaw_delta"] is None
+    # All other actions are (1, 4), which is not the cell of energy 0: 11 cells are tied with it.
+    assert summary["rank_other_actions"] == pytest.approx(5.5 / 12)
     lands = [make_landscape(row, 0, true=(value, 4.0)) for row, value in ((0, 0.0), (1, 3.0), (3, 2.0))]
-    correlation = summarize_landscapes(lands, ["a"] * 3)["correlation"]["yaw_delta"]
-    assert correlation == pytest.approx(np.corrcoef([0, 1, 3], [0, 3, 2])[0, 1])
+    summary = summarize_landscapes(lands, ["a"] * 3)
+    assert summary["correlation"]["yaw_delta"] == pytest.approx(np.corrcoef([0, 1, 3], [0, 3, 2])[0, 1])
+    assert summary["ci95"] is None
+    hit = [make_landscape(row, 1, true=(row + 0.2, 5.0)) for row in (0, 2, 2)]  # 2 of the 6 pairs share their cell
+    expected = (2 * 11.5 + 4 * 5.5) / 12 / 6
+    assert summarize_landscapes(hit, ["a"] * 3)["rank_other_actions"] == pytest.approx(expected)
     empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"])
     assert empty["outside_grid"] == 1 and empty["within_one_cell"] is None
     assert list(empty) == list(summary)

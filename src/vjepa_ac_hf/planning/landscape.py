@@ -69,8 +69,17 @@ class Landscape:
 
     @property
     def rank(self) -> float:
-        """Share of cells whose energy is above the recorded action's; ties count half. Without a model: 0.5."""
-        return float((self.energies > self.true_energy).mean() + 0.5 * (self.energies == self.true_energy).mean())
+        """Share of cells whose energy is above the recorded action's; ties count half."""
+        return self.rank_of(self.true_energy)
+
+    def rank_of(self, energy: float) -> float:
+        """Share of cells whose energy is above this one; ties count half."""
+        return float((self.energies > energy).mean() + 0.5 * (self.energies == energy).mean())
+
+    def nearest_energy(self, action: tuple[float, float]) -> float:
+        """Energy of the cell nearest to these values of both columns."""
+        row, column = (int(np.abs(v - a).argmin()) for v, a in zip(self.values, action, strict=True))
+        return float(self.energies[row, column])
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -192,14 +201,19 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         `clips`; `outside_grid`, those whose recorded action the grid does not cover, which the rest leaves out;
         `within_one_cell`, share of clips, with `ci95` (None with fewer than two sessions); `chance`, the share that a
         random cell would reach; `best_constant`, that of the one cell which suits these clips best;
-        `median_distance_cells`; `rank`, the mean of `Landscape.rank`; and `correlation`, by column, of minimum and
-        recorded action over clips (None where one of them is constant). None where no clip is left.
+        `median_distance_cells`; `rank`, the mean of `Landscape.rank`; `rank_other_actions`, the same for the actions
+        recorded in the other clips (None with one clip); and `correlation`, by column, of minimum and recorded action
+        over clips (None where one of them is constant). None where no clip is left.
     """
     pairs = [(land, session) for land, session in zip(landscapes, sessions, strict=True) if land.covers_true]
     figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(pairs)}
     if not pairs:
-        missing = ("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells", "rank", "correlation")
-        return {**figures, "sessions": 0, **dict.fromkeys(missing)}
+        missing = ("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells")
+        return {
+            **figures,
+            "sessions": 0,
+            **dict.fromkeys((*missing, "rank", "rank_other_actions", "correlation")),
+        }
     near = np.stack([land.distances() <= 1 for land, _ in pairs])
     hits = np.array([land.distance <= 1 for land, _ in pairs], dtype=np.float64)
     names, session_of = np.unique([session for _, session in pairs], return_inverse=True)
@@ -208,6 +222,8 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         weights = session_weights(len(names), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
         sums, counts = np.bincount(session_of, hits), np.bincount(session_of)
         interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
+    covered = [land for land, _ in pairs]
+    others = [a.rank_of(a.nearest_energy(b.true)) for a in covered for b in covered if a is not b]
     return {
         **figures,
         "sessions": len(names),
@@ -215,11 +231,12 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         "ci95": interval,
         "chance": float(near.mean()),
         "best_constant": float(near.mean(axis=0).max()),
-        "median_distance_cells": float(np.median([land.distance for land, _ in pairs])),
-        "rank": float(np.mean([land.rank for land, _ in pairs])),
+        "median_distance_cells": float(np.median([land.distance for land in covered])),
+        "rank": float(np.mean([land.rank for land in covered])),
+        "rank_other_actions": float(np.mean(others)) if others else None,
         "correlation": {
-            column: _correlation([land.minimum[axis] for land, _ in pairs], [land.true[axis] for land, _ in pairs])
-            for axis, column in enumerate(pairs[0][0].columns)
+            column: _correlation([land.minimum[axis] for land in covered], [land.true[axis] for land in covered])
+            for axis, column in enumerate(covered[0].columns)
         },
     }
 

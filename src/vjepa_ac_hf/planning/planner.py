@@ -52,7 +52,6 @@ class Plan:
         costs: an object an iteration: `best` so far, `current_mean` (the distribution's mean, drawn from in this
             iteration), `candidates` (mean over all candidates).
         decisions: `(H, width)`, what was searched: for `warm_start`.
-        slot: hotbar slot at the first action.
         ticks_per_step: game ticks that an action lasts.
     """
 
@@ -62,7 +61,6 @@ class Plan:
     cost: float
     costs: list[dict[str, float]]
     decisions: Tensor
-    slot: int
     ticks_per_step: int
 
     def to_minerl(self) -> list[dict[str, Any]]:
@@ -416,6 +414,5 @@ def plan(
         cost=result.cost,
         costs=result.costs,
         decisions=result.decisions,
-        slot=context.slot,
         ticks_per_step=ticks_per_step(processor),
     )
