@@ -30,6 +30,7 @@ from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
 from vjepa_ac_hf.records import versions, write_json
 
 NAMES = ("ours", "baseline")
+PARTS = ("training", "candidates", "steps")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--candidates", type=int, default=16, help="default: %(default)s")
     add("--horizon", type=int, default=4, help="default: %(default)s")
     add("--repeats", type=int, default=5, help="default: %(default)s")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--output", type=Path, help="JSON file of the results")
     add("--only", nargs=2, metavar=("NAME", "AUTO_STEPS"), help=argparse.SUPPRESS)  # one step, for its peak memory
     return parser.parse_args()
@@ -275,7 +277,8 @@ def print_table(results: dict) -> None:
         else:
             cells += [""] * 4
         print("| " + " | ".join(cells) + " |")
-    print("\n| context, steps | one rollout step, s |\n|---|---|")
+    if results["rollout_step_seconds"]:
+        print("\n| context, steps | one rollout step, s |\n|---|---|")
     for context, value in results["rollout_step_seconds"].items():
         print(f"| {context} | {value:.3f} |")
 
@@ -300,17 +303,19 @@ def main() -> None:
         if arguments.output:
             write_json(arguments.output, results)
 
-    for auto_steps in arguments.auto_steps:
+    for auto_steps in arguments.auto_steps if "training" in arguments.parts else ():
         results["rows"].append(training_row(arguments, auto_steps, results["matmul_flops_per_second"]))
         keep()
-    results["rows"].append(candidates_row(arguments))
-    keep()
-    single_steps = rollout_steps(arguments, [1, 2, 4, 8, 16])
-    for call in single_steps.values():
-        call()
-    steps = interleaved(single_steps, arguments, "one step")
-    results["rollout_step_seconds"] = {context: statistics.median(times) for context, times in steps.items()}
-    keep()
+    if "candidates" in arguments.parts:
+        results["rows"].append(candidates_row(arguments))
+        keep()
+    if "steps" in arguments.parts:
+        single_steps = rollout_steps(arguments, [1, 2, 4, 8, 16])
+        for call in single_steps.values():
+            call()
+        steps = interleaved(single_steps, arguments, "one step")
+        results["rollout_step_seconds"] = {context: statistics.median(times) for context, times in steps.items()}
+        keep()
     print_table(results)
 
 
