@@ -348,6 +348,7 @@ class VJEPA2ACPredictor(nn.Module):
         past_key_values: Past | None = None,
         first_step: int = 0,
         shared_context: Sequence[KeyValues] | None = None,
+        present_steps: int | None = None,
     ) -> tuple[Tensor, list[KeyValues]]:
         """
         Args:
@@ -359,10 +360,12 @@ class VJEPA2ACPredictor(nn.Module):
             first_step: how many steps `past_key_values` and `shared_context` hold.
             shared_context: keys and values `(contexts, H, steps * K, head_dim)` of a context that comes before
                 `past_key_values`, one pair a layer; B is a multiple of `contexts`. With it, T must be 1.
+            present_steps: of how many steps keys and values are to be returned, copied, so that those of the others
+                need not stay in memory; None: of all.
 
         Returns:
             Predictions `(B, T, N, D)`, not normalised, and the keys and values of all steps up to here (those of the
-            shared context left out), one pair a layer.
+            shared context left out), or of the first `present_steps`; one pair a layer.
         """
         T, N = features.shape[1:3]
         assert shared_context is None or T == 1
@@ -379,8 +382,11 @@ class VJEPA2ACPredictor(nn.Module):
                 past_key_values if past_key_values is None or isinstance(past_key_values, Cache) else past_key_values[i]
             )
             shared = None if shared_context is None else shared_context[i]
-            x_BLE, present = layer(x_BLE, cos_Ld, sin_Ld, past, shared)
-            presents.append(present)
+            x_BLE, (k_BHLd, v_BHLd) = layer(x_BLE, cos_Ld, sin_Ld, past, shared)
+            if present_steps is not None:
+                kept = present_steps * (N + CONDITIONING_TOKENS)
+                k_BHLd, v_BHLd = k_BHLd[:, :, :kept].clone(), v_BHLd[:, :, :kept].clone()
+            presents.append((k_BHLd, v_BHLd))
         x_BTNE = x_BLE.unflatten(1, (T, N + CONDITIONING_TOKENS))[:, :, CONDITIONING_TOKENS:]
         return self.head(self.norm(x_BTNE)), presents
 
@@ -672,11 +678,9 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         if not 1 <= auto_steps <= steps - 1:
             raise ValueError(f"auto_steps must be between 1 and {steps - 1} for {steps} steps, found {auto_steps}")
 
-        predicted, past = self.predictor(target[:, :-1], actions, states[:, : steps - 1])
-        predicted = self._normalize(predicted)
         # Step 0 of the rollout is step 0 of teacher forcing: its prediction, keys and values are reused.
-        tokens = target.shape[2] + CONDITIONING_TOKENS
-        past = [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in past]
+        predicted, past = self.predictor(target[:, :-1], actions, states[:, : steps - 1], present_steps=1)
+        predicted = self._normalize(predicted)
         rollout = self._continue_rollout(predicted[:, :1], past, actions, states, 1, auto_steps)
 
         loss = teacher_forcing_loss = rollout_loss = None

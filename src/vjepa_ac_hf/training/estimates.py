@@ -167,10 +167,10 @@ def _kept_by_layers(
     """Bytes that all layers keep for the backward pass."""
     width, per_layer = config.pred_hidden_size, layer_activations(config, number, norm_number)
     tokens = batch_size * (config.grid_size**2 + CONDITIONING_TOKENS)  # of one step
-    # Checkpointed, a layer keeps its input; keys and values, which come in one piece with the queries, live as long as
-    # the rollout may need them.
-    kept = number * (1 + 5) * width if checkpointed else per_layer
-    total = (config.num_steps - 1) * tokens * kept
+    # Checkpointed, a layer keeps its input; of keys and values, those of step 0 live on where the rollout needs them.
+    total = (config.num_steps - 1) * tokens * (number * width if checkpointed else per_layer)
+    if checkpointed and config.auto_steps > 1:
+        total += tokens * number * 2 * width
     for step in range(1, config.auto_steps):
         # A step of the rollout copies the keys and values of all steps before it.
         if not checkpointed:
