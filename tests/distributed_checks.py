@@ -59,9 +59,10 @@ def main(config: str, output: Path) -> None:
         found["own_gradients_differ"] = bool((everywhere[0] != everywhere[1]).any())
         found["find_unused_parameters"] = wrapped.find_unused_parameters
     if accelerator.is_fsdp2:
-        with whole_parameters(model):
+        with torch.no_grad(), whole_parameters(model):
             # Another number of forward passes in each process, without waiting for one another.
-            outputs = [model.predict(**batches[0]) for _ in range(1 + rank)]
+            batch = {"features": batches[0]["features"][:, :-1], "actions": batches[0]["actions"]}
+            outputs = [model.predict(**batch, states=batches[0]["states"][:, :-1]) for _ in range(1 + rank)]
             found["whole"] = not any(isinstance(p, DTensor) for p in model.predictor.parameters())
         found["finite"] = bool(torch.stack(outputs).isfinite().all())
         found["sharded_again"] = all(isinstance(p, DTensor) for p in model.predictor.parameters())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -50,6 +50,7 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
             # Accelerate shards on accelerators only; on a CPU, to try things out and to test them, it can as well.
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = DistributedType.FSDP  # from which Accelerate restores the other
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version must be 2 (FSDP2), found {plugin.fsdp_version}")
