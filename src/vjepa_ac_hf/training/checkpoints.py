@@ -193,9 +193,10 @@ def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     random.setstate((3, tuple(states["python"].tolist()), None if np.isnan(gauss) else gauss))
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy_gauss"].item()))
-    torch.set_rng_state(states["torch"])
+    # Copies: torch reads a state from the start of its memory, even if the tensor is a later row of a larger one.
+    torch.set_rng_state(states["torch"].clone())
     if device.type == "cuda" and "device" in states:
-        torch.cuda.set_rng_state(states["device"], device)
+        torch.cuda.set_rng_state(states["device"].clone(), device)
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
