@@ -1,0 +1,206 @@
+"""Plan towards goal views in ViZDoom: how often planner, random actions and oracle get there (docs/environments.md).
+
+    python examples/plan_vizdoom.py --model demo/model --output plans --episodes 50
+
+Every episode's goal is drawn from its seed and is the same for all agents. OUT/episodes.jsonl gets a line an episode, as
+it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
+from vjepa_ac_hf.envs.doom import RESOLUTIONS
+from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
+from vjepa_ac_hf.records import versions, write_file, write_json
+
+AGENTS = ("planner", "random", "still", "oracle")
+LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
+KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "horizon", "candidates", "iterations")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser.add_argument("--output", required=True, type=Path, help="folder for episodes.jsonl and summary.json")
+    parser.add_argument("--episodes", type=int, default=50, help="goals for each agent (default 50)")
+    parser.add_argument("--agents", nargs="+", choices=AGENTS, default=list(AGENTS), help="default: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the first episode; the next one's is one more")
+    parser.add_argument("--resolution", choices=RESOLUTIONS, default="256x144", help="as the model's recordings were")
+    parser.add_argument("--max_steps", type=int, default=6, help="steps of an episode (default 6)")
+    parser.add_argument("--tolerance_degrees", type=float, default=5.0, help="a success is this near (default 5)")
+    parser.add_argument("--horizon", type=int, default=1, help="steps that the planner looks ahead (default 1)")
+    parser.add_argument("--candidates", type=int, default=64, help="of the cross-entropy method (default 64)")
+    parser.add_argument("--iterations", type=int, default=4, help="of the cross-entropy method (default 4)")
+    parser.add_argument("--device", default="cpu", help="for the model (default cpu)")
+    arguments = parser.parse_args()
+    if arguments.episodes < 1:
+        parser.error(f"--episodes must be at least 1, found {arguments.episodes}")
+    return arguments
+
+
+def claim_output(output: Path, settings: dict[str, Any]) -> list[dict]:
+    """The episodes that are there already; refuses those of other settings."""
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "settings.json").is_file():
+        known = json.loads((output / "settings.json").read_text())
+        differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
+        if differing:
+            raise SystemExit(f"{output}: episodes of other arguments ({'; '.join(differing)}); choose another --output")
+    write_json(output / "settings.json", settings)
+    episodes = output / "episodes.jsonl"
+    if not episodes.is_file():
+        return []
+    lines = episodes.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        print(f"{episodes}: the last line is not complete, its episode is played again")
+        lines.pop()
+        write_file(episodes, "".join(lines).encode())
+    return [json.loads(line) for line in lines]
+
+
+class Planner:
+    """Acts by the model, from frames and states alone."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
+        self.processor = AutoProcessor.from_pretrained(arguments.model)
+        self.method = CEM(
+            iterations=arguments.iterations,
+            candidates=arguments.candidates,
+            elites=max(arguments.candidates // 8, 1),
+        )
+        self.horizon = arguments.horizon
+        # The goals are turns: no key is pressed, and the view stays level.
+        keys = [c for c in self.processor.action_space if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))]
+        fixed = {**dict.fromkeys(keys, 0), "pitch_delta": 0.0}
+        bounds = {"yaw_delta": (-LARGEST_TURN, LARGEST_TURN)}
+        self.space = SearchSpace(self.processor.action_space, bounds=bounds, fixed=fixed)
+
+    def begin(self, seen: dict, seed: int) -> None:
+        self.controller = Controller(
+            self.model,
+            self.processor,
+            np.moveaxis(seen["goal"], -1, 0),
+            horizon=self.horizon,
+            generator=torch.Generator().manual_seed(seed),
+            space=self.space,
+            method=self.method,
+        )
+        self.first = True
+
+    def act(self, seen: dict, info: dict) -> np.ndarray:
+        frames = seen["frame"][None]
+        if not self.first:
+            frames = np.concatenate([seen["tubelet"][1:], frames])
+        executed = None if self.first else info["action"]
+        self.first = False
+        return self.controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
+
+
+def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -> dict[str, Any]:
+    """One episode, as a line of the results."""
+    seen, info = env.reset(seed=seed)
+    goal, generator = env.goal, np.random.default_rng(seed)
+    start, total = info["goal_degrees"], 0.0
+    if agent == "planner":
+        planner.begin(seen, seed)
+    for step in range(env.max_steps):
+        if agent == "planner":
+            action = planner.act(seen, info)
+        elif agent == "random":
+            action = raw_action(turn=generator.uniform(-LARGEST_TURN, LARGEST_TURN))
+        elif agent == "oracle" and step < len(goal.actions):
+            action = goal.actions[step]
+        else:
+            action = raw_action()
+        seen, reward, terminated, truncated, info = env.step(action)
+        total += reward
+        if terminated or truncated:
+            break
+    return {
+        "agent": agent,
+        "seed": seed,
+        "success": info["success"],
+        "steps": step + 1,
+        "oracle_steps": len(goal.actions),
+        "start_degrees": round(start, 4),
+        "final_degrees": round(info["goal_degrees"], 4),
+        "return": round(total, 4),
+        "ended": info["ended"],
+    }
+
+
+def wilson(successes: int, count: int) -> list[float]:
+    """Wilson's score interval at 95 %."""
+    z, rate = 1.96, successes / count
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return [middle - half, middle + half]
+
+
+def summarize(episodes: list[dict]) -> dict[str, Any]:
+    found = {}
+    for agent in AGENTS:
+        own = [e for e in episodes if e["agent"] == agent]
+        if not own:
+            continue
+        successes = sum(e["success"] for e in own)
+        found[agent] = {
+            "episodes": len(own),
+            "success_rate": successes / len(own),
+            "success_rate_ci95": wilson(successes, len(own)),
+            "start_degrees": float(np.mean([e["start_degrees"] for e in own])),
+            "final_degrees": float(np.mean([e["final_degrees"] for e in own])),
+            "final_degrees_median": float(np.median([e["final_degrees"] for e in own])),
+            "ended_early": sum(e["ended"] in ("death", "teleport") for e in own),
+        }
+    return found
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = {name: getattr(arguments, name) for name in KEPT}
+    known = claim_output(arguments.output, settings)
+    done = {(e["agent"], e["seed"]) for e in known}
+    seeds = range(arguments.seed, arguments.seed + arguments.episodes)
+    wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
+    planner = Planner(arguments) if "planner" in arguments.agents else None
+    env = GoalViewWrapper(
+        ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
+        tolerance_degrees=arguments.tolerance_degrees,
+        max_steps=arguments.max_steps,
+    )
+    with open(arguments.output / "episodes.jsonl", "a") as results:
+        for agent, seed in tqdm(wanted, unit="episode"):
+            if (agent, seed) in done:
+                continue
+            line = play(env, agent, planner, seed)
+            results.write(json.dumps(line) + "\n")
+            results.flush()
+            os.fsync(results.fileno())
+            known.append(line)
+    env.close()
+    counted = [e for e in known if (e["agent"], e["seed"]) in set(wanted)]
+    agents = summarize(counted)
+    write_json(arguments.output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
+    for agent, figures in agents.items():
+        low, high = figures["success_rate_ci95"]
+        print(
+            f"{agent:8} {100 * figures['success_rate']:5.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
+            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The planning program in the game: its episodes, baselines, and a second run."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_modeling import tiny_model
+
+from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
+
+pytest.importorskip("vizdoom")
+
+PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "plan_vizdoom.py"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(action_space="vpt-13", action_dim=None).save_pretrained(folder)
+    actions = np.random.default_rng(0).normal(size=(50, len(ACTION_COLUMNS)))
+    statistics = ActionStatistics().update(actions)
+    VJEPA2ACProcessor(resolution=32, action_statistics=statistics.to_dict()).save_pretrained(folder)
+    return folder
+
+
+def plan(monkeypatch, model, output, *flags):
+    arguments = ["--model", model, "--output", output, "--resolution", "160x120", "--max_steps", 3, *flags]
+    arguments += ["--candidates", 8, "--iterations", 1]
+    monkeypatch.setattr(sys, "argv", ["plan_vizdoom.py", *map(str, arguments)])
+    PROGRAM["main"]()
+    return [json.loads(line) for line in (output / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
+    episodes = plan(monkeypatch, model, tmp_path, "--episodes", 3)
+    assert {(e["agent"], e["seed"]) for e in episodes} == {
+        (agent, seed) for agent in ("planner", "random", "still", "oracle") for seed in range(3)
+    }
+    by_agent = {a: [e for e in episodes if e["agent"] == a] for a in ("planner", "random", "still", "oracle")}
+    assert all(e["success"] and e["final_degrees"] == 0 for e in by_agent["oracle"])
+    assert all(not e["success"] and e["final_degrees"] == e["start_degrees"] for e in by_agent["still"])
+    assert all(e["steps"] <= 3 and (e["steps"] == 3 or e["success"]) for e in episodes)
+    for agents in zip(*by_agent.values(), strict=True):  # the same goals for all
+        assert len({(e["start_degrees"], e["oracle_steps"]) for e in agents}) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())["agents"]
+    assert summary["oracle"]["success_rate"] == 1 and summary["still"]["success_rate"] == 0
+    mean = sum(e["final_degrees"] for e in by_agent["planner"]) / 3
+    assert summary["planner"]["final_degrees"] == pytest.approx(mean)
+
+    # Killed while it wrote a line: that episode is played again, with the same result, and no other.
+    whole = (tmp_path / "episodes.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "episodes.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])
+    assert plan(monkeypatch, model, tmp_path, "--episodes", 3) == episodes
+    assert (tmp_path / "episodes.jsonl").read_text() == whole
+    with pytest.raises(SystemExit, match="tolerance_degrees: found 5.0, expected 3.0"):
+        plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3)
+
+
+@pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])
+def test_wilson(successes, low, high):
+    """Newcombe, Statistics in Medicine 17, 1998, has the formula; ten trials, by hand."""
+    assert PROGRAM["wilson"](successes, 10) == pytest.approx([low, high], abs=1e-4)
