@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from helpers_clips import write_clips
@@ -25,9 +26,11 @@ def test_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
+    if find_spec("vizdoom") is None:
+        snippets.pop()
     names: dict = {}
-    for snippet in snippets:  # the third and fourth go on from the second
+    for snippet in snippets:  # the later ones go on from the second
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["future"].shape == names["imagined"].shape == (1, 6, 4, 48)
     assert not names["future"].equal(names["imagined"])
