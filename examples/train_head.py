@@ -27,8 +27,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
+from transformers.utils import cached_file
 
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor, resolve_action_space
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.data.loader import ClipLoader
 from vjepa_ac_hf.data.loading import ClipCollator, check_clips, load_action_statistics, load_clips
 from vjepa_ac_hf.evaluation.clips import spread
@@ -150,8 +151,22 @@ def load_world_model(arguments: argparse.Namespace) -> VJEPA2ACModel:
 
 
 def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEPA2ACProcessor:
+    """Frames as the world model's own processor makes them, where it has one; actions of this data set."""
     space, config = arguments.action_space, world.config
+    pixels = {}
+    file = arguments.model and cached_file(
+        arguments.model, "processor_config.json", _raise_exceptions_for_missing_entries=False
+    )
+    if file:
+        own = VJEPA2ACProcessor.from_pretrained(arguments.model)
+        pixels = {"pixel_mean": own.pixel_mean, "pixel_std": own.pixel_std, "fps": own.fps}
+        if own.resize_mode != arguments.resize_mode:
+            raise ValueError(
+                f"{file}: the world model's resize_mode is {own.resize_mode!r}, --resize_mode is "
+                f"{arguments.resize_mode!r}"
+            )
     return VJEPA2ACProcessor(
+        **pixels,
         resolution=config.encoder_config.crop_size,
         resize_mode=arguments.resize_mode,
         frames_per_clip=config.frames_per_clip,
@@ -314,8 +329,6 @@ def main() -> None:
     arguments = parse_arguments()
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     # Whatever can fail fails here, before anything is encoded.
-    if arguments.action_space in ACTION_COLUMNS or "," in arguments.action_space:
-        resolve_action_space(arguments.action_space.split(","))
     set_seed(arguments.seed)
     world = load_world_model(arguments)
     processor = build_processor(arguments, world)

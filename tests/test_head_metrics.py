@@ -160,6 +160,7 @@ assert metric.compute(columns=["a", "b", "c"]) is None
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path):
     arguments = [sys.executable, "-c", WORKER, str(tmp_path), str(Path(__file__).parent)]
     scores, references = example_rows()

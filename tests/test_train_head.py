@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from test_heads import head
 from test_train import TINY
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.data.loading import load_clips
 from vjepa_ac_hf.training.heads import ClipLabels, fit_pos_weight, head_parameter_groups, read_labels
 from vjepa_ac_hf.training.presets import build_config
@@ -77,6 +80,8 @@ def test_inverse_dynamics_from_command_to_loaded_model(train_head, workspace, tm
 
     # The figures again, from the saved folder and the data set alone.
     model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    pressed = np.array(load_clips(str(workspace / "clips"), "train")["actions"])[..., ACTION_COLUMNS.index("key.w")]
+    assert model.config.pos_weight == pytest.approx([(1 - pressed.mean()) / pressed.mean()])
     assert type(model) is VJEPA2ACForInverseDynamics and model.config.action_statistics == processor.action_statistics
     clips = load_clips(str(workspace / "clips"), "validation")
     world = VJEPA2ACModel.from_pretrained(workspace / "world")
@@ -116,6 +121,24 @@ def test_a_continued_run_equals_one_that_was_not_interrupted(train_head, tmp_pat
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "parts")]
     with pytest.raises(ValueError, match="learning_rate: 0.001 then, 0.5 now"):
         train_head("action_anticipation", tmp_path / "parts", learning_rate=0.5, use_past_actions=True, use_states=True)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_equal_one(train_head, workspace, tmp_path):
+    train_head("inverse_dynamics", tmp_path / "one", per_device_batch_size=8, max_steps=3)
+    arguments = [a.replace(str(tmp_path / "one"), str(tmp_path / "two")) for a in sys.argv[1:]]
+    arguments = [a.replace("batch_size=8", "batch_size=4") for a in arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    program = [*launcher, str(ROOT / "examples" / "train_head.py"), *arguments]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert figures[1]["clips"] == figures[0]["clips"] == 6
+    assert figures[1]["camera"]["yaw_delta"] == pytest.approx(figures[0]["camera"]["yaw_delta"], rel=1e-2)
 
 
 def test_anticipation_is_measured_against_the_last_action(train_head, workspace, tmp_path):
@@ -163,7 +186,7 @@ def test_the_encoder_can_be_trained_and_the_predictor_be_read(train_head, worksp
     assert "predictor.head.weight" in encoder(tmp_path / "b") and "predictor.head.weight" not in encoder(tmp_path / "a")
 
 
-def test_mistakes_are_found_before_anything_is_computed(train_head, tmp_path, capsys):
+def test_mistakes_are_found_before_anything_is_computed(train_head, workspace, tmp_path, capsys):
     for flags, message in [
         ({"model": None}, "give either --model, or --encoder"),
         ({"labels": "x.json"}, "--labels belongs to video_classification"),
@@ -177,6 +200,11 @@ def test_mistakes_are_found_before_anything_is_computed(train_head, tmp_path, ca
         train_head("inverse_dynamics", tmp_path / "out", action_space="yaw_delta,key.ww")
     with pytest.raises(ValueError, match="action_dim 3, the head's action space has 13 columns"):
         train_head("inverse_dynamics", tmp_path / "out", action_space="vpt-13", features_from="predictor")
+    VJEPA2ACProcessor(resolution=32, resize_mode="squash").save_pretrained(workspace / "squashed")
+    for path in (workspace / "world").iterdir():
+        shutil.copy(path, workspace / "squashed")
+    with pytest.raises(ValueError, match="resize_mode is 'squash', --resize_mode is 'crop'"):
+        train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed")
     with pytest.raises(ValueError, match="neither a .json file nor 'hotbar' nor one of the columns"):
         train_head("video_classification", tmp_path / "out", labels="scenario")
     assert not (tmp_path / "out").exists()

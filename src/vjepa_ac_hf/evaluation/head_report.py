@@ -120,12 +120,15 @@ def _table(rows: Rows) -> str:
 
 
 def _figure(found: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> Any:
-    """Bars a table: R2 of what is regressed, average precision (against the share: chance) of what is told apart."""
+    """Bars a table: R2 of what is regressed, average precision (against the share: chance) of what is told apart.
+
+    Columns without such a figure (keys that are never pressed) are left out; the tables have them.
+    """
     height = sum(0.22 * len(rows) + 1.0 for rows in found.values())
     figure = new_figure(9, max(height, 2.0))
     grid = figure.subplots(len(found), 1, squeeze=False, height_ratios=[len(r) + 3 for r in found.values()])
     for axes, (title, rows) in zip(grid[:, 0], found.items(), strict=True):
-        rows = rows[::-1]
+        rows = [(n, f) for n, f in rows[::-1] if (f["r2"] if "r2" in f else f["average_precision"]) is not None]
         values = [(f["r2"] if "r2" in f else f["average_precision"]) for _, f in rows]
         axes.barh(range(len(rows)), [v or 0.0 for v in values], color="#0072B2", label="R2, average precision")
         chance = [(i, f["share"]) for i, (_, f) in enumerate(rows) if "share" in f]
