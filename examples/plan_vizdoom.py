@@ -2,8 +2,8 @@
 
     python examples/plan_vizdoom.py --model demo/model --output plans --episodes 50
 
-Every episode's goal is drawn from its seed and is the same for all agents. OUT/episodes.jsonl gets a line an episode, as
-it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances.
+Every episode's goal is drawn from its seed and is the same for all agents. OUT/episodes.jsonl gets a line an episode,
+as it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def wilson(successes: int, count: int) -> list[float]:
     z, rate = 1.96, successes / count
     middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return [middle - half, middle + half]
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def summarize(episodes: list[dict]) -> dict[str, Any]:
