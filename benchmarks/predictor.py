@@ -13,7 +13,6 @@ allocator's; on a CPU that of the process above its size before, each implementa
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -214,12 +213,23 @@ def peak_memory(arguments: argparse.Namespace, name: str, auto_steps: int) -> in
 
 
 def only(arguments: argparse.Namespace) -> None:
-    """In a process of its own: one training step of one implementation; prints its peak memory in bytes."""
+    """In a process of its own: one training step of one implementation; prints its peak memory in bytes.
+
+    Linux alone tells it: the largest resident size is that of this program, and can be set back to the present one
+    (`ru_maxrss` would be that of the process that started this one, if larger).
+    """
     name, auto_steps = arguments.only
     call = training_steps(arguments, int(auto_steps))[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
     call()
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes: the resident size of this process now (VmRSS) or at its largest (VmHWM)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[field].split()[0])
 
 
 # ---------------------------------------------------------------------------------------------------- results

@@ -234,6 +234,20 @@ def test_flags_with_mistakes_are_refused(capsys, flags, message):
     assert message in " ".join(refusal(capsys, *flags).split())
 
 
+def test_precision_is_the_launchers_where_nothing_else_says(monkeypatch, tmp_path, capsys):
+    needed = ("--dataset=d", "--output_dir=o")
+    assert parse(*needed).mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # accelerate launch --mixed_precision, or its YAML file
+    assert parse(*needed).mixed_precision == "bf16"
+    assert parse(*needed, "--mixed_precision=no").mixed_precision == "no"
+    (tmp_path / "recipe.yaml").write_text("mixed_precision: no\n")
+    assert parse(*needed, f"--config={tmp_path / 'recipe.yaml'}").mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(SystemExit):
+        parse(*needed)
+    assert "accelerate launch is 'fp16', expected 'no' or 'bf16'" in capsys.readouterr().err
+
+
 def test_of_several_processes_one_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert refusal(capsys, "--max_steps=0") == ""

@@ -101,7 +101,7 @@ def rotate(x_BHLd: Tensor, cos_Ld: Tensor, sin_Ld: Tensor) -> Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by tables of the same type."""
     even, odd = x_BHLd.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x_BHLd * cos_Ld + turned * sin_Ld
+    return torch.addcmul(x_BHLd * cos_Ld, turned, sin_Ld)
 
 
 # Attention in which the tokens of a step see all tokens of that step and of every earlier one, in three ways that give
@@ -110,16 +110,10 @@ def rotate(x_BHLd: Tensor, cos_Ld: Tensor, sin_Ld: Tensor) -> Tensor:
 
 def sdpa_frame_causal_attention(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, tokens_per_step: int) -> Tensor:
     """One unmasked fused attention a step: computes the blocks that count (half of a long clip's), stores no mask."""
-    past = k_BHLd.shape[2] - q_BHLd.shape[2]
-    steps = []
-    for start in range(0, q_BHLd.shape[2], tokens_per_step):
-        stop = start + tokens_per_step
-        seen = past + stop
-        steps.append(
-            F.scaled_dot_product_attention(
-                q_BHLd[:, :, start:stop], k_BHLd[:, :, :seen], v_BHLd[:, :, :seen], dropout_p=0.0
-            )
-        )
+    seen, steps = k_BHLd.shape[2] - q_BHLd.shape[2], []
+    for q_BHKd in q_BHLd.split(tokens_per_step, dim=2):
+        seen += q_BHKd.shape[2]
+        steps.append(F.scaled_dot_product_attention(q_BHKd, k_BHLd[:, :, :seen], v_BHLd[:, :, :seen], dropout_p=0.0))
     return steps[0] if len(steps) == 1 else torch.cat(steps, dim=2)
 
 
@@ -255,8 +249,10 @@ class VJEPA2ACAttention(nn.Module):
     def forward(
         self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: Cache | KeyValues | None, shared: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
-        qkv = self.qkv(x_BLE).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        (q_BHLd, k_BHLd), v_BHLd = rotate(qkv[:2], cos_Ld, sin_Ld), qkv[2]
+        # `unbind` here and `split` in attention, not indices: the gradient of an index is a tensor of zeros around it.
+        qkv = self.qkv(x_BLE).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q_BHLd, k_BHLd, v_BHLd = (part.transpose(1, 2) for part in qkv)
+        q_BHLd, k_BHLd = rotate(q_BHLd, cos_Ld, sin_Ld), rotate(k_BHLd, cos_Ld, sin_Ld)
         if isinstance(past, Cache):
             k_BHLd, v_BHLd = past.update(k_BHLd, v_BHLd, self.layer_index)
         elif past is not None:

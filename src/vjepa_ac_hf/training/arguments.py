@@ -118,7 +118,12 @@ def _add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--decay_steps", type=int, help="at the end; default: 5 %% of max_steps")
     group.add_argument("--weight_decay", type=float, default=0.04, help="on matrices, not on biases and norms")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
-    group.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="bf16: autocast")
+    group.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        help="bf16: autocast; `accelerate launch` sets the default (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of weights and of the order of clips")
 
 
@@ -211,6 +216,8 @@ def number_of_processes(arguments: argparse.Namespace) -> int:
 
 
 def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.mixed_precision not in ("no", "bf16"):  # choices are not checked in defaults
+        parser.error(f"mixed_precision of accelerate launch is {arguments.mixed_precision!r}, expected 'no' or 'bf16'")
     for name in _POSITIVE:
         value = getattr(arguments, name)
         if value is not None and value < 1:
