@@ -197,12 +197,9 @@ def test_configurations_launch(workspace, one_process, path):
 
 
 @pytest.mark.slow
-def test_a_rate_of_almost_zero_changes_nothing(workspace):
-    """Rates must be above 0; one below float32's smallest number changes no weight."""
+def test_a_learning_rate_of_zero_changes_nothing(workspace):
     output = workspace / "zero"
-    run(
-        command(workspace, output, "--learning_rate=1e-60", "--weight_decay=0", "--checkpoint_every=1", "--max_steps=3")
-    )
+    run(command(workspace, output, "--learning_rate=0", "--checkpoint_every=1", "--max_steps=3"))
     first, *_, last = checkpoint_steps(output / "checkpoints").values()
     weights = load_file(last / "predictor.safetensors")
     assert weights

@@ -219,8 +219,8 @@ def test_help_is_complete():
     [
         (["--max_step=3"], "unrecognized arguments: --max_step"),
         (["--start_learning_rate=1", "--learning_rate=0.5"], "--start_learning_rate 1.0 must be at most"),
-        (["--learning_rate=0"], "--learning_rate must be above 0, found 0.0"),
-        (["--learning_rate=nan"], "--learning_rate must be above 0, found nan"),
+        (["--learning_rate=-1"], "--learning_rate must be at least 0, found -1.0"),
+        (["--learning_rate=nan"], "--learning_rate must be at least 0, found nan"),
         (["--mfu=40"], "--mfu is a share of the peak, at most 1, found 40.0"),
         (["--hardware=p100"], "--hardware p100: expected one of a100, h100, h200"),
         (["--global_batch_size=12", "--per_device_batch_size=8"], "12 is no multiple of --per_device_batch_size 8 x 1"),

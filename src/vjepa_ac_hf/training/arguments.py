@@ -222,10 +222,11 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, found {value}")
-    for name in ("num_workers", "eval_every", "weight_decay", "start_learning_rate", "final_learning_rate"):
+    rates = ("learning_rate", "start_learning_rate", "final_learning_rate")
+    for name in ("num_workers", "eval_every", "weight_decay", *rates):
         if not getattr(arguments, name) >= 0:
             parser.error(f"--{name} must be at least 0, found {getattr(arguments, name)}")
-    for name in ("learning_rate", "max_grad_norm", "mfu", "loader_warning", "loader_timeout"):
+    for name in ("max_grad_norm", "mfu", "loader_warning", "loader_timeout"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
     for name in ("start_learning_rate", "final_learning_rate"):

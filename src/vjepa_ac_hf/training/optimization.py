@@ -49,7 +49,8 @@ def build_scheduler(
     """
     check_schedule(max_steps, warmup_steps, decay_steps)
     peak = optimizer.param_groups[0]["lr"]
-    start, final = start_learning_rate / peak, final_learning_rate / peak
+    # A rate of 0 changes nothing, whatever the factors are.
+    start, final = (rate / peak if peak else 0.0 for rate in (start_learning_rate, final_learning_rate))
 
     def factor(step: int) -> float:
         if step < warmup_steps:
