@@ -185,8 +185,9 @@ def test_configurations_launch(workspace, one_process, path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *processes]
     size = 4 // int(processes[-1][-1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    exact = ["--mixed_precision=no"]  # the files say bf16
     result = subprocess.run(
-        [*launcher, *command(workspace, output, f"--per_device_batch_size={size}", "--max_steps=4")],
+        [*launcher, *command(workspace, output, f"--per_device_batch_size={size}", "--max_steps=4", *exact)],
         capture_output=True,
         text=True,
         env=environment,

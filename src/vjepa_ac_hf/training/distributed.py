@@ -93,6 +93,13 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
             # As Accelerate prepares them: the outermost module's parameters stay for the backward pass.
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
+            # FSDP2 notes the order of forward passes to gather ahead in the backward pass. Those within have none, and
+            # may be more in one process than in another: it would gather what the others do not, and wait for ever.
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                if group is not None:  # a module without parameters of its own
+                    group._post_forward_indices.clear()
+                    group.comm_ctx.post_forward_order.clear()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
