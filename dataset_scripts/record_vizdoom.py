@@ -78,10 +78,13 @@ class Player:
         walls: the map's; the player keeps away from them, since a view full of wall says nothing.
         turn: standard deviation of the turn rate in degrees a tick; over 8 ticks it makes about 16 degrees.
         look: the same for looking up and down, about 4 degrees over 8 ticks.
+        pauses: share of the draws that hold the view still, for 8 to 16 ticks. People look so: a turn, then a rest.
     """
 
-    def __init__(self, generator: np.random.Generator, walls: Walls, turn: float = 2.8, look: float = 0.7):
-        self.generator, self.walls, self.turn, self.look = generator, walls, turn, look
+    def __init__(
+        self, generator: np.random.Generator, walls: Walls, turn: float = 2.8, look: float = 0.7, pauses: float = 0.0
+    ):
+        self.generator, self.walls, self.turn, self.look, self.pauses = generator, walls, turn, look, pauses
         self.turn_rate = self.look_rate = 0.0
         self.view_left = self.move_left = 0
         self.keys: set[str] = set()
@@ -93,6 +96,10 @@ class Player:
             self.turn_rate = self.generator.normal(0, self.turn)
             # Drawn back to the horizon over about 20 ticks; what is left is independent of the past.
             self.look_rate = self.generator.normal(-0.05 * pitch, self.look)
+            # Without pauses nothing is drawn for them: recordings of a seed stay what they were.
+            if self.pauses and self.generator.random() < self.pauses:
+                self.view_left = int(self.generator.integers(8, 17))
+                self.turn_rate = self.look_rate = 0.0
         self.view_left -= 1
         self._walk(self.walls.clearance(x, y, yaw))
         weapon = int(self.generator.choice(WEAPON_KEYS)) if self.generator.random() < 0.01 else None
@@ -115,11 +122,11 @@ class Player:
             self.keys = {"s"}
 
 
-def play(env: VizDoomVPTEnv, generator: np.random.Generator, ticks: int, writer: VPTWriter) -> bool:
+def play(env: VizDoomVPTEnv, generator: np.random.Generator, ticks: int, pauses: float, writer: VPTWriter) -> bool:
     """One life, written; False where it was not continuous."""
     start = {"engine_seed": int(generator.integers(1, 2**31)), "heading": float(generator.uniform(-180, 180))}
     seen, info = env.reset(options=start)
-    player = Player(generator, env.walls)
+    player = Player(generator, env.walls, pauses=pauses)
     for _ in range(ticks):
         if info["ended"]:
             return False
@@ -140,7 +147,9 @@ def recording_name(seed: int, index: int) -> tuple[str, datetime]:
     return f"{alias}-{digest[8:20]}-{start:%Y%m%d-%H%M%S}", start
 
 
-def record_shard(path: Path, indices: range, ticks: int, seed: int, resolution: str) -> int:
+def record_shard(
+    path: Path, indices: range, ticks: int, seed: int, resolution: str, pauses: float, weapon: bool
+) -> int:
     """Record some recordings and write them as one shard. Returns how many takes were thrown away."""
     torch.set_num_threads(1)
     discarded = 0
@@ -150,10 +159,10 @@ def record_shard(path: Path, indices: range, ticks: int, seed: int, resolution: 
             name, start = recording_name(seed, index)
             for attempt in range(ATTEMPTS):
                 # A game for every take: what happened in it never depends on the takes before.
-                env = VizDoomVPTEnv(resolution=resolution)
+                env = VizDoomVPTEnv(resolution=resolution, weapon=weapon)
                 env.start_time = start
                 writer = VPTWriter(folder, name, *env.frame_shape[:2])
-                continuous = play(env, np.random.default_rng([seed, index, attempt]), ticks, writer)
+                continuous = play(env, np.random.default_rng([seed, index, attempt]), ticks, pauses, writer)
                 env.close()
                 if continuous:
                     break
@@ -173,6 +182,7 @@ def claim_folder(output: Path, arguments: dict[str, Any]) -> None:
     manifest = output / "recording.json"
     if manifest.is_file():
         found = json.loads(manifest.read_text())
+        found = {"pauses": 0.0, "weapon": False, **found}  # as all were before there were these flags
         differing = [f"{k}: found {found.get(k)}, expected {v}" for k, v in arguments.items() if found.get(k) != v]
         if differing:
             raise SystemExit(
@@ -192,13 +202,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same recordings")
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="640x360", help="of the video")
     parser.add_argument("--recordings_per_shard", type=int, default=8)
+    parser.add_argument("--pauses", type=float, default=0.0, help="how often the view rests, 0 to below 1 (default 0)")
+    parser.add_argument("--weapon", action="store_true", help="draw the weapon that is held")
     parser.add_argument("--num_proc", type=int, default=1, help="processes")
     arguments = parser.parse_args()
     for name in ("recordings", "ticks", "recordings_per_shard", "num_proc"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    if not 0 <= arguments.pauses < 1:
+        parser.error(f"--pauses must be at least 0 and below 1, found {arguments.pauses}")
     output = arguments.output.resolve()
-    kept = ("recordings", "ticks", "seed", "resolution", "recordings_per_shard")
+    kept = ("recordings", "ticks", "seed", "resolution", "recordings_per_shard", "pauses", "weapon")
     claim_folder(output, {k: getattr(arguments, k) for k in kept})
 
     per_shard = arguments.recordings_per_shard
@@ -213,7 +227,10 @@ def main() -> None:
         tqdm(total=sum(map(len, missing.values())), unit="recording") as progress,
     ):
         futures = {
-            pool.submit(record_shard, path, indices, arguments.ticks, arguments.seed, arguments.resolution): indices
+            pool.submit(
+                *(record_shard, path, indices, arguments.ticks),
+                *(arguments.seed, arguments.resolution, arguments.pauses, arguments.weapon),
+            ): indices
             for path, indices in missing.items()
         }
         for future in as_completed(futures):

@@ -133,3 +133,21 @@ def test_rerun_keeps_and_other_arguments_are_refused(recorded):
     assert shard.stat().st_mtime_ns == before
     result = record(recorded, "--recordings", "2", "--recordings_per_shard", "2", "--seed", "6")
     assert result.returncode != 0 and "seed: found 5, expected 6" in result.stderr
+
+
+def test_pauses_and_the_weapon(recorded, tmp_path):
+    flags = ("--recordings=1", "--seed=5", "--pauses=0.8", "--weapon")
+    result = record(tmp_path / "a", *flags)
+    assert result.returncode == 0, result.stderr
+    (video, lines), (plain, plain_lines) = (
+        next(iter(read(folder / "shard-000000.tar").values())) for folder in (tmp_path / "a", recorded)
+    )
+    still = [line["mouse"]["dx"] == line["mouse"]["dy"] == 0 for line in lines]
+    assert np.mean(still) > 0.5 > np.mean([line["mouse"]["dx"] == 0 for line in plain_lines])
+    assert max(len(list(group)) for value, group in itertools.groupby(still) if value) >= 8
+    # The same start, seen with and without the weapon, which is at the bottom of the picture.
+    apart = (VideoDecoder(video)[0].float() - VideoDecoder(plain)[0].float()).abs().mean(0)
+    assert apart[len(apart) // 2 :].mean() > 5 * apart[: len(apart) // 2].mean() and apart.max() > 60
+    refused = record(tmp_path / "a", *flags[:2], "--weapon")
+    assert refused.returncode != 0 and "pauses: found 0.8, expected 0.0" in refused.stderr
+    assert "--pauses must be at least 0 and below 1, found 1.0" in record(tmp_path / "b", "--pauses=1").stderr

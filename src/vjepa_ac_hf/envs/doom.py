@@ -52,8 +52,12 @@ class Walls:
         return dict(zip(MOVES, nearest.reshape(4, 3).min(axis=1).tolist(), strict=True))
 
 
-def start_game(resolution: str) -> tuple[Any, Walls, tempfile.TemporaryDirectory]:
-    """A ViZDoom game without window, HUD, weapon sprite and monsters, the walls of its map, and its working folder.
+def start_game(resolution: str, weapon: bool = False) -> tuple[Any, Walls, tempfile.TemporaryDirectory]:
+    """A ViZDoom game without window, HUD and monsters, the walls of its map, and its working folder.
+
+    Args:
+        resolution: one of `RESOLUTIONS`.
+        weapon: draw the weapon that is held.
 
     Raises:
         ImportError: the extra "vizdoom" is not installed.
@@ -74,8 +78,9 @@ def start_game(resolution: str) -> tuple[Any, Walls, tempfile.TemporaryDirectory
     game.set_mode(vzd.Mode.PLAYER)
     game.set_screen_resolution(getattr(vzd.ScreenResolution, "RES_" + resolution.upper()))
     game.set_screen_format(vzd.ScreenFormat.RGB24)
-    for part in ("hud", "weapon", "crosshair", "decals", "particles", "messages", "effects_sprites", "screen_flashes"):
+    for part in ("hud", "crosshair", "decals", "particles", "messages", "effects_sprites", "screen_flashes"):
         getattr(game, f"set_render_{part}")(False)
+    game.set_render_weapon(weapon)
     button, variable = vzd.Button, vzd.GameVariable
     game.set_available_buttons(
         [button.TURN_LEFT_RIGHT_DELTA, button.LOOK_UP_DOWN_DELTA]

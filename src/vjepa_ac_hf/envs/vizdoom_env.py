@@ -42,6 +42,7 @@ class VizDoomVPTEnv(gymnasium.Env):
         resolution: of the frames, one of `doom.RESOLUTIONS`, "WIDTHxHEIGHT".
         max_ticks: ticks of an episode; None: no limit.
         render_mode: None or "rgb_array", the frame now.
+        weapon: draw the weapon that is held.
 
     Attributes:
         line: the line of a VPT log of the tick that is done: the state before it, and its input.
@@ -62,12 +63,13 @@ class VizDoomVPTEnv(gymnasium.Env):
         resolution: str = "640x360",
         max_ticks: int | None = None,
         render_mode: str | None = None,
+        weapon: bool = False,
     ):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', found {render_mode!r}")
         if max_ticks is not None and max_ticks < 1:
             raise ValueError(f"max_ticks must be at least 1, found {max_ticks}")
-        self.game, self.walls, self._folder = start_game(resolution)
+        self.game, self.walls, self._folder = start_game(resolution, weapon)
         self.render_mode, self.max_ticks = render_mode, max_ticks
         self.start_time = FIRST_START
         self.line: dict[str, Any] = {}
