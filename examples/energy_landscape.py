@@ -8,6 +8,7 @@ import io
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.actions_vjepa2_ac import CONTINUOUS_COLUMNS
-from vjepa_ac_hf.data.loading import clip_name, load_clips
+from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
+from vjepa_ac_hf.data.loading import clip_name, decode_clip, load_clips
 from vjepa_ac_hf.evaluation import clips as clip_data
 from vjepa_ac_hf.evaluation.plots import new_figure
 from vjepa_ac_hf.planning import (
+    CEM,
     GoalCost,
     Imagination,
     encode_context,
@@ -29,9 +31,11 @@ from vjepa_ac_hf.planning import (
     landscape_figure,
     summarize_landscapes,
 )
-from vjepa_ac_hf.planning.landscape import check_columns
-from vjepa_ac_hf.planning.planner import MAX_BATCH_TOKENS, check_horizon, check_planning
+from vjepa_ac_hf.planning.landscape import check_columns, search_landscape
+from vjepa_ac_hf.planning.planner import MAX_BATCH_TOKENS, check_horizon, check_planning, encode_goal
 from vjepa_ac_hf.records import versions, write_file, write_json
+
+RECORDED = ("model", "dataset", "split", "context_steps", "horizon", "min_change", "goal", "seed")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recordings", nargs="+", help="only clips of these recordings")
     parser.add_argument("--max_clips", type=int, default=64, help="at most this many clips")
     parser.add_argument("--columns", nargs=2, default=["yaw_delta", "pitch_delta"], help="two action columns")
+    parser.add_argument(
+        "--min_change",
+        type=float,
+        default=0.0,
+        help="only clips whose action is at least this large in the first column",
+    )
     parser.add_argument("--cells", type=int, default=21, help="cells of the grid along a continuous column")
     for axis in ("first", "second"):
         parser.add_argument(
@@ -59,6 +69,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--horizon", type=int, default=1, help="steps to imagine; the goal is the last one's true features"
     )
+    parser.add_argument(
+        "--goal",
+        choices=("tubelet", "frame"),
+        default="tubelet",
+        help="the last imagined step's true features, or those of its first frame repeated (what a plan makes of a "
+        "picture)",
+    )
+    parser.add_argument("--plan", action="store_true", help="search both columns too: the cost that a plan reaches")
     parser.add_argument("--num_pictures", type=int, default=6, help="landscapes to draw")
     parser.add_argument("--max_batch_tokens", type=int, default=MAX_BATCH_TOKENS, help="tokens at once: bounds memory")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
@@ -71,7 +89,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
-    """Rows of the split, as the arguments have them."""
+    """Rows of the split, as the arguments have them.
+
+    Raises:
+        ValueError: rows or recordings that the split lacks, or no row that is left.
+    """
     rows = list(range(len(dataset))) if args.clips is None else args.clips
     wrong = [row for row in rows if not 0 <= row < len(dataset)]
     if wrong:
@@ -84,6 +106,14 @@ def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
         rows = [row for row in rows if names[row] in args.recordings]
         if not rows:
             raise ValueError(f"--clips {args.clips}: none is of the recordings {args.recordings}")
+    if args.min_change > 0:
+        actions, column = dataset["actions"], ACTION_COLUMNS.index(args.columns[0])
+        changes = {row: abs(actions[row][args.context_steps - 1][column]) for row in rows}
+        rows = [row for row in rows if changes[row] >= args.min_change]
+        if not rows:
+            raise ValueError(
+                f"--min_change {args.min_change}: {args.columns[0]} changes by at most {max(changes.values())}"
+            )
     return [rows[i] for i in clip_data.spread(len(rows), args.max_clips)]
 
 
@@ -118,6 +148,8 @@ def main() -> None:
     check_planning(model, processor)
     check_horizon(model, args.context_steps, args.horizon)
     check_columns(args.columns, processor.action_space)
+    if args.plan and set(args.columns) - set(CONTINUOUS_COLUMNS):
+        raise ValueError(f"--plan needs two columns of {CONTINUOUS_COLUMNS}, found {args.columns}")
     ranges = (args.first_range, args.second_range)
     values = [grid_values(c, r, args.cells, processor) for c, r in zip(args.columns, ranges, strict=True)]
     dataset = load_clips(args.dataset, args.split)
@@ -128,27 +160,31 @@ def main() -> None:
 
     # --- one landscape a clip ---------------------------------------------------------------------------------
     names = [f"clip {row} ({clip_name(example)})" for row, example in zip(rows, dataset, strict=True)]
-    batches = clip_data.encoded_batches(model, processor, dataset, names, batch_size=1)
     context, stop = args.context_steps, args.context_steps + args.horizon
     landscapes, sessions = [], []
-    for example, features in tqdm(zip(dataset, batches, strict=True), total=len(rows), desc="landscapes", unit="clip"):
+    method, generator = CEM(), torch.Generator().manual_seed(args.seed)
+    for name, example in zip(names, tqdm(dataset, desc="landscapes", unit="clip"), strict=True):
+        frames = decode_clip(example["video"], name, processor.frames_per_clip)
+        features = model.encode(processor(videos=[frames])["pixel_values_videos"].to(model.device))[0]
+        goal = features[stop - 1]
+        if args.goal == "frame":
+            goal = encode_goal(model, processor, frames[(stop - 1) * processor.tubelet_size])
         actions = torch.tensor(example["actions"])
         known = encode_context(
             model,
             processor,
-            features=features[0, :context],
+            features=features[:context],
             states=example["states"][:context],
             actions=actions[: context - 1],
         )
-        landscapes.append(
-            energy_landscape(
-                Imagination(model, processor, known, max_batch_tokens=args.max_batch_tokens),
-                actions[context - 1 : stop - 1],
-                GoalCost(features[0, stop - 1]),
-                columns=args.columns,
-                values=(values[0], values[1]),
-            )
-        )
+        imagination = Imagination(model, processor, known, max_batch_tokens=args.max_batch_tokens)
+        what = (imagination, actions[context - 1 : stop - 1], GoalCost(goal))
+        plane = {"columns": args.columns, "values": (values[0], values[1])}
+        landscape = energy_landscape(*what, **plane)
+        if args.plan:
+            cost = search_landscape(*what, **plane, method=method, generator=generator)
+            landscape = replace(landscape, plan_cost=cost)
+        landscapes.append(landscape)
         sessions.append(example["session_id"])
 
     # --- files ------------------------------------------------------------------------------------------------
@@ -162,7 +198,7 @@ def main() -> None:
         "summary": summary,
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
-        **{name: getattr(args, name) for name in ("model", "dataset", "split", "context_steps", "horizon", "seed")},
+        **{name: getattr(args, name) for name in RECORDED},
         "landscapes": [{"clip": name, **land.to_dict()} for name, land in zip(names, landscapes, strict=True)],
     }
     write_json(args.output / "landscapes.json", record)

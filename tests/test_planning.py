@@ -1,6 +1,7 @@
 """Planning against plain loops, exhaustive search and analytic optima; model and costs are tiny."""
 
 import ast
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -966,6 +967,10 @@ def test_distances_and_summary_by_hand():
     hit = [make_landscape(row, 1, true=(row + 0.2, 5.0)) for row in (0, 2, 2)]  # 2 of the 6 pairs share their cell
     expected = (2 * 11.5 + 4 * 5.5) / 12 / 6
     assert summarize_landscapes(hit, ["a"] * 3)["rank_other_actions"] == pytest.approx(expected)
+    assert summary["plan_below_neighbourhood"] is None
+    assert land.neighbourhood_energy == 1.0 and make_landscape(1, 1).neighbourhood_energy == pytest.approx(8 / 9)
+    lands = [dataclasses.replace(make_landscape(1, 1), plan_cost=cost) for cost in (0.8, 0.9, 0.88)]
+    assert summarize_landscapes(lands, ["a"] * 3)["plan_below_neighbourhood"] == pytest.approx(2 / 3)
     empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"])
     assert empty["outside_grid"] == 1 and empty["within_one_cell"] is None
     assert list(empty) == list(summary)
@@ -1001,6 +1006,28 @@ def test_two_slots_cannot_both_vary():
         landscape.check_columns(("hotbar.1", "hotbar.2"), ACTION_COLUMNS)
 
 
+def test_search_of_a_landscape_finds_the_lowest_point_of_a_fine_grid(model, processor):
+    imagination, actions = Imagination(model, processor, make_context(model, processor)), make_actions(2)
+    # A cost whose lowest point is known, and lies outside of the range on the second axis.
+    columns, values = ("yaw_delta", "pitch_delta"), (np.linspace(-20, 20, 5), np.linspace(-4, 4, 5))
+    method, generator = CEM(iterations=12, candidates=64), torch.Generator().manual_seed(0)
+    seen = []
+
+    def cost(features, candidates):
+        seen.append(candidates)
+        return (candidates[:, 0, AT["yaw_delta"]] - 7.5).abs() + (candidates[:, 0, AT["pitch_delta"]] - 9).abs()
+
+    plane = {"columns": columns, "values": values, "method": method, "generator": generator}
+    assert landscape.search_landscape(imagination, actions, cost, **plane) == pytest.approx(5.0, abs=0.2)
+    tried, others = torch.cat(seen), [i for c, i in AT.items() if c not in (*columns, "mouse_dx", "mouse_dy")]
+    assert torch.equal(tried[:, 0, others], actions[0, others].float().expand(len(tried), -1))
+    assert torch.equal(tried[:, 1], actions[1].float().expand(len(tried), -1))
+    torch.testing.assert_close(tried[:, 0, AT["mouse_dx"]], tried[:, 0, AT["yaw_delta"]] / 0.15, rtol=1e-4, atol=1e-3)
+    assert tried[:, 0, AT["yaw_delta"]].abs().max() <= 20 and tried[:, 0, AT["pitch_delta"]].abs().max() <= 4
+    with pytest.raises(ValueError, match="a search needs two of .*, found \\['yaw_delta', 'key.w'\\]"):
+        landscape.search_landscape(imagination, actions, cost, **{**plane, "columns": ["yaw_delta", "key.w"]})
+
+
 @pytest.fixture
 def program(monkeypatch):
     spec = importlib.util.spec_from_file_location("energy_landscape", ROOT / "examples" / "energy_landscape.py")
@@ -1011,6 +1038,7 @@ def program(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["energy_landscape.py", *map(str, arguments)])
         module.main()
 
+    run.module = module
     return run
 
 
@@ -1031,8 +1059,39 @@ def test_landscape_program(program, tmp_path, monkeypatch, capsys):
     assert np.array(record["landscapes"][0]["energies"]).shape == (5, 2)
     assert record["summary"]["clips"] == 2 and "within_one_cell: " in capsys.readouterr().out
     assert (tmp_path / "out" / "landscapes.png").read_bytes()[:4] == b"\x89PNG"
+    plane = ("--first_range", -30, 30, "--second_range", -5, 5, "--cells", 3, "--num_pictures", 0)
+    found = {}
+    for goal in ("tubelet", "frame"):
+        program(*common, *plane, "--plan", "--goal", goal)
+        found[goal] = json.loads((tmp_path / "out" / "landscapes.json").read_text())
+    assert found["frame"]["goal"] == "frame" and found["frame"]["summary"]["plan_below_neighbourhood"] is not None
+    for here, there in zip(found["frame"]["landscapes"], found["tubelet"]["landscapes"], strict=True):
+        # Both frames of these clips' tubelets are the same: that one is shown twice changes nothing.
+        np.testing.assert_allclose(here["energies"], there["energies"], rtol=0.05)
+        # CEM starts at the middle of the grid and keeps the best.
+        assert here["plan_cost"] <= here["energies"][1][1] + 1e-6
+    decode = program.module.decode_clip
+    monkeypatch.setattr(
+        program.module,
+        "decode_clip",
+        lambda *a: decode(*a) * torch.tensor([1, 0] * 8).to(torch.uint8)[:, None, None, None],
+    )
+    ends = {}
+    for goal in ("tubelet", "frame"):
+        program(*common, *plane, "--goal", goal)
+        ends[goal] = json.loads((tmp_path / "out" / "landscapes.json").read_text())["landscapes"]
+    monkeypatch.setattr(program.module, "decode_clip", decode)
+    assert all(a["true_energy"] != b["true_energy"] for a, b in zip(ends["frame"], ends["tubelet"], strict=True))
+    turns = [abs(land["true_action"][0]) for land in found["frame"]["landscapes"]]
+    least = sorted(turns)[-2]
+    program(*common, *plane, "--min_change", least)
+    turned = [land["clip"] for land in json.loads((tmp_path / "out" / "landscapes.json").read_text())["landscapes"]]
+    names = [land["clip"] for land in found["frame"]["landscapes"]]
+    assert turned == [name for name, turn in zip(names, turns, strict=True) if turn >= least] and len(turned) < 6
     for arguments, message in [
         ((*columns, "--clips", 6), "has rows 0 to 5, found 6"),
+        ((*columns, "--plan"), "--plan needs two columns of .*found \\['yaw_delta', 'key.w'\\]"),
+        ((*plane, "--min_change", 500), "--min_change 500.0: yaw_delta changes by at most"),
         ((*columns, "--recordings", "nobody"), "has no recording 'nobody'"),
         (("--columns", "yaw_delta", "key.w", "--second_range", 0, 1), "'key.w' is 0 or 1 and takes no range"),
         (("--first_range", 3, 3), "range of 'yaw_delta' must rise, found 3.0 to 3.0"),

@@ -13,8 +13,9 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from ..evaluation.figures import session_weights
 from ..evaluation.plots import new_figure
 from ..processing_vjepa2_ac import wrap_degrees
-from .actions import COLUMN, DEGREES_PER_PIXEL, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, clamp_pitch
+from .actions import COLUMN, DEGREES_PER_PIXEL, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, clamp_pitch
 from .planner import Cost, Imagination
+from .search import CEM, MPPI, minimize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ class Landscape:
         energies: float64 `(len(values[0]), len(values[1]))`.
         true: the recorded action's values of both columns.
         true_energy: energy of the recorded action, as it is.
+        plan_cost: cost of what a planner found over the same two columns, if one searched.
     """
 
     columns: tuple[str, str]
@@ -39,6 +41,7 @@ class Landscape:
     energies: np.ndarray
     true: tuple[float, float]
     true_energy: float
+    plan_cost: float | None = None
 
     @property
     def minimum(self) -> tuple[float, float]:
@@ -76,6 +79,12 @@ class Landscape:
         """Share of cells whose energy is above this one; ties count half."""
         return float((self.energies > energy).mean() + 0.5 * (self.energies == energy).mean())
 
+    @property
+    def neighbourhood_energy(self) -> float | None:
+        """Mean energy of the cells within one cell of the recorded action; None where there is no such cell."""
+        near = self.energies[self.distances() <= 1]
+        return float(near.mean()) if len(near) else None
+
     def nearest_energy(self, action: tuple[float, float]) -> float:
         """Energy of the cell nearest to these values of both columns."""
         row, column = (int(np.abs(v - a).argmin()) for v, a in zip(self.values, action, strict=True))
@@ -91,6 +100,8 @@ class Landscape:
             "true_energy": self.true_energy,
             "argmin": list(self.minimum),
             "distance_cells": self.distance,
+            "neighbourhood_energy": self.neighbourhood_energy,
+            "plan_cost": self.plan_cost,
             "rank": self.rank,
             "covers_true_action": self.covers_true,
         }
@@ -189,6 +200,37 @@ def energy_landscape(
     )
 
 
+def search_landscape(
+    imagination: Imagination,
+    actions: Tensor,
+    cost: Cost,
+    *,
+    columns: Sequence[str],
+    values: tuple[np.ndarray, np.ndarray],
+    method: CEM | MPPI,
+    generator: torch.Generator,
+) -> float:
+    """The lowest cost that a search finds where `energy_landscape` has its grid: two continuous columns of the first
+    imagined step within the grid's range, all else as recorded.
+
+    Raises:
+        ValueError: columns that are not continuous, or cannot be varied together.
+    """
+    check_columns(columns, imagination.processor.action_space)
+    ranges = {column: (float(v[0]), float(v[-1])) for column, v in zip(columns, values, strict=True)}
+    if set(columns) - set(CONTINUOUS_COLUMNS):
+        raise ValueError(f"a search needs two of {CONTINUOUS_COLUMNS}, found {list(columns)}")
+    space, pitch = SearchSpace(list(columns), bounds=ranges), float(imagination.context.states[-1, 1])
+
+    def costs(decisions: Tensor) -> Tensor:
+        candidates = actions.double().repeat(len(decisions), 1, 1)
+        for at, column in enumerate(space.continuous):
+            set_column(candidates, column, decisions[:, 0, at], pitch)
+        return imagination.costs(candidates, cost)
+
+    return minimize(costs, space, space.initial(1), method=method, generator=generator).cost
+
+
 def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
     """How often the minimum is within one cell of the recorded action, and how often it would be without a model.
 
@@ -202,18 +244,17 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         `within_one_cell`, share of clips, with `ci95` (None with fewer than two sessions); `chance`, the share that a
         random cell would reach; `best_constant`, that of the one cell which suits these clips best;
         `median_distance_cells`; `rank`, the mean of `Landscape.rank`; `rank_other_actions`, the same for the actions
-        recorded in the other clips (None with one clip); and `correlation`, by column, of minimum and recorded action
-        over clips (None where one of them is constant). None where no clip is left.
+        recorded in the other clips (None with one clip); `correlation`, by column, of minimum and recorded action
+        over clips (None where one of them is constant); and `plan_below_neighbourhood`, the share of clips in which a
+        planner's cost is below the mean energy around the recorded action (None where none searched). None where no
+        clip is left.
     """
     pairs = [(land, session) for land, session in zip(landscapes, sessions, strict=True) if land.covers_true]
     figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(pairs)}
     if not pairs:
         missing = ("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells")
-        return {
-            **figures,
-            "sessions": 0,
-            **dict.fromkeys((*missing, "rank", "rank_other_actions", "correlation")),
-        }
+        missing += ("rank", "rank_other_actions", "correlation", "plan_below_neighbourhood")
+        return {**figures, "sessions": 0, **dict.fromkeys(missing)}
     near = np.stack([land.distances() <= 1 for land, _ in pairs])
     hits = np.array([land.distance <= 1 for land, _ in pairs], dtype=np.float64)
     names, session_of = np.unique([session for _, session in pairs], return_inverse=True)
@@ -223,6 +264,11 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         sums, counts = np.bincount(session_of, hits), np.bincount(session_of)
         interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
     covered = [land for land, _ in pairs]
+    planned = [
+        land.plan_cost < around
+        for land in covered
+        if land.plan_cost is not None and (around := land.neighbourhood_energy) is not None
+    ]
     others = [a.rank_of(a.nearest_energy(b.true)) for a in covered for b in covered if a is not b]
     return {
         **figures,
@@ -238,6 +284,7 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
             column: _correlation([land.minimum[axis] for land in covered], [land.true[axis] for land in covered])
             for axis, column in enumerate(covered[0].columns)
         },
+        "plan_below_neighbourhood": float(np.mean(planned)) if planned else None,
     }
 
 
