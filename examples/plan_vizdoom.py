@@ -26,7 +26,7 @@ from vjepa_ac_hf.records import versions, write_file, write_json
 
 AGENTS = ("planner", "random", "still", "oracle")
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
-KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "horizon", "candidates", "iterations")
+KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="256x144", help="as the model's recordings were")
     parser.add_argument("--max_steps", type=int, default=6, help="steps of an episode (default 6)")
     parser.add_argument("--tolerance_degrees", type=float, default=5.0, help="a success is this near (default 5)")
+    parser.add_argument("--hold", type=int, default=1, help="steps in a row that must end so near (default 1)")
     parser.add_argument("--horizon", type=int, default=1, help="steps that the planner looks ahead (default 1)")
     parser.add_argument("--candidates", type=int, default=64, help="of the cross-entropy method (default 64)")
     parser.add_argument("--iterations", type=int, default=4, help="of the cross-entropy method (default 4)")
@@ -53,7 +54,7 @@ def claim_output(output: Path, settings: dict[str, Any]) -> list[dict]:
     """The episodes that are there already; refuses those of other settings."""
     output.mkdir(parents=True, exist_ok=True)
     if (output / "settings.json").is_file():
-        known = json.loads((output / "settings.json").read_text())
+        known = {"hold": 1, **json.loads((output / "settings.json").read_text())}
         differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
         if differing:
             raise SystemExit(f"{output}: episodes of other arguments ({'; '.join(differing)}); choose another --output")
@@ -179,6 +180,7 @@ def main() -> None:
     env = GoalViewWrapper(
         ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
         tolerance_degrees=arguments.tolerance_degrees,
+        hold=arguments.hold,
         max_steps=arguments.max_steps,
     )
     with open(arguments.output / "episodes.jsonl", "a") as results:

@@ -56,8 +56,14 @@ def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
     (tmp_path / "episodes.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])
     assert plan(monkeypatch, model, tmp_path, "--episodes", 3) == episodes
     assert (tmp_path / "episodes.jsonl").read_text() == whole
-    with pytest.raises(SystemExit, match="tolerance_degrees: found 5.0, expected 3.0"):
-        plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3)
+    with pytest.raises(SystemExit, match="tolerance_degrees: found 5.0, expected 3.0; hold: found 1, expected 2"):
+        plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3, "--hold", 2)
+
+
+def test_goals_to_be_held(model, tmp_path, monkeypatch):
+    flags = ("--episodes", 2, "--hold", 2, "--max_steps", 4, "--agents", "oracle")
+    for episode in plan(monkeypatch, model, tmp_path, *flags):
+        assert episode["success"] and episode["steps"] == episode["oracle_steps"] + 1
 
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])

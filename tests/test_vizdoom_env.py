@@ -311,6 +311,28 @@ def test_goals_are_reached_by_their_oracle_and_not_without(steps):
     assert not np.array_equal(first, goals.reset()[0]["goal"])
 
 
+def test_goals_that_must_be_held(steps):
+    goals = GoalViewWrapper(steps, steps=(1, 1), tolerance_degrees=4, hold=2, max_steps=4)
+    goals.reset(seed=0)
+    there, back, still = goals.goal.actions[0], goals.goal.actions[0].copy(), np.zeros(38, np.float32)
+    back[[0, 2]] *= -1
+
+    def play(*actions):
+        goals.reset(options={"goal": goals.goal})
+        return [goals.step(action)[2:] for action in actions]
+
+    ends = play(there, still)
+    assert [(e[0], e[2]["success"]) for e in ends] == [(False, False), (True, True)]
+    # Passing by, twice, is not staying.
+    ends = play(there, back, there, back)
+    assert [(e[0], e[1], e[2]["success"]) for e in ends] == [(False, False, False)] * 3 + [(False, True, False)]
+    assert [e[2]["goal_degrees"] <= 4 for e in ends] == [True, False, True, False]
+    ends = play(there, back, there, still)
+    assert ends[-1][0] and not ends[-1][1] and ends[-1][2]["success"]
+    with pytest.raises(ValueError, match="hold must be 1 to 2, what max_steps 4 leaves after 3 steps, found 3"):
+        GoalViewWrapper(steps, steps=(1, 3), hold=3, max_steps=4)
+
+
 @given(st.floats(-800, 800), st.floats(-90, 90), st.floats(-800, 800), st.floats(-90, 90))
 def test_view_distance(yaw, pitch, goal_yaw, goal_pitch):
     apart = min(abs(yaw - goal_yaw + 360 * turns) for turns in range(-6, 7))

@@ -47,9 +47,10 @@ class GoalViewWrapper(gymnasium.Wrapper):
     """Episodes with a goal: a frame that an oracle has seen some steps from the start.
 
     `reset` draws start and actions, plays them, keeps the last frame as goal, and begins again at the same start:
-    playing `goal.actions` reaches it exactly. Observations are `ModelStepWrapper`'s and `goal`, uint8 `(Y, X, 3)`. A
-    step that ends within both tolerances is a success and terminates the episode. The reward is the decrease of the
-    distance: degrees over `tolerance_degrees`, and map units over `tolerance_units` where that is given.
+    playing `goal.actions` reaches it exactly. Observations are `ModelStepWrapper`'s and `goal`, uint8 `(Y, X, 3)`. With
+    `hold` steps in a row that end within both tolerances the goal is reached: a success, which terminates the episode.
+    The reward is the decrease of the distance: degrees over `tolerance_degrees`, and map units over `tolerance_units`
+    where that is given.
 
     `info` has, beside `ModelStepWrapper`'s: `success`, `goal_degrees` (`view_distance`), `goal_units` (on the map).
 
@@ -60,6 +61,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         walk: probability that it walks ahead during a step.
         tolerance_degrees: a view as close as this is a success.
         tolerance_units: and a place as close as this, in map units (32 to a metre); None: any place.
+        hold: steps in a row that must end so close: 1, passing by is enough; 2, one must stay.
         max_steps: then the episode is truncated.
 
     Attributes:
@@ -78,6 +80,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         walk: float = 0.0,
         tolerance_degrees: float = 5.0,
         tolerance_units: float | None = None,
+        hold: int = 1,
         max_steps: int = 10,
     ):
         if not isinstance(env, ModelStepWrapper):
@@ -85,6 +88,11 @@ class GoalViewWrapper(gymnasium.Wrapper):
         super().__init__(env)
         if not 1 <= steps[0] <= steps[1] <= max_steps:
             raise ValueError(f"steps must be 1 <= least <= most <= max_steps {max_steps}, found {steps}")
+        if not 1 <= hold <= max_steps - steps[1] + 1:
+            raise ValueError(
+                f"hold must be 1 to {max_steps - steps[1] + 1}, what max_steps {max_steps} leaves after {steps[1]} "
+                f"steps, found {hold}"
+            )
         if not 0 < turn[0] <= turn[1] < 180 or not 0 <= walk <= 1:
             raise ValueError(f"turn must be 0 < least <= most < 180 and walk in [0, 1], found {turn} and {walk}")
         if not 0 < tolerance_degrees < turn[0]:
@@ -94,7 +102,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         if tolerance_units is not None and not tolerance_units > 0:
             raise ValueError(f"tolerance_units must be above 0, found {tolerance_units}")
         self.steps, self.turn, self.walk, self.max_steps = steps, turn, walk, max_steps
-        self.tolerance_degrees, self.tolerance_units = tolerance_degrees, tolerance_units
+        self.tolerance_degrees, self.tolerance_units, self.hold = tolerance_degrees, tolerance_units, hold
         self.goal: GoalEpisode | None = None
         goal = spaces.Box(0, 255, env.game.frame_shape, np.uint8)
         self.observation_space = spaces.Dict({**env.views, "goal": goal})
@@ -117,7 +125,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         self.goal = options.get("goal") or self._draw(seed)
         start = {"engine_seed": self.goal.engine_seed, "heading": self.goal.heading}
         seen, info = self.env.reset(seed=seed if "goal" in options else None, options=start)
-        self._done, self._potential = 0, self._distance(seen, info)[2]
+        self._done, self._held, self._potential = 0, 0, self._distance(seen, info)[2]
         return self._observe(seen), {**info, **self._progress(seen, info)}
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
@@ -126,8 +134,9 @@ class GoalViewWrapper(gymnasium.Wrapper):
         self._done += 1
         before, self._potential = self._potential, self._distance(seen, info)[2]
         progress = self._progress(seen, info)
+        self._held = self._held + 1 if progress["success"] else 0
         # Beyond a teleport no view counts.
-        progress["success"] = progress["success"] and not terminated
+        progress["success"] = self._held >= self.hold and not terminated
         truncated = truncated or (self._done >= self.max_steps and not (terminated or progress["success"]))
         reward = float(before - self._potential) if not terminated else 0.0
         return self._observe(seen), reward, terminated or progress["success"], truncated, {**info, **progress}
