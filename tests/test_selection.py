@@ -68,6 +68,21 @@ def test_gui_share_is_that_of_the_clips_ticks(shard, limit):
     assert report.skipped_clips["max_gui_fraction"] == len(ALL_STARTS) - len(rows)
 
 
+def test_no_action_covers_an_unsure_tick(tmp_path):
+    lines = make_lines(TICKS, seed=4)
+    for tick in (0, 100, 101, TICKS - 5):
+        lines[tick]["unsure"] = True
+    lines[50]["unsure"] = False
+    (tmp_path / f"{NAME}.jsonl").write_bytes(to_log(lines))
+    (tmp_path / f"{NAME}.mp4").write_bytes(make_video(TICKS))
+    shards = list_shards([str(shard_of(tmp_path, tmp_path / "shard-000000.tar", [NAME]))])
+    rows, report = build(shards)
+    # The last tubelet of a clip belongs to no action of it: the clip of the last ticks is built.
+    expected = [s for s in ALL_STARTS if not {0, 100, 101, TICKS - 5} & set(range(s, s + 56))]
+    assert starts_of(rows) == expected and ALL_STARTS[-1] in expected and 48 not in expected and 40 in expected
+    assert report.skipped_clips["unsure"] == len(ALL_STARTS) - len(expected) == 8
+
+
 @pytest.mark.parametrize("limit", [0.05, 0.3, 0.9])
 def test_action_share_is_that_of_the_actions_ticks(shard, limit):
     shards, lines = shard
@@ -92,13 +107,13 @@ def test_every_left_out_clip_is_counted_once(shard):
     capped, skipped = select_recordings(shards, Selection(max_clips_per_session=2))
     assert not any(skipped.values())
     rows, report = build(capped, **options)
-    assert len(rows) == 2 and all(report.skipped_clips.values())
+    assert len(rows) == 2 and [k for k, n in report.skipped_clips.items() if not n] == ["unsure"]
     assert sum(report.skipped_clips.values()) == len(ALL_STARTS) - 2
     # The cap keeps, of the clips that are left, those that come first by hash, in order of time.
     rest = starts_of(build(shards, **options)[0])
     assert starts_of(rows) == sorted(sorted(rest, key=lambda s: hashed(f"{NAME}@{s}"))[:2])
     (entry,) = report.per_recording
-    assert entry.skipped_clips == report.skipped_clips and entry.clips == 2 and entry.split == "train"
+    assert entry.skipped_clips == {k: n for k, n in report.skipped_clips.items() if n} and entry.clips == 2 and entry.split == "train"
 
 
 def test_the_report_of_a_recording_counts_its_repairs_and_ticks(shard):

@@ -61,7 +61,7 @@ class BuildReport:
         clips: rows built.
         rejected: what was left out, with its reason.
         repairs: ticks touched in accepted recordings, by repair.
-        skipped_clips: clips left out by a selection option, by its name.
+        skipped_clips: clips left out by a selection option, by its name, or for `unsure` ticks.
         skipped_recordings: recordings left out, unread, by a selection option, by its name.
         other_files: files that belong to no recording.
         per_recording: an entry for every accepted recording.
@@ -227,11 +227,16 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
     return recording, rows, skipped
 
 
+def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
+    """Refuse a video whose average frame rate differs by more than 5 % from that of recordings."""
+    if abs(reader.frame_rate - native_fps) > _TOLERANCE * native_fps:
+        raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")
+
+
 def _match_video(recording: Recording, reader: VideoReader, options: BuildOptions) -> Recording:
     """Check that log and video belong together; cut the log to the shorter of both."""
     spec = options.clip
-    if abs(reader.frame_rate - spec.native_fps) > _TOLERANCE * spec.native_fps:
-        raise VideoError(f"{reader.name}: frame rate: expected {spec.native_fps:g} FPS, found {reader.frame_rate:g}")
+    check_frame_rate(reader, spec.native_fps)
     lines, frames = recording.num_ticks, reader.num_frames
     if abs(lines - frames) > _TOLERANCE * max(lines, frames):
         raise VideoError(

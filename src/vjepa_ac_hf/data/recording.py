@@ -75,6 +75,7 @@ class _Line(msgspec.Struct):
     hotbar: int
     yaw: float
     pitch: float
+    unsure: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Recording:
         pressed: bool (n, 24), keys and mouse buttons down during the tick, columns `PRESSED_COLUMNS`.
         hotbar: int64 (n,), selected slot 0..8.
         gui_open: bool (n,).
+        unsure: bool (n,), ticks that whoever wrote the log marked: no action of a clip covers them.
         repairs: number of ticks affected, for every name of `REPAIRS`.
 
     Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Recordings" and "Repairs".
@@ -106,6 +108,7 @@ class Recording:
     pressed: np.ndarray
     hotbar: np.ndarray
     gui_open: np.ndarray
+    unsure: np.ndarray
     repairs: dict[str, int]
 
     @property
@@ -220,6 +223,7 @@ def parse_recording(
         pressed=pressed,
         hotbar=hotbar,
         gui_open=gui_open,
+        unsure=np.array([line.unsure for line in lines]),
         repairs=repairs,
     )
 

@@ -12,8 +12,9 @@ from .recording import Recording, check_repairs
 from .shards import Shard
 from .splits import session_share
 
-# Options that leave out clips of a recording, in the order in which they are asked, and whole recordings.
-CLIP_SELECTIONS = ("max_gui_fraction", "min_action_fraction", "clip_fraction", "max_clips_per_session")
+# What leaves out clips of a recording, in the order in which it is asked, and the options for whole recordings. Clips
+# with unsure ticks are always left out, the others as options say.
+CLIP_SELECTIONS = ("unsure", "max_gui_fraction", "min_action_fraction", "clip_fraction", "max_clips_per_session")
 RECORDING_SELECTIONS = ("exclude", "session_fraction", "max_clips_per_session")
 
 
@@ -151,7 +152,7 @@ def _share_of(limit: int | None, place: int, parts: int) -> int | None:
 def select_clips(
     recording: Recording, name: str, starts: np.ndarray, options: BuildOptions, max_clips: int | None
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Starts of the clips to keep, in order of time, and how many each option has left out."""
+    """Starts of the clips to keep, in order of time, and how many each of `CLIP_SELECTIONS` has left out."""
     span = np.arange(options.clip.span)
     acted = np.arange(options.clip.ticks_per_tubelet * (options.clip.num_tubelets - 1))
     skipped = dict.fromkeys(CLIP_SELECTIONS, 0)
@@ -161,6 +162,7 @@ def select_clips(
         skipped[option] = int((~wanted).sum())
         starts = starts[wanted]
 
+    keep("unsure", ~recording.unsure[starts[:, None] + acted].any(axis=1))
     if options.max_gui_fraction is not None:
         keep("max_gui_fraction", recording.gui_open[starts[:, None] + span].mean(axis=1) <= options.max_gui_fraction)
     if options.min_action_fraction is not None:

@@ -7,7 +7,7 @@ with the model, `control` replans as frames come in, `environments` turns action
 
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view
 from .control import Controller
-from .environments import to_minerl_action, to_vpt_lines
+from .environments import VPTLog, to_minerl_action, to_vpt_lines
 from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
 from .planner import Context, GoalCost, Imagination, Plan, encode_context, encode_goal, plan
 from .search import CEM, MPPI, minimize
@@ -24,6 +24,7 @@ __all__ = [
     "Landscape",
     "Plan",
     "SearchSpace",
+    "VPTLog",
     "encode_context",
     "encode_goal",
     "energy_landscape",

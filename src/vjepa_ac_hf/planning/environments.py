@@ -4,6 +4,8 @@ An action of the model lasts several game ticks. Movement is divided evenly amon
 rounding; keys and buttons are held for all of them; number keys are pressed in the first one.
 """
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -94,8 +96,6 @@ def to_minerl_action(actions: Any, *, ticks_per_step: int = 8) -> list[dict[str,
 def to_vpt_lines(actions: Any, state: Any, *, ticks_per_step: int = 8) -> list[dict[str, Any]]:
     """Lines of a VPT log, one a tick, `steps * ticks_per_step` of them (docs/data.md, "Recordings").
 
-    The first line's `newButtons` is empty: readers of VPT take `[0]` there for the stuck-attack fault.
-
     Args:
         actions: `(38,)` or `(steps, 38)`, raw, columns `ACTION_COLUMNS`.
         state: `(2,)`, yaw and pitch in degrees at the first tick.
@@ -104,44 +104,116 @@ def to_vpt_lines(actions: Any, state: Any, *, ticks_per_step: int = 8) -> list[d
     Raises:
         ValueError: another shape, values that are not finite, no ticks.
     """
-    values = _check(actions, ticks_per_step)
-    yaw, pitch = (float(x) for x in torch.as_tensor(state).double().reshape(2))
-    lines: list[dict[str, Any]] = []
-    keys: list[str] = []
-    buttons: list[int] | None = None
-    for step in range(len(values)):
-        held = [c for c in _pressed(values, step, MINERL_NAMES) if c.startswith("key.") and c not in NUMBER_KEYS]
-        held += _pressed(values, step, ["key.right.shift"])
-        numbers = _pressed(values, step, NUMBER_KEYS)
-        now = [BUTTONS.index(c) for c in _pressed(values, step, BUTTONS)]
-        slot = int(values[step, COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1].argmax())
-        dx, dy, turn, look = (
-            _divide(values[step, COLUMN[c]], ticks_per_step)
-            for c in ("mouse_dx", "mouse_dy", "yaw_delta", "pitch_delta")
-        )
-        for tick in range(ticks_per_step):
-            down = held + (numbers if tick == 0 else [])
-            lines.append(
-                {
-                    "mouse": {
-                        "dx": dx[tick],
-                        "dy": dy[tick],
-                        "dwheel": 0.0,
-                        "buttons": now,
-                        "newButtons": [] if buttons is None else [b for b in now if b not in buttons],
-                    },
-                    "keyboard": {
-                        "keys": ["key.keyboard." + c.removeprefix("key.") for c in down],
-                        "newKeys": ["key.keyboard." + c.removeprefix("key.") for c in down if c not in keys],
-                        "chars": "",
-                    },
-                    "isGuiOpen": bool(values[step, COLUMN["gui_open"]]),
-                    "hotbar": slot if tick == 0 or not numbers else NUMBER_KEYS.index(numbers[-1]),
-                    "yaw": yaw,
-                    "pitch": pitch,
-                    "tick": len(lines),
-                }
-            )
-            keys, buttons = down, now
-            yaw, pitch = yaw + turn[tick], min(max(pitch + look[tick], -PITCH_SCALE), PITCH_SCALE)
-    return lines
+    log = VPTLog(state, ticks_per_step=ticks_per_step)
+    return log.add(actions) + log.finish()
+
+
+class VPTLog:
+    """Lines of a VPT log from actions that come a few at a time; what a line has of the past is kept.
+
+    The first line's `newButtons` is empty: readers of VPT take `[0]` there for the stuck-attack fault. The slot changes
+    where the actions say so: within a step that presses the new slot's number key, else with the next step's first tick,
+    where readers add the key (docs/data.md, "Repairs", `hotbar_injected`).
+
+    Args:
+        state: `(2,)`, yaw and pitch in degrees at the first tick.
+        ticks_per_step: game ticks that an action lasts.
+        whole_mouse: mouse movement in whole counts, as games report it. What rounding leaves of a step goes into the
+            next: sums over any number of steps are off by less than one count.
+        clamp_pitch: keep pitch in [-90, 90]; False where the pitch at the first tick is not known.
+    """
+
+    def __init__(self, state: Any, *, ticks_per_step: int = 8, whole_mouse: bool = False, clamp_pitch: bool = True):
+        self.yaw, self.pitch = (float(x) for x in torch.as_tensor(state).double().reshape(2))
+        self.ticks_per_step, self.whole_mouse, self.clamp_pitch = ticks_per_step, whole_mouse, clamp_pitch
+        self.ticks = 0
+        self._slot, self._gui = 0, False
+        self._keys: list[str] = []
+        self._buttons: list[int] | None = None
+        self._left_over = [0.0, 0.0]  # of the mouse, by axis
+        self._waiting: np.ndarray | None = None
+
+    def add(self, actions: Any) -> list[dict[str, Any]]:
+        """Lines of the steps that are complete: the last one given waits for the next, which says its last slot.
+
+        Args:
+            actions: `(38,)` or `(steps, 38)`, raw. Where no hotbar column is set, the slot follows from number keys.
+        """
+        values = _check(actions, self.ticks_per_step)
+        lines = []
+        for step in values:
+            if self._waiting is not None:
+                lines += self._step(self._waiting, step)
+            self._waiting = step
+        return lines
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Lines of the step that waits."""
+        last, self._waiting = self._waiting, None
+        return [] if last is None else self._step(last, None)
+
+    def idle(self, ticks: int) -> list[dict[str, Any]]:
+        """Lines without input, after `finish`: view, slot and GUI stay."""
+        return [self._line(0.0, 0.0, [], []) for _ in range(ticks)]
+
+    def _step(self, values: np.ndarray, following: np.ndarray | None) -> list[dict[str, Any]]:
+        row, ticks = values[None], self.ticks_per_step
+        held = [c for c in _pressed(row, 0, MINERL_NAMES) if c.startswith("key.") and c not in NUMBER_KEYS]
+        held += _pressed(row, 0, ["key.right.shift"])
+        numbers = _pressed(row, 0, NUMBER_KEYS)
+        buttons = [BUTTONS.index(c) for c in _pressed(row, 0, BUTTONS)]
+        self._slot = _slot_of(values, self._slot)
+        self._gui = bool(values[COLUMN["gui_open"]])
+        next_slot = NUMBER_KEYS.index(numbers[-1]) if numbers else self._slot
+        if following is not None and NUMBER_KEYS[_slot_of(following, next_slot)] in numbers:
+            next_slot = _slot_of(following, next_slot)
+        elif following is not None:
+            next_slot = self._slot
+        dx, dy = (self._mouse(axis, values[COLUMN[c]]) for axis, c in enumerate(("mouse_dx", "mouse_dy")))
+        turn, look = (_divide(values[COLUMN[c]], ticks) for c in ("yaw_delta", "pitch_delta"))
+        lines = []
+        for tick in range(ticks):
+            lines.append(self._line(dx[tick], dy[tick], held + (numbers if tick == 0 else []), buttons))
+            self._slot = next_slot
+            self.yaw, self.pitch = self.yaw + turn[tick], self.pitch + look[tick]
+            if self.clamp_pitch:
+                self.pitch = min(max(self.pitch, -PITCH_SCALE), PITCH_SCALE)
+        return lines
+
+    def _mouse(self, axis: int, total: float) -> list[float]:
+        if not self.whole_mouse:
+            return _divide(total, self.ticks_per_step)
+        counts = math.floor(total + self._left_over[axis] + 0.5)
+        self._left_over[axis] += total - counts
+        edges = [round(counts * tick / self.ticks_per_step) for tick in range(self.ticks_per_step + 1)]
+        return [float(b - a) for a, b in itertools.pairwise(edges)]
+
+    def _line(self, dx: float, dy: float, keys: list[str], buttons: list[int]) -> dict[str, Any]:
+        before = buttons if self._buttons is None else self._buttons
+        line = {
+            "mouse": {
+                "dx": dx,
+                "dy": dy,
+                "dwheel": 0.0,
+                "buttons": buttons,
+                "newButtons": [b for b in buttons if b not in before],
+            },
+            "keyboard": {
+                "keys": ["key.keyboard." + c.removeprefix("key.") for c in keys],
+                "newKeys": ["key.keyboard." + c.removeprefix("key.") for c in keys if c not in self._keys],
+                "chars": "",
+            },
+            "isGuiOpen": self._gui,
+            "hotbar": self._slot,
+            "yaw": self.yaw,
+            "pitch": self.pitch,
+            "tick": self.ticks,
+        }
+        self._keys, self._buttons, self.ticks = keys, buttons, self.ticks + 1
+        return line
+
+
+def _slot_of(values: np.ndarray, otherwise: int) -> int:
+    """The slot of an action, or another number where no hotbar column is set."""
+    slots = values[COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1]
+    return int(slots.argmax()) if slots.any() else otherwise
