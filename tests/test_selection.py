@@ -113,7 +113,11 @@ def test_every_left_out_clip_is_counted_once(shard):
     rest = starts_of(build(shards, **options)[0])
     assert starts_of(rows) == sorted(sorted(rest, key=lambda s: hashed(f"{NAME}@{s}"))[:2])
     (entry,) = report.per_recording
-    assert entry.skipped_clips == {k: n for k, n in report.skipped_clips.items() if n} and entry.clips == 2 and entry.split == "train"
+    assert (
+        entry.skipped_clips == {k: n for k, n in report.skipped_clips.items() if n}
+        and entry.clips == 2
+        and entry.split == "train"
+    )
 
 
 def test_the_report_of_a_recording_counts_its_repairs_and_ticks(shard):

@@ -162,7 +162,7 @@ def select_clips(
         skipped[option] = int((~wanted).sum())
         starts = starts[wanted]
 
-    keep("unsure", ~recording.unsure[starts[:, None] + acted].any(axis=1))
+    keep("unsure", np.logical_not(recording.unsure[starts[:, None] + acted].any(axis=1)))
     if options.max_gui_fraction is not None:
         keep("max_gui_fraction", recording.gui_open[starts[:, None] + span].mean(axis=1) <= options.max_gui_fraction)
     if options.min_action_fraction is not None:

@@ -112,8 +112,8 @@ class VPTLog:
     """Lines of a VPT log from actions that come a few at a time; what a line has of the past is kept.
 
     The first line's `newButtons` is empty: readers of VPT take `[0]` there for the stuck-attack fault. The slot changes
-    where the actions say so: within a step that presses the new slot's number key, else with the next step's first tick,
-    where readers add the key (docs/data.md, "Repairs", `hotbar_injected`).
+    where the actions say so: within a step that presses the new slot's number key, else with the next step's first
+    tick, where readers add the key (docs/data.md, "Repairs", `hotbar_injected`).
 
     Args:
         state: `(2,)`, yaw and pitch in degrees at the first tick.

@@ -1,0 +1,136 @@
+"""Label videos: logs from the actions that an inverse dynamics head tells (docs/applications.md, "Labelling").
+
+    python examples/label_videos.py --model HEAD --videos "plays/**/*.mp4" [--output DIR] [--min_confidence 0.6]
+
+For every NAME.mp4 (20 frames a second, any size) NAME.jsonl appears beside it, or in --output: a VPT log, from which
+the builder cuts clips as from any other. NAME.confidence.parquet has a row an action. What is below --min_confidence,
+and the end of the video, is marked unsure, and the builder makes no clips of it. Complete labels are skipped, and a
+run that was killed goes on in the middle of its video. The report (label_report.json in --output, or in the working
+directory) lists what was done, skipped and failed. Exit status 0 only when no video has failed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from vjepa_ac_hf.data.video import VideoError
+from vjepa_ac_hf.labelling import (
+    KEY_DECISIONS,
+    LabelError,
+    LabelFiles,
+    Labeller,
+    find_videos,
+    label_files,
+    label_video,
+)
+from vjepa_ac_hf.labelling.files import SettingsError
+from vjepa_ac_hf.records import versions, write_json
+
+
+def parse_arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="trained inverse dynamics head: folder or Hub repository")
+    parser.add_argument("--videos", nargs="+", required=True, help="files, folders (with those below), patterns")
+    parser.add_argument("--output", type=Path, help="folder for labels and report (default: beside each video)")
+    parser.add_argument("--report", type=Path, help="JSON file (default: label_report.json in --output or here)")
+    parser.add_argument(
+        "--min_confidence", type=float, default=0.0, help="mark ticks unsure below this, 0 to 1 (default 0: none)"
+    )
+    parser.add_argument(
+        "--keys",
+        choices=KEY_DECISIONS,
+        default="likelier",
+        help="pressed where likelier than not, or (balanced) than the key's own rate (default likelier)",
+    )
+    parser.add_argument("--native_fps", type=float, default=20.0, help="frames a second of the videos (default 20)")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips at once (default 8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1, found {arguments.batch_size}")
+    if arguments.report is None:
+        arguments.report = (arguments.output or Path()) / "label_report.json"
+    return arguments
+
+
+def refuse_other_settings(files: list[LabelFiles], settings: dict[str, Any]) -> None:
+    """Before any video is labelled: no folder gets labels of two kinds."""
+    for file in files:
+        try:
+            file.complete(settings)
+        except SettingsError:
+            raise
+        except LabelError:
+            continue  # of this video alone, and reported with it
+
+
+def label_one(labeller: Labeller, file: LabelFiles, batch_size: int) -> dict[str, Any]:
+    """A video's entry in the report."""
+    entry = {"video": str(file.video), "labels": str(file.log)}
+    with tqdm(unit="action", desc=file.name, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            return entry | label_video(labeller, file, batch_size=batch_size, progress=progress)
+        except (VideoError, LabelError) as error:
+            tqdm.write(f"failed: {error}", file=sys.stderr)
+            return entry | {"status": "failed", "reason": str(error)}
+
+
+def report(arguments: argparse.Namespace, labeller: Labeller, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {status: sum(e["status"] == status for e in entries) for status in ("done", "skipped", "failed")}
+    ticks, unsure = (sum(e.get(k, 0) for e in entries) for k in ("ticks", "unsure_ticks"))
+    return {
+        **counts,
+        "ticks": ticks,
+        "unsure_ticks": unsure,
+        "unsure_share": unsure / ticks if ticks else None,
+        "with_confidence": labeller.columns,
+        "without_confidence": labeller.model.config.continuous_columns,
+        "model": labeller.name,
+        "settings": labeller.settings,
+        "videos": entries,
+        "command": " ".join(sys.argv),
+        "versions": versions(),
+    }
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    entries: list[dict[str, Any]] = []
+    try:
+        files = label_files(find_videos(arguments.videos), arguments.output)
+        labeller = Labeller.from_pretrained(
+            arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            native_fps=arguments.native_fps,
+            min_confidence=arguments.min_confidence,
+            keys=arguments.keys,
+        )
+        refuse_other_settings(files, labeller.settings)
+    except ValueError as error:
+        raise SystemExit(f"label_videos.py: {error}") from error
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for file in tqdm(files, unit="video"):
+            entries.append(label_one(labeller, file, arguments.batch_size))
+    finally:
+        found = report(arguments, labeller, entries)
+        write_json(arguments.report, found)
+    share = "" if found["unsure_share"] is None else f", {found['unsure_share']:.1%} of the ticks unsure"
+    print(f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed{share}; {arguments.report}")
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
