@@ -80,6 +80,21 @@ def test_keys():
     assert found["mean_average_precision"] == pytest.approx(np.mean([f["average_precision"] for f in expected]))
 
 
+def test_accuracy_at_even_odds_undoes_a_weight_of_the_loss():
+    """A head that knows the probabilities, trained with weights w, has logits log(w p / (1 - p))."""
+    rng = np.random.default_rng(3)
+    weights, chances = np.array([20.0, 3.0, 0.2]), rng.random((4000, 3)) ** 3
+    references = (rng.random((4000, 3)) < chances).astype(float)
+    logits = np.log(weights * chances / (1 - chances))
+    metric = KeyMetric()
+    metric.add_batch(predictions=logits, references=references)
+    found = metric.compute(columns=["a", "b", "c"], even_odds=np.log(weights))["columns"].values()
+    for i, figures in enumerate(found):
+        assert figures["accuracy_at_even_odds"] == ((chances[:, i] > 0.5) == references[:, i]).mean()
+        # The best that can be done, above the majority's share and above the threshold of 0.
+        assert figures["accuracy_at_even_odds"] > max(figures["accuracy"], figures["majority_accuracy"])
+
+
 def test_keys_that_are_never_pressed_have_no_figures():
     metric = KeyMetric()
     metric.add_batch(predictions=[[1.0, -1.0], [-1.0, -1.0]], references=[[1.0, 0.0], [1.0, 0.0]])

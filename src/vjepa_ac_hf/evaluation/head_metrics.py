@@ -40,17 +40,20 @@ def average_precision(scores: np.ndarray, references: np.ndarray) -> float | Non
     return float((np.diff(recall, prepend=0.0) * precision).sum())
 
 
-def key_figures(scores: np.ndarray, references: np.ndarray, threshold: float = 0.0) -> dict[str, Any]:
+def key_figures(
+    scores: np.ndarray, references: np.ndarray, threshold: float = 0.0, even_odds: float = 0.0
+) -> dict[str, Any]:
     """Precision, recall, F1 and average precision of one key.
 
     Args:
         scores: `(rows,)`, logits; above `threshold` the key is told to be pressed.
         references: `(rows,)`, 0 or 1.
         threshold: of the scores.
+        even_odds: the score of a key that is as likely pressed as not: log(`pos_weight`) where the loss had weights.
 
     Returns:
-        `f1`, `precision`, `recall`, `accuracy`, `average_precision`, `share` (pressed rows), `majority_accuracy` (of
-        always telling the more frequent one) and `pressed` (rows). Precision is None where nothing is told, recall
+        `f1`, `precision`, `recall`, `accuracy` at the threshold, `accuracy_at_even_odds`, `average_precision`, `share`
+        (pressed rows), `majority_accuracy` (of always telling the more frequent one) and `pressed` (rows). Precision is None where nothing is told, recall
         and F1 where nothing is pressed.
     """
     told, pressed = scores > threshold, references > 0.5
@@ -61,6 +64,7 @@ def key_figures(scores: np.ndarray, references: np.ndarray, threshold: float = 0
         "precision": hits / int(told.sum()) if told.any() else None,
         "recall": hits / int(pressed.sum()) if pressed.any() else None,
         "accuracy": float((told == pressed).mean()),
+        "accuracy_at_even_odds": float(((scores > even_odds) == pressed).mean()),
         "majority_accuracy": max(share, 1 - share),
         "average_precision": average_precision(scores, pressed.astype(np.float64)),
         "share": share,
@@ -125,17 +129,29 @@ class _RowsMetric(evaluate.Metric):
 class KeyMetric(_RowsMetric):
     """`key_figures` of every key.
 
-    Rows: `predictions` logits and `references` 0 or 1, a number a column. `compute(columns=[...], threshold=0.0)` gives
-    `columns` (figures by name), and `macro_f1` and `mean_average_precision`, means over the keys that are ever pressed.
+    Rows: `predictions` logits and `references` 0 or 1, a number a column. `compute(columns=[...], threshold=0.0,
+    even_odds=None)` (of each column; None: 0) gives `columns` (figures by name), and `macro_f1` and `mean_average_precision`, means over the keys that are ever pressed.
     """
 
     description = "Precision, recall, F1 and average precision of keys."
     inputs = "predictions (list of float): logits. references (list of float): 0 or 1. columns (list of str)."
 
-    def _compute(self, *, predictions: Any, references: Any, columns: Sequence[str], threshold: float = 0.0) -> dict:
+    def _compute(
+        self,
+        *,
+        predictions: Any,
+        references: Any,
+        columns: Sequence[str],
+        threshold: float = 0.0,
+        even_odds: Sequence[float] | None = None,
+    ) -> dict:
         scores, pressed = np.asarray(predictions, float), np.asarray(references, float)
         _check_rows(columns, {"predictions": scores, "references": pressed})
-        figures = {c: key_figures(scores[:, i], pressed[:, i], threshold) for i, c in enumerate(columns)}
+        even = [0.0] * len(columns) if even_odds is None else even_odds
+        figures = {
+            c: key_figures(scores[:, i], pressed[:, i], threshold, odds)
+            for i, (c, odds) in enumerate(zip(columns, even, strict=True))
+        }
         return {
             "columns": figures,
             "macro_f1": _mean([f["f1"] for f in figures.values()]),

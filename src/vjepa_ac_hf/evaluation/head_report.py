@@ -19,6 +19,8 @@ _NUMBERS = {
     "precision": "precision",
     "recall": "recall",
     "average_precision": "average precision",
+    "accuracy_at_even_odds": "accuracy",
+    "majority_accuracy": "... of the more frequent answer",
     "share": "share pressed",
     "pressed": "pressed",
 }

@@ -1,6 +1,7 @@
 """Training of heads: labels of clips, statistics of actions, parameter groups, figures on validation clips."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -255,6 +256,8 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
     for kind, metric in (("camera", CameraMetric), ("keys", KeyMetric)):
         if kind in at:
             pair = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
+            if kind == "keys" and config.pos_weight is not None:
+                pair["even_odds"] = [math.log(weight) for weight in config.pos_weight]
             figures[kind] = metric().compute(**pair, columns=kinds[kind])
     if "slot" in at:
         pair = {"predictions": rows["told"][:, at["slot"]], "references": rows["true"][:, at["slot"]]}
