@@ -53,8 +53,8 @@ def key_figures(
 
     Returns:
         `f1`, `precision`, `recall`, `accuracy` at the threshold, `accuracy_at_even_odds`, `average_precision`, `share`
-        (pressed rows), `majority_accuracy` (of always telling the more frequent one) and `pressed` (rows). Precision is None where nothing is told, recall
-        and F1 where nothing is pressed.
+        (pressed rows), `majority_accuracy` (of always telling the more frequent one) and `pressed` (rows). Precision is
+        None where nothing is told, recall and F1 where nothing is pressed.
     """
     told, pressed = scores > threshold, references > 0.5
     hits = int((told & pressed).sum())
@@ -130,7 +130,8 @@ class KeyMetric(_RowsMetric):
     """`key_figures` of every key.
 
     Rows: `predictions` logits and `references` 0 or 1, a number a column. `compute(columns=[...], threshold=0.0,
-    even_odds=None)` (of each column; None: 0) gives `columns` (figures by name), and `macro_f1` and `mean_average_precision`, means over the keys that are ever pressed.
+    even_odds=None)` (of each column; None: 0) gives `columns` (figures by name), and `macro_f1` and
+    `mean_average_precision`, means over the keys that are ever pressed.
     """
 
     description = "Precision, recall, F1 and average precision of keys."
