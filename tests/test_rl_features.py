@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from vjepa_ac_hf import VJEPA2ACProcessor
-from vjepa_ac_hf.envs.features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper
+from vjepa_ac_hf.envs.features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper, token_similarities
 
 SIZE = (40, 48)
 NUM_ENVS = 8
@@ -351,3 +351,131 @@ def test_vizdoom_goals_with_features_for_stable_baselines(model, processor):
     vector.close()
     for single in singles:
         single.close()
+
+
+# --- Stable-Baselines3's environments ---------------------------------------------------------------------------
+
+
+class Ends(Pictures):
+    """Episodes that are cut off as often as they end, with things to tell."""
+
+    def reset(self, *, seed=None, options=None):
+        seen, _ = super().reset(seed=seed)
+        self.cut, self.render_mode = bool(self.np_random.random() < 0.5), None
+        return seen, {"left": self.left, "where": np.full(2, self.left / 2), "begun": True}
+
+    def step(self, action):
+        seen, reward, ended, _, _ = super().step(action)
+        info = {"left": self.left, "where": np.full(2, self.left / 2), "name": f"{self.left} left"}
+        return seen, reward + self.left, ended and not self.cut, ended and self.cut, info
+
+
+def brute_force_similarities(features: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    found = np.zeros((len(features), len(goal)))
+    for i, one in enumerate(features):
+        for j, other in enumerate(goal):
+            a = [float(x) - float(np.mean(features[:, d])) for d, x in enumerate(one)]
+            b = [float(x) - float(np.mean(goal[:, d])) for d, x in enumerate(other)]
+            product = sum(x * y for x, y in zip(a, b, strict=True))
+            found[i, j] = product / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+    return found
+
+
+def test_token_similarities_against_brute_force():
+    features, goal = np.random.default_rng(0).normal(size=(2, 3, 5, 7)).astype(np.float32)
+    found = token_similarities(features + 9, goal)
+    expected = np.stack([brute_force_similarities(a, b) for a, b in zip(features, goal, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert not token_similarities(np.ones((5, 7)), goal[0]).any()  # a view of one colour is like nothing
+    with pytest.raises(ValueError, match=r"one shape \(\.\.\., N, D\), found \(5, 7\) and \(6, 7\)"):
+        token_similarities(np.ones((5, 7)), np.ones((6, 7)))
+
+
+def pool(seen: dict, pooling: str) -> np.ndarray:
+    """The oracle of `GoalFeatures`, one environment's."""
+    features, goal = seen["features"][-1], seen["goal"][-1]
+    if pooling == "similarity":
+        return brute_force_similarities(features, goal).ravel()
+    if pooling == "mean":
+        return np.array([*features.mean(0), *goal.mean(0), *(goal.mean(0) - features.mean(0))])
+    return np.array([*features.ravel(), *goal.ravel()])
+
+
+@pytest.mark.parametrize("pooling", ["similarity", "mean", "none"])
+def test_vector_environment_is_what_stable_baselines_makes_of_single_ones(model, processor, pooling):
+    """Eight environments; the encoder once a step for all, against its own `DummyVecEnv` with an encoder each."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+    from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv
+
+    options = {"still_keys": ("goal",), "pooling": "none"}
+    games = SyncVectorEnv([lambda: Ends(as_dict=True)] * NUM_ENVS, autoreset_mode=AutoresetMode.SAME_STEP)
+    vector = SB3VectorEnv(VJEPA2ACVectorFeatureWrapper(games, model, processor, **options))
+    found_env = VecMonitor(GoalFeatures(vector, pooling))
+    single = DummyVecEnv([lambda: VJEPA2ACFeatureWrapper(Ends(as_dict=True), model, processor, **options)] * NUM_ENVS)
+    found_env.seed(5)
+    single.seed(5)
+    found, expected = found_env.reset(), single.reset()
+    assert found_env.observation_space.shape == found[0].shape and found.dtype == np.float32
+
+    def compare(found: np.ndarray, expected: dict) -> None:
+        for i, one in enumerate(found):
+            seen = {key: expected[key][i] for key in ("features", "goal")}
+            np.testing.assert_allclose(one, pool(seen, pooling), atol=5e-5)
+
+    compare(found, expected)
+    ended = {True: 0, False: 0}
+    for step in range(12):
+        actions = (np.arange(NUM_ENVS) + step) % 2
+        found, rewards, dones, infos = found_env.step(actions)
+        expected, expected_rewards, expected_dones, expected_infos = single.step(actions)
+        compare(found, expected)
+        np.testing.assert_array_equal(rewards, expected_rewards)
+        np.testing.assert_array_equal(dones, expected_dones)
+        for i, (info, known) in enumerate(zip(infos, expected_infos, strict=True)):
+            assert set(info) - {"episode"} == set(known)
+            for key in ("left", "name", "TimeLimit.truncated"):
+                assert info[key] == known[key]
+            np.testing.assert_array_equal(info["where"], known["where"])
+            if dones[i]:
+                ended[known["TimeLimit.truncated"]] += 1
+                last = known["terminal_observation"]
+                np.testing.assert_allclose(info["terminal_observation"], pool(last, pooling), atol=5e-5)
+                assert vector.reset_infos[i]["begun"] and single.reset_infos[i]["left"] == vector.reset_infos[i]["left"]
+    assert min(ended.values()) > 3
+    assert found_env.get_attr("left") == single.get_attr("left")
+    assert found_env.env_is_wrapped(VJEPA2ACFeatureWrapper, [1]) == [False]
+
+
+def test_vector_environments_that_do_not_fit_are_refused(model, processor):
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv
+
+    with pytest.raises(ValueError, match=r"autoreset mode SAME_STEP, found .*NEXT_STEP"):
+        SB3VectorEnv(SyncVectorEnv([Pictures]))
+    with pytest.raises(ValueError, match="must be a vector environment"):
+        SB3VectorEnv(Pictures())
+    venv = DummyVecEnv([lambda: VJEPA2ACFeatureWrapper(Ends(as_dict=True), model, processor, still_keys=("goal",))])
+    with pytest.raises(ValueError, match=r"must have features \(T, N, D\) and goal \(1, N, D\), found Dict"):
+        GoalFeatures(venv)
+    with pytest.raises(ValueError, match="pooling must be one of .*'similarity'.*found 'attentive'"):
+        GoalFeatures(venv, "attentive")
+
+
+def test_standardized_features_are_saved_with_the_policy():
+    pytest.importorskip("stable_baselines3")
+    from vjepa_ac_hf.envs.sb3 import Standardize
+
+    seen = np.random.default_rng(0).normal(5, [1, 2, 3, 0], size=(400, 4)).astype(np.float32)
+    extractor = Standardize(spaces.Box(-9, 9, (4,)))
+    extractor.fit(seen)
+    found = extractor(torch.from_numpy(seen)).numpy()
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(found.std(axis=0), [1, 1, 1, 0], atol=1e-5)
+    other = Standardize(spaces.Box(-9, 9, (4,)))
+    other.load_state_dict(extractor.state_dict())
+    np.testing.assert_array_equal(other(torch.from_numpy(seen)).numpy(), found)
+    assert not list(extractor.parameters())

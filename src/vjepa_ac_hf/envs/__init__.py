@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise ImportError("vjepa_ac_hf.envs needs Gymnasium: pip install 'vjepa-ac-hf[rl,vizdoom]'") from error
 
-from .features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper
+from .features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper, token_similarities
 from .goals import GoalEpisode, GoalViewWrapper, view_distance
 from .recording import RecordVPT, VPTWriter
 from .steps import DiscreteActions, ModelStepWrapper, raw_action
@@ -21,9 +21,11 @@ def make_steps(**options) -> gymnasium.Env:
     return ModelStepWrapper(VizDoomVPTEnv(**options))
 
 
-def make_goals(*, resolution: str = "640x360", render_mode: str | None = None, **options) -> gymnasium.Env:
+def make_goals(
+    *, resolution: str = "640x360", places: int | None = None, render_mode: str | None = None, **options
+) -> gymnasium.Env:
     """`make_steps` with a view to be reached; other options are `GoalViewWrapper`'s."""
-    return GoalViewWrapper(make_steps(resolution=resolution, render_mode=render_mode), **options)
+    return GoalViewWrapper(make_steps(resolution=resolution, places=places, render_mode=render_mode), **options)
 
 
 for _name, _entry in (("", "VizDoomVPTEnv"), ("Steps", "make_steps"), ("Goal", "make_goals")):
@@ -44,5 +46,6 @@ __all__ = [
     "make_goals",
     "make_steps",
     "raw_action",
+    "token_similarities",
     "view_distance",
 ]

@@ -168,6 +168,30 @@ def _frame_shape(space: gymnasium.Space, key: str) -> tuple[int, ...]:
     return space.shape
 
 
+def token_similarities(features: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Which token of one view looks like which of another: what a turn of the view shifts.
+
+    Cosines of all pairs of tokens, each view's mean token taken off before: what all tokens share says nothing about
+    where something is.
+
+    Args:
+        features: `(..., N, D)`.
+        goal: `(..., N, D)`.
+
+    Returns:
+        float32 `(..., N, N)`: token of `features`, token of `goal`.
+
+    Raises:
+        ValueError: other shapes.
+    """
+    if features.shape != goal.shape or features.ndim < 2:
+        raise ValueError(f"features and goal must have one shape (..., N, D), found {features.shape} and {goal.shape}")
+    centred = [x - x.mean(axis=-2, keepdims=True) for x in (features, goal)]
+    # A view of one colour has tokens that are all alike: it is similar to nothing.
+    one, other = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6) for x in centred)
+    return (one @ other.swapaxes(-1, -2)).astype(np.float32)
+
+
 class VJEPA2ACFeatureWrapper(gymnasium.Wrapper):
     """Features of the latest frames of one environment; `VJEPA2ACVectorFeatureWrapper` is for many.
 

@@ -50,7 +50,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
     playing `goal.actions` reaches it exactly. Observations are `ModelStepWrapper`'s and `goal`, uint8 `(Y, X, 3)`. With
     `hold` steps in a row that end within both tolerances the goal is reached: a success, which terminates the episode.
     The reward is the decrease of the distance: degrees over `tolerance_degrees`, and map units over `tolerance_units`
-    where that is given.
+    where that is given; and `success_reward` for a success.
 
     `info` has, beside `ModelStepWrapper`'s: `success`, `goal_degrees` (`view_distance`), `goal_units` (on the map).
 
@@ -62,6 +62,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         tolerance_degrees: a view as close as this is a success.
         tolerance_units: and a place as close as this, in map units (32 to a metre); None: any place.
         hold: steps in a row that must end so close: 1, passing by is enough; 2, one must stay.
+        success_reward: for a success, beside the decrease of the distance.
         max_steps: then the episode is truncated.
 
     Attributes:
@@ -81,6 +82,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         tolerance_degrees: float = 5.0,
         tolerance_units: float | None = None,
         hold: int = 1,
+        success_reward: float = 0.0,
         max_steps: int = 10,
     ):
         if not isinstance(env, ModelStepWrapper):
@@ -101,6 +103,9 @@ class GoalViewWrapper(gymnasium.Wrapper):
             )
         if tolerance_units is not None and not tolerance_units > 0:
             raise ValueError(f"tolerance_units must be above 0, found {tolerance_units}")
+        if not 0 <= success_reward < math.inf:
+            raise ValueError(f"success_reward must be a finite number, at least 0, found {success_reward}")
+        self.success_reward = success_reward
         self.steps, self.turn, self.walk, self.max_steps = steps, turn, walk, max_steps
         self.tolerance_degrees, self.tolerance_units, self.hold = tolerance_degrees, tolerance_units, hold
         self.goal: GoalEpisode | None = None
@@ -139,6 +144,7 @@ class GoalViewWrapper(gymnasium.Wrapper):
         progress["success"] = self._held >= self.hold and not terminated
         truncated = truncated or (self._done >= self.max_steps and not (terminated or progress["success"]))
         reward = float(before - self._potential) if not terminated else 0.0
+        reward += self.success_reward * progress["success"]
         return self._observe(seen), reward, terminated or progress["success"], truncated, {**info, **progress}
 
     def _observe(self, seen: dict) -> dict:

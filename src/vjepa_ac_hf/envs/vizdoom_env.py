@@ -43,6 +43,7 @@ class VizDoomVPTEnv(gymnasium.Env):
         max_ticks: ticks of an episode; None: no limit.
         render_mode: None or "rgb_array", the frame now.
         weapon: draw the weapon that is held.
+        places: from how many places episodes start, the same for all seeds; None: any.
 
     Attributes:
         line: the line of a VPT log of the tick that is done: the state before it, and its input.
@@ -52,7 +53,7 @@ class VizDoomVPTEnv(gymnasium.Env):
 
     Raises:
         ImportError: the extra "vizdoom" is not installed.
-        ValueError: an unknown resolution or render mode, a limit below 1.
+        ValueError: an unknown resolution or render mode, a limit below 1, fewer than 1 place.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
@@ -64,11 +65,15 @@ class VizDoomVPTEnv(gymnasium.Env):
         max_ticks: int | None = None,
         render_mode: str | None = None,
         weapon: bool = False,
+        places: int | None = None,
     ):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', found {render_mode!r}")
         if max_ticks is not None and max_ticks < 1:
             raise ValueError(f"max_ticks must be at least 1, found {max_ticks}")
+        if places is not None and not 1 <= places < 2**31 - 1:
+            raise ValueError(f"places must be at least 1, found {places}")
+        self._engine_seeds = 2**31 if places is None else places + 1
         self.game, self.walls, self._folder = start_game(resolution, weapon)
         self.render_mode, self.max_ticks = render_mode, max_ticks
         self.start_time = FIRST_START
@@ -105,7 +110,9 @@ class VizDoomVPTEnv(gymnasium.Env):
         unknown = sorted(set(options) - {"engine_seed", "heading"})
         if unknown:
             raise ValueError(f"reset options {unknown} are unknown: known are ['engine_seed', 'heading']")
-        engine_seed = options["engine_seed"] if "engine_seed" in options else self.np_random.integers(1, 2**31)
+        engine_seed = (
+            options["engine_seed"] if "engine_seed" in options else self.np_random.integers(1, self._engine_seeds)
+        )
         heading = options["heading"] if "heading" in options else self.np_random.uniform(-180, 180)
         self._episode = {"engine_seed": int(engine_seed), "heading": float(heading)}
         begin_life(self.game, int(engine_seed), float(heading))

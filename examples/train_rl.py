@@ -1,0 +1,481 @@
+"""Reinforcement learning towards goal views in ViZDoom: PPO on frozen features against PPO on pixels.
+
+    python examples/train_rl.py --model demo/model --output rl
+
+Both agents choose among five actions (turn by 20 or 5 degrees to either side, stay) until they have come within 5
+degrees of the goal's view and ended a second step there; passing by is no success. Settings of PPO, size of the
+networks after the features, goals and number of steps are the same. One sees features of view and goal, encoded once a
+step for all environments; the other sees the frames themselves, through Stable-Baselines3's convolutional network.
+
+OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
+every --save_every steps: a second run continues there, and comes to the same agent. OUT/evaluation.jsonl has episodes
+of the trained agents, of random choices, and of an oracle that knows the angles, on goals of their own.
+OUT/summary.json, OUT/success.png and OUT/report.html compare them (docs/environments.md, "Learning").
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
+from vjepa_ac_hf.envs.doom import RESOLUTIONS
+from vjepa_ac_hf.envs.sb3 import GOAL_POOLINGS, GoalFeatures, SB3VectorEnv, Standardize
+from vjepa_ac_hf.envs.steps import turn_between
+from vjepa_ac_hf.evaluation.plots import new_figure
+from vjepa_ac_hf.evaluation.report import PAGE_STYLE, image_tag
+from vjepa_ac_hf.records import versions, write_file, write_json
+from vjepa_ac_hf.training.run_log import weights_checksum
+
+TRAINED = ("features", "pixels")
+AGENTS = (*TRAINED, "random", "oracle")
+TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
+EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
+# For both agents: Stable-Baselines3's, but a horizon for short episodes, some exploration, and half the epochs.
+PPO_SETTINGS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "n_epochs": 5,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "ent_coef": 0.01,
+}
+HIDDEN_SIZES = [128, 128]
+KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "steps", "num_envs", "rollout")
+KEPT += ("batch_size", "save_every")
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser.add_argument("--output", required=True, type=Path, help="folder for agents, episodes and report")
+    parser.add_argument("--agents", nargs="+", choices=TRAINED, default=list(TRAINED), help="default: both")
+    parser.add_argument("--steps", type=int, default=40960, help="steps (of 8 ticks) for each agent (default 40960)")
+    parser.add_argument("--num_envs", type=int, default=8, help="games at a time (default 8)")
+    parser.add_argument("--rollout", type=int, default=128, help="steps of each game between updates (default 128)")
+    parser.add_argument("--batch_size", type=int, default=256, help="of PPO; divides a rollout (default 256)")
+    parser.add_argument("--save_every", type=int, default=5120, help="steps between saved agents (default 5120)")
+    parser.add_argument("--seed", type=int, default=0, help="of agents and training goals")
+    parser.add_argument("--pooling", choices=GOAL_POOLINGS, default="similarity", help="of the features (docs)")
+    parser.add_argument("--places", type=int, help="start at this many places only (default: anywhere)")
+    parser.add_argument("--max_steps", type=int, default=12, help="steps of an episode (default 12)")
+    parser.add_argument("--tolerance_degrees", type=float, default=5.0, help="a success is this near (default 5)")
+    parser.add_argument("--eval_episodes", type=int, default=100, help="goals to compare the agents on (default 100)")
+    parser.add_argument("--resolution", choices=RESOLUTIONS, default="256x144", help="as the model's recordings were")
+    parser.add_argument("--device", default="cpu", help="for model and agents (default cpu)")
+    arguments = parser.parse_args()
+    for name in ("num_envs", "eval_episodes", "steps"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    update = arguments.num_envs * arguments.rollout
+    if arguments.rollout < 2 or arguments.batch_size < 2 or update % arguments.batch_size:
+        parser.error(
+            f"--num_envs * --rollout must be a multiple of --batch_size, and the two latter at least 2, found "
+            f"{arguments.num_envs} * {arguments.rollout} and {arguments.batch_size}"
+        )
+    if arguments.save_every < 1 or arguments.save_every % update or arguments.steps % arguments.save_every:
+        parser.error(
+            f"--steps must be a multiple of --save_every, and that of --num_envs * --rollout, found {arguments.steps}, "
+            f"{arguments.save_every} and {update}"
+        )
+    return arguments
+
+
+def claim_output(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The settings; refuses a folder that has agents of others."""
+    settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
+    settings |= {"encoder": weights_checksum(model.encoder), "ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "settings.json"
+    if path.is_file():
+        known = json.loads(path.read_text())
+        differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
+        if differing:
+            raise SystemExit(f"{path}: agents of other arguments ({'; '.join(differing)}); choose another --output")
+    write_json(path, settings)
+    return settings
+
+
+def read_lines(path: Path, most_steps: int | None = None) -> list[dict]:
+    """Lines of a file of results; drops a last line that is not complete, and steps that were not saved."""
+    whole = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = [json.loads(line) for line in whole if line.endswith("\n")]
+    kept = [line for line in lines if most_steps is None or line["step"] <= most_steps]
+    if len(kept) < len(whole):
+        print(f"{path}: {len(whole) - len(kept)} lines of what was not saved are dropped, and played again")
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept
+
+
+def append_line(file: Any, line: dict) -> None:
+    file.write(json.dumps(line) + "\n")
+    file.flush()
+
+
+# ------------------------------------------------------------------------------------------------- environments
+
+
+class StillView(gymnasium.ObservationWrapper):
+    """View and goal alone; the view as a tubelet that stands still, as goals are encoded."""
+
+    def __init__(self, env: gymnasium.Env, tubelet_size: int):
+        super().__init__(env)
+        views = env.observation_space
+        assert isinstance(views, spaces.Dict)
+        self.tubelet_size = tubelet_size
+        frame = spaces.Box(0, 255, (tubelet_size, *views["goal"].shape), np.uint8)
+        self.observation_space = spaces.Dict({"frame": frame, "goal": views["goal"]})
+
+    def observation(self, observation: dict) -> dict:
+        return {"frame": np.stack([observation["frame"]] * self.tubelet_size), "goal": observation["goal"]}
+
+
+class ViewAndGoalPixels(gymnasium.ObservationWrapper):
+    """What the convolutional network sees: view and goal, one after the other, every second (third, ...) pixel.
+
+    From 60 to 120 rows, uint8 `(Y, X, 6)`.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        views = env.observation_space
+        assert isinstance(views, spaces.Dict)
+        height, width, _ = views["goal"].shape
+        self.every = max(height // 60, 1)
+        shape = (-(-height // self.every), -(-width // self.every), 6)
+        self.observation_space = spaces.Box(0, 255, shape, np.uint8)
+
+    def observation(self, observation: dict) -> np.ndarray:
+        view, goal = (observation[key][:: self.every, :: self.every] for key in ("frame", "goal"))
+        return np.concatenate([view, goal], axis=-1)
+
+
+def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: Any, num_envs: int) -> VecEnv:
+    """Games in this process, as one environment of Stable-Baselines3."""
+    actions = {f"turn {degrees:g}": raw_action(turn=degrees) for degrees in TURNS}
+
+    def make() -> gymnasium.Env:
+        goals = make_goals(
+            resolution=arguments.resolution,
+            places=arguments.places,
+            tolerance_degrees=arguments.tolerance_degrees,
+            max_steps=arguments.max_steps,
+            hold=2,
+            success_reward=5.0,
+        )
+        env = DiscreteActions(goals, actions)
+        return StillView(env, processor.tubelet_size) if agent == "features" else ViewAndGoalPixels(env)
+
+    games = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    if agent != "features":
+        return SB3VectorEnv(games)
+    features = VJEPA2ACVectorFeatureWrapper(games, model, processor, still_keys=("goal",), pooling="none")
+    return GoalFeatures(SB3VectorEnv(features), arguments.pooling)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+class Episodes(BaseCallback):
+    """A line for every episode that ends."""
+
+    def __init__(self, file: Any, progress: tqdm):
+        super().__init__()
+        self.file, self.progress = file, progress
+
+    def _on_step(self) -> bool:
+        self.progress.update(self.training_env.num_envs)
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                line = {
+                    "step": self.num_timesteps,
+                    "success": bool(info["success"]),
+                    "steps": int(info["episode"]["l"]),
+                }
+                line |= {"final_degrees": round(float(info["goal_degrees"]), 4), "ended": info["ended"]}
+                append_line(self.file, {**line, "return": round(float(info["episode"]["r"]), 4)})
+        return True
+
+
+def new_agent(agent: str, arguments: argparse.Namespace, env: VecEnv) -> PPO:
+    policy: dict[str, Any] = {"net_arch": HIDDEN_SIZES}
+    if agent == "pixels":
+        policy["features_extractor_kwargs"] = {"features_dim": 256}
+    else:
+        policy["features_extractor_class"] = Standardize
+    ppo = PPO(
+        "CnnPolicy" if agent == "pixels" else "MlpPolicy",
+        env,
+        n_steps=arguments.rollout,
+        batch_size=arguments.batch_size,
+        policy_kwargs=policy,
+        seed=arguments.seed,
+        device=arguments.device,
+        **PPO_SETTINGS,
+    )
+    if agent == "features":
+        generator = np.random.default_rng(arguments.seed)
+        seen = [env.reset()]
+        while len(seen) * env.num_envs < 256:
+            seen.append(env.step(generator.integers(len(TURNS), size=env.num_envs))[0])
+        ppo.policy.features_extractor.fit(np.concatenate(seen))
+    return ppo
+
+
+def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any) -> PPO:
+    """Train one agent to --steps, from where it was saved."""
+    saved = arguments.output / f"{agent}.zip"
+    # Saved agents know their steps: there is no second record that could contradict them.
+    ppo = PPO.load(saved, device=arguments.device) if saved.is_file() else None
+    done = ppo.num_timesteps if ppo else 0
+    for name in (agent, f"{agent}_saves"):
+        read_lines(arguments.output / f"{name}.jsonl", done)
+    if ppo and done >= arguments.steps:
+        print(f"{saved}: trained already, {done} steps")
+        return ppo
+    env = VecMonitor(make_env(agent, arguments, model, processor, arguments.num_envs))
+    ppo = ppo or new_agent(agent, arguments, env)
+    with (
+        tqdm(total=arguments.steps, initial=done, unit="step", desc=agent) as progress,
+        open(arguments.output / f"{agent}.jsonl", "a") as episodes,
+        open(arguments.output / f"{agent}_saves.jsonl", "a") as saves,
+    ):
+        while done < arguments.steps:
+            # All that is random begins anew, and new episodes begin: a run that was killed does the same from here on.
+            ppo.set_env(env, force_reset=True)
+            ppo.set_random_seed(int(np.random.SeedSequence([arguments.seed, done]).generate_state(1)[0]))
+            began = time.perf_counter()
+            ppo.learn(arguments.save_every, callback=Episodes(episodes, progress), reset_num_timesteps=False)
+            seconds, done = time.perf_counter() - began, ppo.num_timesteps
+            append_line(saves, {"step": done, "seconds": round(seconds, 3)})
+            for file in (episodes, saves):
+                os.fsync(file.fileno())
+            unfinished = arguments.output / f".{agent}.tmp.zip"
+            ppo.save(unfinished)
+            os.replace(unfinished, saved)
+    env.close()
+    return ppo
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def play(env: VecEnv, agent: str, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]:
+    """One episode, as a line of the results."""
+    env.seed(seed)
+    seen = env.reset()
+    start, total, steps, done = env.reset_infos[0]["goal_degrees"], 0.0, 0, False
+    while not done:
+        seen, rewards, dones, infos = env.step(np.array([choose(seen)]))
+        total, steps, done, info = total + float(rewards[0]), steps + 1, bool(dones[0]), infos[0]
+    return {
+        "agent": agent,
+        "seed": seed,
+        "success": bool(info["success"]),
+        "steps": steps,
+        "start_degrees": round(float(start), 4),
+        "final_degrees": round(float(info["goal_degrees"]), 4),
+        "return": round(total, 4),
+        "ended": str(info["ended"]),
+    }
+
+
+def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[Any], int]:
+    """From what is seen to the number of an action."""
+    generator = np.random.default_rng(seed)
+
+    def oracle(_: Any) -> int:
+        left = turn_between(env.get_attr("view")[0][0], float(env.get_attr("goal")[0].state[0]))
+        return int(np.argmin(np.abs(np.array(TURNS) - left)))
+
+    if ppo is not None:
+        return lambda seen: int(ppo.predict(seen, deterministic=True)[0][0])
+    return oracle if agent == "oracle" else lambda _: int(generator.integers(len(TURNS)))
+
+
+def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any, processor: Any) -> list[dict]:
+    """Episodes of all agents on the same goals."""
+    path = arguments.output / "evaluation.jsonl"
+    known = read_lines(path)
+    done = {(e["agent"], e["seed"]) for e in known}
+    seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
+    agents = [a for a in AGENTS if a in trained or a not in TRAINED]
+    wanted = [(agent, seed) for agent in agents for seed in seeds]
+    env, current = None, ""
+    with open(path, "a") as results:
+        for agent, seed in tqdm(wanted, unit="episode", desc="evaluation"):
+            if (agent, seed) in done:
+                continue
+            sees = "features" if agent == "features" else "pixels"
+            if env is None or sees != current:
+                if env is not None:
+                    env.close()
+                env, current = make_env(sees, arguments, model, processor, 1), sees
+            known.append(play(env, agent, seed, chooser(agent, env, trained.get(agent), seed)))
+            append_line(results, known[-1])
+            os.fsync(results.fileno())
+    if env is not None:
+        env.close()
+    return [e for e in known if (e["agent"], e["seed"]) in set(wanted)]
+
+
+# ------------------------------------------------------------------------------------------------------ summary
+
+
+def wilson(successes: int, count: int) -> list[float]:
+    """Wilson's score interval at 95 %."""
+    z, rate = 1.96, successes / count
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
+
+
+def rate_of(episodes: list[dict]) -> dict[str, Any]:
+    if not episodes:
+        return {"episodes": 0, "success_rate": None, "success_rate_ci95": None}
+    successes, count = sum(e["success"] for e in episodes), len(episodes)
+    return {"episodes": count, "success_rate": successes / count, "success_rate_ci95": wilson(successes, count)}
+
+
+def summarize(arguments: argparse.Namespace, evaluation: list[dict]) -> dict[str, Any]:
+    """Figures by agent: on the goals of the evaluation, and for the trained ones during the training."""
+    found: dict[str, Any] = {}
+    for agent in AGENTS:
+        own = [e for e in evaluation if e["agent"] == agent]
+        if not own:
+            continue
+        found[agent] = {
+            **rate_of(own),
+            "steps": float(np.mean([e["steps"] for e in own])),
+            "start_degrees": float(np.mean([e["start_degrees"] for e in own])),
+            "final_degrees": float(np.mean([e["final_degrees"] for e in own])),
+            "final_degrees_median": float(np.median([e["final_degrees"] for e in own])),
+            "return": float(np.mean([e["return"] for e in own])),
+            "ended_early": sum(e["ended"] in ("death", "teleport") for e in own),
+        }
+        if agent in TRAINED:
+            lines = read_lines(arguments.output / f"{agent}.jsonl")
+            saves = read_lines(arguments.output / f"{agent}_saves.jsonl")
+            seconds = sum(s["seconds"] for s in saves)
+            found[agent]["training"] = {
+                "steps": arguments.steps,
+                "seconds": seconds,
+                "steps_per_second": arguments.steps / seconds,
+                "curve": [
+                    {
+                        "step": s["step"],
+                        **rate_of([x for x in lines if 0 <= s["step"] - x["step"] < arguments.save_every]),
+                    }
+                    for s in saves
+                ],
+            }
+    return found
+
+
+def draw(agents: dict[str, Any]) -> bytes:
+    """Success during the training (policies are sampled there), between what random choices and the oracle reach."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for agent, colour in zip(TRAINED, ("#0072B2", "#D55E00"), strict=True):
+        curve = [p for p in agents.get(agent, {}).get("training", {}).get("curve", []) if p["episodes"]]
+        steps = [p["step"] for p in curve]
+        axes.plot(steps, [p["success_rate"] for p in curve], "o-", color=colour, label=agent)
+        low, high = ([p["success_rate_ci95"][end] for p in curve] for end in (0, 1))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    for agent, style in (("random", "--"), ("oracle", ":")):
+        axes.axhline(agents[agent]["success_rate"], color="#7f7f7f", linestyle=style, label=agent)
+    axes.set(
+        xlabel="steps of 8 ticks", ylabel="success rate", ylim=(0, 1.02), title="Goals reached during the training"
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write_report(output: Path, summary: dict[str, Any], picture: bytes) -> None:
+    rows = ""
+    for agent, figures in summary["agents"].items():
+        low, high = (100 * end for end in figures["success_rate_ci95"])
+        speed = figures["training"]["steps_per_second"] if "training" in figures else None
+        rows += (
+            f"<tr><th>{agent}</th><td>{100 * figures['success_rate']:.1f} <small>{low:.1f} to {high:.1f}</small></td>"
+            f"<td>{figures['episodes']}</td><td>{figures['steps']:.1f}</td><td>{figures['start_degrees']:.1f}</td>"
+            f"<td>{figures['final_degrees']:.1f}</td><td>{figures['final_degrees_median']:.1f}</td>"
+            f"<td>{'–' if speed is None else f'{speed:.1f}'}</td></tr>"
+        )
+    heads = (
+        "success, %",
+        "goals",
+        "steps",
+        "start, degrees",
+        "final, degrees",
+        "final, median",
+        "training steps a second",
+    )
+    settings = summary["settings"]
+    about = (
+        f"PPO, {settings['steps']:,} steps; {settings['pooling']} of the features of {settings['model']}; a success is "
+        f"a view held within {settings['tolerance_degrees']:g} degrees of the goal's, in at most "
+        f"{settings['max_steps']} steps"
+    )
+    used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Reinforcement learning towards goal views</title><style>{PAGE_STYLE}</style></head><body><main>
+<h1>Reinforcement learning towards goal views</h1><p class="facts">{html.escape(about)}</p>
+<section><h2>Trained agents, on goals of their own</h2><div class="scroll"><table>
+<tr><th></th>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{rows}</table></div>
+<p class="facts">The same goals for all. Wilson's 95 % intervals, over goals: what another seed of the training
+would change is not in them.</p>
+</section><section><h2>Training</h2>{image_tag(base64.b64encode(picture).decode(), "success rate by step")}</section>
+<section><h2>How it was made</h2><p><code>{html.escape(summary["command"])}</code></p>
+<p class="facts">{html.escape(used)}. The numbers are in summary.json beside this page.</p></section>
+</main></body></html>
+"""
+    write_file(output / "report.html", page.encode())
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    settings = claim_output(arguments, model)
+    trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
+    agents = summarize(arguments, evaluate(arguments, trained, model, processor))
+    summary = {"settings": settings, "agents": agents, "command": " ".join(sys.argv), "versions": versions()}
+    write_json(arguments.output / "summary.json", summary)
+    picture = draw(agents)
+    write_file(arguments.output / "success.png", picture)
+    write_report(arguments.output, summary, picture)
+    for agent, figures in agents.items():
+        low, high = figures["success_rate_ci95"]
+        print(
+            f"{agent:8} {100 * figures['success_rate']:5.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
+            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees"
+        )
+
+
+if __name__ == "__main__":
+    main()

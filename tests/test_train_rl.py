@@ -1,0 +1,242 @@
+"""The reinforcement learning program in the game: its figures, its second run, and what is killed."""
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_modeling import tiny_model
+
+from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
+
+gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("vizdoom")
+pytest.importorskip("stable_baselines3")
+
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
+
+from vjepa_ac_hf.envs import make_goals
+
+PATH = Path(__file__).resolve().parents[1] / "examples" / "train_rl.py"
+PROGRAM = runpy.run_path(str(PATH))
+SMALL = ["--resolution", "160x120", "--num_envs", "2", "--rollout", "8", "--batch_size", "8", "--save_every", "16"]
+SMALL += ["--max_steps", "8", "--steps", "32", "--eval_episodes", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(action_space="vpt-13", action_dim=None).save_pretrained(folder)
+    actions = np.random.default_rng(0).normal(size=(50, len(ACTION_COLUMNS)))
+    statistics = ActionStatistics().update(actions)
+    VJEPA2ACProcessor(resolution=32, action_statistics=statistics.to_dict()).save_pretrained(folder)
+    return folder
+
+
+def flags(model, output, *more) -> list[str]:
+    return ["--model", str(model), "--output", str(output), *SMALL, *map(str, more)]
+
+
+def run(monkeypatch, model, output, *more) -> dict:
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *flags(model, output, *more)])
+    PROGRAM["main"]()
+    return json.loads((output / "summary.json").read_text())
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return PPO.load(path, device="cpu").policy.state_dict()
+
+
+def check_rate(found: dict, successes: list[bool]) -> None:
+    """Wilson's interval as the roots of (p - rate)^2 n = z^2 p (1 - p)."""
+    n, rate = len(successes), sum(successes) / len(successes)
+    assert found["episodes"] == n and found["success_rate"] == pytest.approx(rate)
+    roots = np.sort(np.roots([n + 1.96**2, -(2 * n * rate + 1.96**2), n * rate**2]).real)
+    assert found["success_rate_ci95"] == pytest.approx(roots.tolist(), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A run that nothing has disturbed."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, model, output)
+    return output
+
+
+def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    evaluation = lines(tmp_path / "evaluation.jsonl")
+    agents = ("features", "pixels", "random", "oracle")
+    assert {(e["agent"], e["seed"] - 10**9) for e in evaluation} == {(a, i) for a in agents for i in range(2)}
+    for seed in {e["seed"] for e in evaluation}:  # the same goals for all
+        assert len({e["start_degrees"] for e in evaluation if e["seed"] == seed}) == 1
+    for e in evaluation:  # success is told apart from what the angles say
+        assert not e["success"] or (e["final_degrees"] <= 5 and e["steps"] >= 2)
+        assert e["success"] or e["steps"] == 8
+        nearer = (e["start_degrees"] - e["final_degrees"]) / 5
+        assert e["return"] == pytest.approx(nearer + 5 * e["success"], abs=1e-3)
+    for agent in agents:
+        own, found = [e for e in evaluation if e["agent"] == agent], summary["agents"][agent]
+        check_rate(found, [e["success"] for e in own])
+        for name in ("steps", "start_degrees", "final_degrees", "return"):
+            assert found[name] == pytest.approx(sum(e[name] for e in own) / 2)
+    # Turns of at most 20 degrees, and a step to stay.
+    for e in (e for e in evaluation if e["agent"] == "oracle"):
+        assert e["success"] and e["steps"] <= math.ceil(e["start_degrees"] / 20) + 3
+    for agent in agents[:2]:
+        training, episodes = summary["agents"][agent]["training"], lines(tmp_path / f"{agent}.jsonl")
+        saves = lines(tmp_path / f"{agent}_saves.jsonl")
+        assert [s["step"] for s in saves] == [16, 32] == [p["step"] for p in training["curve"]]
+        assert training["steps_per_second"] == pytest.approx(32 / sum(s["seconds"] for s in saves))
+        assert sum(p["episodes"] for p in training["curve"]) == len(episodes) > 0
+        for point in training["curve"]:
+            own = [e["success"] for e in episodes if point["step"] - 16 < e["step"] <= point["step"]]
+            assert point["episodes"] == len(own)
+            if own:
+                check_rate(point, own)
+        assert PPO.load(tmp_path / f"{agent}.zip").num_timesteps == 32
+    report = (tmp_path / "report.html").read_text()
+    cells = re.findall(r"<tr><th>(\w+)</th><td>([\d.]+) ", report)
+    assert cells == [(a, f"{100 * summary['agents'][a]['success_rate']:.1f}") for a in agents]
+    assert (tmp_path / "success.png").read_bytes()[:4] == b"\x89PNG"
+
+    # Killed while it wrote a line: that episode is played again, and nothing is trained.
+    whole, agent = (tmp_path / "evaluation.jsonl").read_text(), (tmp_path / "pixels.zip").read_bytes()
+    (tmp_path / "evaluation.jsonl").write_text(whole[:-30])
+    monkeypatch.setattr(PPO, "learn", None)
+    assert {**run(monkeypatch, model, tmp_path), "command": summary["command"]} == summary
+    assert (tmp_path / "evaluation.jsonl").read_text() == whole
+    assert (tmp_path / "pixels.zip").read_bytes() == agent
+    with pytest.raises(SystemExit, match="settings.json: .*max_steps: found 8, expected 9.*another --output"):
+        run(monkeypatch, model, tmp_path, "--max_steps", 9)
+    assert (tmp_path / "evaluation.jsonl").read_text() == whole
+
+
+def test_an_interrupted_training_comes_to_the_same_agent(model, finished, tmp_path, monkeypatch):
+    """Interrupted between two saves, with episodes in the log that were not saved."""
+    alone = ("--agents", "features")
+    collect, calls = PPO.collect_rollouts, []
+
+    def interrupted(*arguments, **options):
+        found = collect(*arguments, **options)
+        calls.append(found)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(PPO, "collect_rollouts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, tmp_path / "parts", *alone)
+    assert PPO.load(tmp_path / "parts/features.zip").num_timesteps == 16
+    assert lines(tmp_path / "parts/features.jsonl")[-1]["step"] > 16
+    with open(tmp_path / "parts/features.jsonl", "a") as file:
+        file.write('{"step": 4')
+    run(monkeypatch, model, tmp_path / "parts", *alone)
+    assert lines(tmp_path / "parts/features.jsonl") == lines(finished / "features.jsonl")
+    expected = [e for e in lines(finished / "evaluation.jsonl") if e["agent"] != "pixels"]
+    assert lines(tmp_path / "parts/evaluation.jsonl") == expected
+    one, other = (weights(output / "features.zip") for output in (finished, tmp_path / "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    # What the policy sees is standardised over what random choices have seen.
+    assert len(one["features_extractor.mean"]) == 16 and (one["features_extractor.deviation"] > 0).all()
+
+
+@pytest.mark.slow
+def test_a_killed_training_is_continued(model, tmp_path):
+    """Killed for good, twice, through the command line."""
+    more = ("--agents", "pixels")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(output):
+        command = [sys.executable, str(PATH), *flags(model, output, *more)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(300) == 0
+    parts, saved = tmp_path / "parts", tmp_path / "parts/pixels.zip"
+    for steps in (16, 32):
+        process, before = start(parts), saved.stat().st_mtime_ns if saved.is_file() else 0
+        while not (saved.is_file() and saved.stat().st_mtime_ns > before):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert PPO.load(saved).num_timesteps == steps
+    assert start(parts).wait(300) == 0
+    assert (parts / "pixels.jsonl").read_text() == (tmp_path / "whole/pixels.jsonl").read_text()
+    one, other = weights(tmp_path / "whole/pixels.zip"), weights(saved)
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    found = [json.loads((p / "summary.json").read_text())["agents"] for p in (tmp_path / "whole", parts)]
+    for agents in found:
+        agents["pixels"]["training"] = agents["pixels"]["training"]["curve"]  # seconds differ
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size", 7], "multiple of --batch_size.* found 2 \\* 8 and 7"),
+        (["--save_every", 24], "found 32, 24 and 16"),
+        (["--steps", 40], "found 40, 16 and 16"),
+        (["--eval_episodes", 0], "--eval_episodes must be at least 1, found 0"),
+    ],
+)
+def test_arguments_that_contradict_each_other(model, tmp_path, monkeypatch, capsys, more, message):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, model, tmp_path / "no", *more)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def goals():
+    env = make_goals(resolution="160x120", places=2, max_steps=6, hold=2, success_reward=5.0)
+    yield env
+    env.close()
+
+
+def test_what_the_agents_see_is_what_stable_baselines_and_gymnasium_take(goals):
+    discrete = PROGRAM["DiscreteActions"](goals)
+    seen, _ = goals.reset(seed=3)
+    view, goal = seen["frame"], seen["goal"]
+    still, pixels = PROGRAM["StillView"](discrete, 3), PROGRAM["ViewAndGoalPixels"](discrete)
+    for env in (still, pixels):
+        check_env(env, skip_render_check=True)
+    check_for_stable_baselines(pixels)
+    found = still.reset(seed=3)[0]
+    np.testing.assert_array_equal(found["frame"], np.stack([view, view, view]))
+    np.testing.assert_array_equal(found["goal"], goal)
+    found = pixels.reset(seed=3)[0]
+    assert found.shape == (60, 80, 6)
+    for y, x in ((0, 0), (7, 31), (59, 79)):
+        np.testing.assert_array_equal(found[y, x], [*view[2 * y, 2 * x], *goal[2 * y, 2 * x]])
+
+
+def test_few_places_and_many_headings(goals):
+    begun = [goals.reset(seed=seed)[1] for seed in range(12)]
+    assert {i["engine_seed"] for i in begun} == {1, 2}
+    assert len({tuple(np.round(i["position"], 3)) for i in begun}) == 2
+    assert len({i["heading"] for i in begun}) == 12
+    with pytest.raises(ValueError, match="places must be at least 1, found 0"):
+        make_goals(places=0)
+    for wrong in (-1.0, math.inf):
+        with pytest.raises(ValueError, match=f"success_reward must be a finite number, at least 0, found {wrong}"):
+            type(goals)(goals.env, success_reward=wrong)
