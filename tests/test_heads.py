@@ -467,6 +467,13 @@ def test_clips_that_are_too_short_or_of_another_shape_are_refused():
         idm(pixel_values_videos=clip[:, :2])
     with pytest.raises(ValueError, match=r"at least 2 frames \(1 tubelets of 2\), found 1"):
         ahead(pixel_values_videos=clip[:, :1])
+    classes = head(VJEPA2ACForVideoClassification, num_labels=2)
+    with pytest.raises(ValueError, match=r"at least 2 frames \(1 tubelets of 2\), found 1"):
+        classes(pixel_values_videos=clip[:, :1])
+    with pytest.raises(ValueError, match="labels need a clip of at least 2 tubelets, found 1"):
+        ahead(features=random_features(steps=1), labels=random_actions(steps=0))
+    with pytest.raises(ValueError, match="3 frames are not a multiple of the tubelet size 2"):
+        ahead(pixel_values_videos=clip[:, :3])
     with pytest.raises(ValueError, match=r"\(batch, frames, 3, 32, 32\), found \(1, 16, 3, 16, 32\)"):
         idm(pixel_values_videos=clip[..., :16, :])
     with pytest.raises(ValueError, match=r"\(batch, steps, 4, 48\), found \(2, 8, 4, 47\)"):
@@ -508,6 +515,12 @@ def test_labels_that_do_not_fit_are_refused():
         several(features=random_features(), labels=torch.zeros(2, 2))
     with pytest.raises(ValueError, match="0 or 1"):
         several(features=random_features(), labels=torch.full((2, 3), float("nan")))
+
+
+def test_a_saved_head_keeps_its_action_space(tmp_path):
+    head(VJEPA2ACForInverseDynamics).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="action_dim is 38, but action_space lists 13 columns"):
+        VJEPA2ACForInverseDynamics.from_pretrained(tmp_path, action_space=list(ACTION_SPACES["vpt-13"]))
 
 
 def test_configurations_that_contradict_themselves_are_refused():

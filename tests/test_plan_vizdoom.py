@@ -1,5 +1,6 @@
 """The planning program in the game: its episodes, baselines, and a second run."""
 
+import itertools
 import json
 import runpy
 import sys
@@ -12,6 +13,8 @@ from test_modeling import tiny_model
 from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
 
 pytest.importorskip("vizdoom")
+
+from vjepa_ac_hf.envs import GoalViewWrapper, VizDoomVPTEnv
 
 PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "plan_vizdoom.py"))
 
@@ -64,6 +67,37 @@ def test_goals_to_be_held(model, tmp_path, monkeypatch):
     flags = ("--episodes", 2, "--hold", 2, "--max_steps", 4, "--agents", "oracle")
     for episode in plan(monkeypatch, model, tmp_path, *flags):
         assert episode["success"] and episode["steps"] == episode["oracle_steps"] + 1
+
+
+def test_a_game_that_ends_in_the_middle_of_a_plan(model, tmp_path, monkeypatch):
+    """Teleported three ticks into the second of three planned steps: the episode is over, the next one is new."""
+    flags = ("--agents", "planner", "--horizon", 3)
+    (undisturbed,) = plan(monkeypatch, model, tmp_path / "undisturbed", *flags, "--episodes", 1, "--seed", 1)
+    env = VizDoomVPTEnv(resolution="160x120")
+    env.reset(seed=7)
+    place = env.position
+    env.close()
+    steps, ticks = itertools.count(1), itertools.count(1)
+    step, tick = GoalViewWrapper.step, VizDoomVPTEnv.step
+    second = False
+
+    def goal_step(self, action):
+        nonlocal second
+        second = next(steps) == 2
+        return step(self, action)
+
+    def game_tick(self, action):
+        if second and next(ticks) == 3:
+            self.game.send_game_command(f"warp {place[0]} {place[1]}")
+        return tick(self, action)
+
+    monkeypatch.setattr(GoalViewWrapper, "step", goal_step)
+    monkeypatch.setattr(VizDoomVPTEnv, "step", game_tick)
+    ended, following = plan(monkeypatch, model, tmp_path / "ended", *flags, "--episodes", 2)
+    assert (ended["ended"], ended["steps"], ended["success"]) == ("teleport", 2, False)
+    assert following == undisturbed
+    summary = json.loads((tmp_path / "ended" / "summary.json").read_text())["agents"]["planner"]
+    assert summary["episodes"] == 2 and summary["ended_early"] == 1
 
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])

@@ -794,6 +794,9 @@ def test_ticks_in_detail():
     np.testing.assert_allclose([t["camera"][0] for t in ticks], [-0.333, -0.333, -0.334, 0, 0, 0], atol=1e-9)
     assert [t["forward"] for t in ticks] == [1] * 6 and [t["hotbar.3"] for t in ticks] == [1, 0, 0, 0, 0, 0]
     assert [t["use"] for t in ticks] == [0, 0, 0, 1, 1, 1] and len(ticks[0]) == 24
+    jump = action.clone()
+    jump[1, [AT["hotbar.2"], AT["hotbar.5"]]] = torch.tensor([0.0, 1.0])  # key 3 is pressed, but slot 6 follows
+    assert [line["hotbar"] for line in to_vpt_lines(jump, (0, 0), ticks_per_step=3)] == [1, 1, 1, 5, 5, 5]
     lines = to_vpt_lines(action, (5.0, 0.0), ticks_per_step=3)
     assert [line["hotbar"] for line in lines] == [1, 2, 2, 2, 2, 2]
     assert [line["mouse"]["newButtons"] for line in lines] == [[], [], [], [1], [], []]
