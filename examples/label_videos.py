@@ -42,6 +42,12 @@ def parse_arguments() -> argparse.Namespace:
         "--min_confidence", type=float, default=0.0, help="mark ticks unsure below this, 0 to 1 (default 0: none)"
     )
     parser.add_argument(
+        "--confidence_columns",
+        nargs="+",
+        metavar="COLUMN",
+        help="whose confidences count: keys, buttons, gui_open, hotbar (default: all)",
+    )
+    parser.add_argument(
         "--keys",
         choices=KEY_DECISIONS,
         default="likelier",
@@ -115,6 +121,7 @@ def main() -> int:
             dtype=arguments.dtype,
             native_fps=arguments.native_fps,
             min_confidence=arguments.min_confidence,
+            confidence_columns=arguments.confidence_columns,
             keys=arguments.keys,
         )
         refuse_other_settings(files, labeller.settings)

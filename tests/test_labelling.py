@@ -109,6 +109,8 @@ def read_log(path: Path) -> list[dict]:
 def test_labels_of_an_oracle_build_to_the_recordings_own_clips(tmp_path, batch_size):
     """490 ticks: 61 tubelets, the last window moved back. Real faults in the true log: null inputs, wheel, GUI, ..."""
     name, lines = name_of("s0"), make_lines(490, seed=3)
+    for tick in [*range(152, 177), *range(288, 313)]:  # a doubtful slot stays as it was
+        lines[tick]["hotbar"] = lines[152 if tick < 200 else 288]["hotbar"]
     video = clock_video(tmp_path / "true" / f"{name}.mp4", 490)
     (tmp_path / "true" / f"{name}.jsonl").write_bytes(to_log(lines))
     shutil.copytree(tmp_path / "true", tmp_path / "told", ignore=shutil.ignore_patterns("*.jsonl"))
@@ -248,8 +250,8 @@ def logits_of(labeller: Labeller, binary=None, slot=None, continuous=None):
         }
     )
     labeller.model.forward = lambda pixel_values_videos: output
-    actions, confidence = labeller.tell(torch.zeros(1, 4, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8))
-    return actions[0], confidence[0]
+    told = labeller.tell(torch.zeros(1, 4, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8))
+    return [values[0] for values in told]
 
 
 def test_confidences_take_the_weight_of_pressed_keys_back():
@@ -257,11 +259,11 @@ def test_confidences_take_the_weight_of_pressed_keys_back():
     weights, p = [20.0, 0.5, 4.0], [0.2, 0.4, 0.9]
     logits = [[math.log(w * q / (1 - q)) for w, q in zip(weights, p, strict=True)]]
     space = ["key.w", "key.a", "mouse.left"]
-    actions, confidence = logits_of(make_labeller(space, pos_weight=weights), logits)
+    actions, confidence, _ = logits_of(make_labeller(space, pos_weight=weights), logits)
     assert [actions[0, AT[c]] for c in space] == [0, 0, 1]
     np.testing.assert_allclose(confidence, [[0.8, 0.6, 0.9]], rtol=1e-6)
     # The head's own answers: key.w is likelier than its rate, though not likelier than not.
-    actions, confidence = logits_of(make_labeller(space, pos_weight=weights, keys="balanced"), logits)
+    actions, confidence, _ = logits_of(make_labeller(space, pos_weight=weights, keys="balanced"), logits)
     assert [actions[0, AT[c]] for c in space] == [1, 0, 1]
     np.testing.assert_allclose(confidence, [[0.2, 0.6, 0.9]], rtol=1e-6)
 
@@ -271,18 +273,51 @@ def test_slots_and_movement_are_told_in_raw_units():
     labeller = make_labeller(space)
     scores = [0.0] * 9
     scores[2] = math.log(16)  # hotbar.6: 16 of 24
-    actions, confidence = logits_of(labeller, None, [scores], [[13.0, 2.0]])
-    assert labeller.columns == ["hotbar"] and confidence.shape == (1, 1) and confidence[0, 0] == pytest.approx(2 / 3)
-    assert actions[0, SLOTS].argmax() == 6 and actions[0, SLOTS].sum() == 1
+    actions, confidence, slots = logits_of(labeller, None, [scores], [[13.0, 2.0]])
+    assert labeller.columns == ["hotbar"] and confidence.shape == (1, 0) and not actions[0, SLOTS].any()
+    np.testing.assert_allclose(slots, [[1 / 24] * 6 + [2 / 3] + [1 / 24] * 2], rtol=1e-6)
     assert actions[0, AT["yaw_delta"]] == pytest.approx(13 * 15 + 3 - 360)  # within half a turn
     assert actions[0, AT["mouse_dx"]] == pytest.approx((13 * 15 + 3) / 0.15)
     assert actions[0, AT["mouse_dy"]] == pytest.approx(2 * 30 - 2)
     assert actions[0, AT["pitch_delta"]] == pytest.approx(58 * 0.15)
     gui = make_labeller(["mouse_dx", "gui_open"])
-    actions, _ = logits_of(gui, [[3.0], [-3.0]], None, [[1.0], [1.0]])
+    actions, *_ = logits_of(gui, [[3.0], [-3.0]], None, [[1.0], [1.0]])
     assert actions[:, AT["yaw_delta"]] == pytest.approx([0, 101 * 0.15]) and actions[0, AT["mouse_dx"]] == 101
     with pytest.raises(FloatingPointError, match="not finite"):
         logits_of(gui, [[3.0], [-3.0]], None, [[1.0], [math.nan]])
+
+
+def test_a_slot_changes_where_another_is_likelier_than_not():
+    likelier, balanced = make_labeller(), make_labeller(keys="balanced")
+    for probabilities, before, expected in (
+        ([0.1, 0.2, 0.3, 0.4], None, (3, 3)),
+        ([0.1, 0.2, 0.3, 0.4], 0, (0, 3)),
+        ([0.1, 0.1, 0.6, 0.2], 0, (2, 2)),
+        ([0.5, 0.5, 0.0, 0.0], 1, (1, 0)),
+    ):
+        assert (likelier.choose_slot(probabilities, before), balanced.choose_slot(probabilities, before)) == expected
+
+
+def test_only_the_columns_that_count_make_an_action_unsure(tmp_path):
+    """At one tick everything is a guess: another slot is the likeliest, but not likelier than not."""
+
+    def true_of(tick):
+        action = np.zeros(38)
+        action[SLOTS.start + (4 if tick == 40 else 2)] = 1
+        return action
+
+    video = clock_video(tmp_path / "a.mp4", 117)
+    for counted, unsure in ((None, [40]), (["key.w"], []), (["key.w", "hotbar"], [40])):
+        files = LabelFiles(video, tmp_path / str(counted))
+        labeller = make_labeller("vpt-36", min_confidence=0.5, confidence_columns=counted)
+        oracle(labeller, true_of, doubtful=[40])
+        label_video(labeller, files)
+        lines = read_log(files.log)
+        assert [t for t in range(0, 112, 8) if lines[t]["unsure"]] == unsure
+        assert {line["hotbar"] for line in lines} == {2} and not any(line["keyboard"]["keys"] for line in lines)
+        row = pyarrow.parquet.read_table(files.confidence).to_pylist()[5]
+        assert row["hotbar"] == pytest.approx(math.exp(-0.1) / (8 * math.exp(-0.1) + math.exp(0.1)))
+        assert row["confidence"] == pytest.approx(row["key.w"] if counted == ["key.w"] else row["hotbar"])
 
 
 def test_without_hotbar_columns_the_slot_follows_the_number_keys(tmp_path):
@@ -587,7 +622,9 @@ def test_heads_that_cannot_label_are_refused(saved, tmp_path):
         Labeller(head(VJEPA2ACForInverseDynamics, "vpt-13"), VJEPA2ACProcessor(resolution=32))
     with pytest.raises(ValueError, match=r"all nine hotbar columns or none, .* \['hotbar.3'\]"):
         make_labeller(["key.w", "hotbar.3"])
-    with pytest.raises(ValueError, match="min_confidence is 0.5, but model tells .*yaw_delta.* only"):
+    with pytest.raises(ValueError, match=r"confidence_columns: \['yaw_delta', 'key'\] have no confidence, .*'key.w'"):
+        make_labeller(confidence_columns=["yaw_delta", "key", "hotbar"])
+    with pytest.raises(ValueError, match="min_confidence is 0.5, but no column has a confidence .*'yaw_delta'"):
         make_labeller(["yaw_delta"], min_confidence=0.5)
     with pytest.raises(ValueError, match=r"min_confidence must be in \[0, 1\], found 1.5"):
         make_labeller(min_confidence=1.5)

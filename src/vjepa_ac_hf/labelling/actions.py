@@ -1,5 +1,6 @@
 """What an inverse dynamics head tells of clips, as whole raw actions with confidences."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ class Labeller:
         processor: the head's own.
         native_fps: frames (ticks) a second of the videos.
         min_confidence: actions of a lower confidence are marked unsure; 0 marks none.
+        confidence_columns: whose confidences count for that; None: those of all in `columns`.
         keys: "likelier": a key is pressed where that is likelier than not, after the shift of `pos_weight` is taken
-            back; "balanced": where its logit is above 0, as `decode_actions` and the metrics have it.
+            back, and the slot changes where the new one is; "balanced": where the key's logit is above 0, and to the
+            likeliest slot, as `decode_actions` and the metrics have it.
         name: what messages and labels call the model.
 
     Raises:
         ValueError: a processor of another geometry, action space or statistics than the head's; a head without
             statistics; an action space with some hotbar columns but not all; values out of range.
+
+    Attributes:
+        columns: what has a confidence: keys, buttons and `gui_open` one by one, and last `hotbar`, the slot.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Labeller:
         *,
         native_fps: float = 20.0,
         min_confidence: float = 0.0,
+        confidence_columns: Sequence[str] | None = None,
         keys: str = "likelier",
         name: str = "model",
     ):
@@ -54,15 +61,21 @@ class Labeller:
             raise ValueError(f"keys must be one of {KEY_DECISIONS}, found {keys!r}")
         if not 0 <= min_confidence <= 1:
             raise ValueError(f"min_confidence must be in [0, 1], found {min_confidence}")
-        # What has a confidence: keys, buttons, gui_open one by one, the slot; continuous columns have none.
         self.columns: list[str] = [*config.binary_columns, *([SLOT] if config.slot_columns else [])]
-        if min_confidence and not self.columns:
+        counted = self.columns if confidence_columns is None else list(confidence_columns)
+        unknown = [c for c in counted if c not in self.columns]
+        if unknown:
             raise ValueError(
-                f"min_confidence is {min_confidence}, but {name} tells {config.action_space} only: there is no "
-                "confidence of a continuous column"
+                f"confidence_columns: {unknown} have no confidence, those of {name} that have one are {self.columns}"
+            )
+        if min_confidence and not counted:
+            raise ValueError(
+                f"min_confidence is {min_confidence}, but no column has a confidence that counts: {name} tells "
+                f"{config.action_space}, confidence_columns are {counted}"
             )
         self.model, self.processor, self.name = model.eval(), processor, name
         self.min_confidence, self.keys = min_confidence, keys
+        self.counted = [self.columns.index(c) for c in counted]
         self.spec = ClipSpec(
             native_fps=native_fps,
             fps=processor.fps,
@@ -81,6 +94,7 @@ class Labeller:
             "dtype": str(model.dtype).removeprefix("torch."),
             "keys": keys,
             "min_confidence": min_confidence,
+            "confidence_columns": counted,
         }
 
     @classmethod
@@ -100,54 +114,58 @@ class Labeller:
         return cls(model, VJEPA2ACProcessor.from_pretrained(name), name=str(name), **options)
 
     @torch.no_grad()
-    def tell(self, frames: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def tell(self, frames: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The actions between tubelets.
 
         Args:
             frames: uint8 `(B, frames, 3, resolution, resolution)`.
 
         Returns:
-            actions: float64 `(B, T-1, 38)`, raw. A mouse or view column that the action space lacks follows from the
-                other; other columns that it lacks are 0, hotbar columns too.
-            confidence: float32 `(B, T-1, columns)`, `self.columns`: probability of the answer that was told.
+            actions: float64 `(B, T-1, 38)`, raw, without the slot (`choose_slot`). A mouse or view column that the
+                action space lacks follows from the other; other columns that it lacks are 0.
+            confidence: float32 `(B, T-1, columns)`, `self.columns` but the slot: probability of the answer told.
+            slots: float32 `(B, T-1, 9)`, probability of each slot; `(B, T-1, 0)` where the action space has none.
         """
         pixels = self.processor.normalize_pixels(frames.to(self.model.device)).to(self.model.dtype)
         output = self.model(pixel_values_videos=pixels)
-        pressed, confidence = self._keys(output)
+        pressed, confidence, slots = self._keys(output)
         decoded = self.model.decode_actions(output)
         actions = np.zeros((*confidence.shape[:2], len(ACTION_COLUMNS)))
         for column, values in decoded.items():
             if column in CONTINUOUS_COLUMNS:
                 actions[..., COLUMN[column]] = values.cpu()
-            elif column == SLOT:
-                actions[..., COLUMN["hotbar.0"] :][..., : len(HOTBAR_COLUMNS)] = np.eye(len(HOTBAR_COLUMNS))[
-                    values.cpu()
-                ]
         actions[..., [COLUMN[c] for c in self.model.config.binary_columns]] = pressed
         self._complete(actions)
-        if not np.isfinite(actions).all() or not np.isfinite(confidence).all():
+        if not all(np.isfinite(values).all() for values in (actions, confidence, slots)):
             raise FloatingPointError(
                 f"{self.name}: the head tells values that are not finite (dtype {self.model.dtype})"
             )
-        return actions, confidence
+        return actions, confidence, slots
 
-    def _keys(self, output: VJEPA2ACActionHeadOutput) -> tuple[np.ndarray, np.ndarray]:
-        """Which binary columns are told to be 1, and the probability of what is told, slot included."""
+    def choose_slot(self, probabilities: Sequence[float], before: int | None) -> int:
+        """The slot of an action, from the probabilities of all and the slot of the action before."""
+        likeliest = int(np.argmax(probabilities))
+        # A slot that the pictures do not show is guessed anew at every step: each change would be a key press.
+        stays = self.keys == "likelier" and before is not None and probabilities[likeliest] <= 0.5
+        return before if stays and before is not None else likeliest
+
+    def _keys(self, output: VJEPA2ACActionHeadOutput) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which binary columns are told to be 1, the probability of what is told, and that of each slot."""
+        config = self.model.config
         some = next(p for p in (output.continuous, output.binary_logits, output.slot_logits) if p is not None)
-        pressed, confidence = np.zeros((*some.shape[:2], 0)), []
+        pressed = confidence = slots = np.zeros((*some.shape[:2], 0), np.float32)
         if output.binary_logits is not None:
             logits = output.binary_logits.double()
             # Cross-entropy with weight w on pressed keys is least at logit(p) + log(w), not at logit(p).
-            weight = self.model.config.pos_weight or [1.0] * logits.shape[-1]
+            weight = config.pos_weight or [1.0] * logits.shape[-1]
             unshifted = logits - logits.new_tensor(weight).log()
             told = (unshifted if self.keys == "likelier" else logits) > 0
-            pressed = told.cpu().double().numpy()
-            confidence.append(torch.where(told, unshifted, -unshifted).sigmoid())
+            pressed = told.cpu().float().numpy()
+            confidence = torch.where(told, unshifted, -unshifted).sigmoid().float().cpu().numpy()
         if output.slot_logits is not None:
-            confidence.append(output.slot_logits.double().softmax(dim=-1).amax(dim=-1, keepdim=True))
-        if not confidence:
-            return pressed, np.zeros((*some.shape[:2], 0), np.float32)
-        return pressed, torch.cat(confidence, dim=-1).float().cpu().numpy()
+            at = [config.slot_columns.index(c) for c in HOTBAR_COLUMNS]
+            slots = output.slot_logits.double().softmax(dim=-1)[..., at].float().cpu().numpy()
+        return pressed, confidence, slots
 
     def _complete(self, actions: np.ndarray) -> None:
         """Fill mouse or view columns that the action space lacks; yaw within half a turn. In place."""

@@ -141,7 +141,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 class Part:
-    """What has been told of a video so far, on the disk: records of `first`, `actions`, `confidence`.
+    """What has been told of a video so far, on the disk: records of `first`, `actions`, `confidence`, `slots`.
 
     Args:
         file: open for reading and appending.

@@ -72,12 +72,12 @@ def _label(
     missing = [window for window in windows if window.actions.stop > part.steps]
     processor = labeller.processor
     for batch, frames in read_windows(reader, missing, spec, processor.resolution, processor.resize_mode, batch_size):
-        actions, confidence = labeller.tell(frames)
-        told = [slice(window.told, None) for window in batch]
-        actions, confidence = (
-            np.concatenate([values[i, new] for i, new in enumerate(told)]) for values in (actions, confidence)
+        new = [slice(window.told, None) for window in batch]
+        actions, confidence, slots = (
+            [row for values, steps in zip(told, new, strict=True) for row in values[steps].tolist()]
+            for told in labeller.tell(frames)
         )
-        part.append({"first": part.steps, "actions": actions.tolist(), "confidence": confidence.tolist()})
+        part.append({"first": part.steps, "actions": actions, "confidence": confidence, "slots": slots})
         progress(part.steps, total)
     header |= _count(labeller, part, reader.num_frames)
     write_whole(files.confidence, lambda path: _write_confidence(labeller, part, path))
@@ -121,10 +121,16 @@ def _summary(header: dict[str, Any]) -> dict[str, Any]:
 
 def _steps(labeller: Labeller, part: Part) -> Iterator[tuple[np.ndarray, list[float], float | None, bool]]:
     """Actions in order: `(38,)`, confidences by column, the lowest (None without any), whether it is unsure."""
+    slot = None
     for record in part.records():
-        for action, confidences in zip(record["actions"], record["confidence"], strict=True):
-            lowest = min(confidences, default=None)
-            yield np.array(action), confidences, lowest, lowest is not None and lowest < labeller.min_confidence
+        for values, told, slots in zip(record["actions"], record["confidence"], record["slots"], strict=True):
+            action, confidences = np.array(values), told
+            if slots:
+                slot = labeller.choose_slot(slots, slot)
+                action[COLUMN["hotbar.0"] + slot] = 1
+                confidences = [*told, slots[slot]]
+            lowest = min((confidences[i] for i in labeller.counted), default=None)
+            yield action, confidences, lowest, lowest is not None and lowest < labeller.min_confidence
 
 
 def _count(labeller: Labeller, part: Part, num_frames: int) -> dict[str, Any]:
