@@ -102,6 +102,12 @@ def parse_arguments() -> argparse.Namespace:
     optimisation.add_argument("--weight_decay", type=float, default=0.05)
     optimisation.add_argument("--max_grad_norm", type=float, default=1.0)
     optimisation.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
+    optimisation.add_argument(
+        "--pos_weight",
+        choices=("balanced", "none"),
+        default="balanced",
+        help="weights of pressed keys in the loss: (unpressed / pressed), or none: logits are those of probabilities",
+    )
     optimisation.add_argument("--seed", type=int, default=0)
 
     run = parser.add_argument_group("run")
@@ -200,7 +206,8 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
     if arguments.task == "action_anticipation":
         fields |= {k: getattr(arguments, k) for k in ("anticipation_steps", "use_past_actions", "use_states")}
     head = TASKS[arguments.task].from_world_model(world, **fields)
-    head.config.pos_weight = fit_pos_weight(train, head.config.binary_columns)
+    if arguments.pos_weight == "balanced":
+        head.config.pos_weight = fit_pos_weight(train, head.config.binary_columns)
     return head, None
 
 

@@ -143,6 +143,17 @@ def test_anticipation_is_compared_with_the_last_action():
             assert yaw == pytest.approx(brute_regression(values[at, 0].tolist(), true[at, 0].tolist(), True))
             expected = brute_key(values[at, 1] - (0.5 if name == "repeat_last" else 0), true[at, 1])
             assert {k: key[k] for k in expected} == pytest.approx(expected)
+            assert figures["macro_f1"][name] == pytest.approx(expected["f1"])  # one key: its own
+    both = metric.__class__()
+    both.add_batch(
+        predictions=told[:, [1, 1, 1]] * [1, -1, 1],
+        references=true[:, [1, 1, 1]] * [1, 1, 0],
+        repeated=last[:, [1, 1, 1]],
+        horizon=horizon * 0 + 1,
+    )
+    (one,) = both.compute(columns=["key.w", "key.s", "key.q"], continuous=[])["horizons"]  # key.q: never pressed
+    expected = [brute_key(told[:, 1] * sign, true[:, 1])["f1"] for sign in (1, -1)]
+    assert one["macro_f1"]["model"] == pytest.approx(np.mean(expected))
 
 
 def test_labels():

@@ -142,7 +142,8 @@ def test_two_processes_with_half_the_batch_equal_one(train_head, workspace, tmp_
 
 
 def test_anticipation_is_measured_against_the_last_action(train_head, workspace, tmp_path):
-    metrics = train_head("action_anticipation", tmp_path, max_steps=1)
+    metrics = train_head("action_anticipation", tmp_path, max_steps=1, pos_weight="none")
+    assert json.loads((tmp_path / "config.json").read_text()).get("pos_weight") is None
     actions = np.array(load_clips(str(workspace / "clips"), "validation")["actions"])
     yaw = actions[..., ACTION_COLUMNS.index("yaw_delta")]
     for horizon, figures in zip((1, 2), metrics["horizons"], strict=True):

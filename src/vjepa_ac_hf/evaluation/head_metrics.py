@@ -180,8 +180,9 @@ class AnticipationMetric(_RowsMetric):
 
     Rows: `horizon` (1: the action under way), `predictions` (raw units; logits of keys), `references` and `repeated`
     (raw units, the last action that was over; rows without one are left out, so that both are judged by the same rows).
-    `compute(columns=[...], continuous=[...])` gives `horizons`: a list of `horizon`, `rows`, and by column `model` and
-    `repeat_last`, with the figures of `regression_figures` or `key_figures`.
+    `compute(columns=[...], continuous=[...])` gives `horizons`: a list of `horizon`, `rows`, by column `model` and
+    `repeat_last`, with the figures of `regression_figures` or `key_figures`, and `macro_f1` of both, the mean over the
+    keys that are ever pressed.
     """
 
     description = "Anticipated actions against repeating the last action, by horizon."
@@ -212,7 +213,11 @@ class AnticipationMetric(_RowsMetric):
                     own = key_figures(told[at, i], true[at, i])
                     other = key_figures(last[at, i] - 0.5, true[at, i])
                 figures[column] = {"model": own, "repeat_last": other}
-            horizons.append({"horizon": int(h), "rows": int(at.sum()), "columns": figures})
+            macro = {
+                who: _mean([f[who]["f1"] for column, f in figures.items() if column not in continuous])
+                for who in ("model", "repeat_last")
+            }
+            horizons.append({"horizon": int(h), "rows": int(at.sum()), "columns": figures, "macro_f1": macro})
         return {"horizons": horizons}
 
 

@@ -62,6 +62,12 @@ def facts(record: Mapping[str, Any]) -> list[str]:
     if "classes" in record:
         sentences.append(f"Mean average precision {_number(record['mean_average_precision'])}.")
     for horizon in record.get("horizons", []):
+        keys = horizon["macro_f1"]
+        if keys["model"] is not None:
+            sentences.append(
+                f"Horizon {horizon['horizon']}: macro F1 of the keys {_number(keys['model'])}; of the last action "
+                f"repeated {_number(keys['repeat_last'])}."
+            )
         if "slot" in horizon:
             slot = horizon["slot"]
             sentences.append(

@@ -274,6 +274,7 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
         found[f"validation_{name}"] = figures.get("keys", figures).get(name)
     found["validation_accuracy"] = figures.get("slot", figures).get("accuracy")
     for horizon in figures.get("horizons", []):
+        found[f"validation_macro_f1_{horizon['horizon']}"] = horizon["macro_f1"]["model"]
         for column, values in horizon["columns"].items():
             name = "r2" if "r2" in values["model"] else "average_precision"
             found[f"validation_{name}_{column}_{horizon['horizon']}"] = values["model"][name]
