@@ -164,7 +164,7 @@ def main() -> None:
     landscapes, sessions = [], []
     method, generator = CEM(), torch.Generator().manual_seed(args.seed)
     for name, example in zip(names, tqdm(dataset, desc="landscapes", unit="clip"), strict=True):
-        frames = decode_clip(example["video"], name, processor.frames_per_clip)
+        frames = decode_clip(example["video"], name, processor.frames_per_clip, processor.fps)
         features = model.encode(processor(videos=[frames])["pixel_values_videos"].to(model.device))[0]
         goal = features[stop - 1]
         if args.goal == "frame":

@@ -37,6 +37,7 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACP
 from vjepa_ac_hf.data.loader import ClipLoader
 from vjepa_ac_hf.data.loading import (
     check_clips,
+    clip_frame_rate,
     load_action_statistics,
     load_clips,
 )
@@ -112,6 +113,8 @@ def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJ
 def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     """Training clips and, where the data set has them, validation clips spread over the split; both checked."""
     train = load_clips(arguments.dataset, "train", streaming=arguments.streaming)
+    # Planning and labelling take from the processor how long an action lasts.
+    processor.fps = clip_frame_rate(train, f"{arguments.dataset}, split train")
     check_clips(train, processor, f"{arguments.dataset}, split train")
     if not arguments.eval_every:
         return train, None

@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import ClipCollator, check_clips, load_action_statistics, load_clips
+from vjepa_ac_hf.data.loading import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.evaluation.head_report import write_head_report
 from vjepa_ac_hf.records import versions, write_json
@@ -159,7 +159,6 @@ def load_world_model(arguments: argparse.Namespace) -> VJEPA2ACModel:
 def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEPA2ACProcessor:
     """Frames as the world model's own processor makes them, where it has one; actions of this data set."""
     space, config = arguments.action_space, world.config
-    pixels = {}
     file = arguments.model and cached_file(
         arguments.model, "processor_config.json", _raise_exceptions_for_missing_entries=False
     )
@@ -171,6 +170,8 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
                 f"{file}: the world model's resize_mode is {own.resize_mode!r}, --resize_mode is "
                 f"{arguments.resize_mode!r}"
             )
+    else:
+        pixels = {"fps": clip_frame_rate(load_clips(arguments.dataset, "train"), f"{arguments.dataset}, split train")}
     return VJEPA2ACProcessor(
         **pixels,
         resolution=config.encoder_config.crop_size,

@@ -22,7 +22,7 @@ FEATURES = Features(
 )
 
 
-def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32) -> dict:
+def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32, fps: float = 5) -> dict:
     """One clip: a random panorama seen through a window that the yaw moves, 2 pixels a degree."""
     yaw_delta = rng.normal(0, 8, 7)
     yaw = np.concatenate([[rng.uniform(-180, 180)], yaw_delta]).cumsum()
@@ -32,7 +32,7 @@ def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32)
     for step in range(8):
         left = round((yaw[step] - yaw[0]) * 2) % (panorama.shape[-1] - size)
         frames += [panorama[..., left : left + size]] * 2
-    video = VideoEncoder((torch.stack(frames) * 255).to(torch.uint8), frame_rate=5).to_tensor("mp4", crf=18)
+    video = VideoEncoder((torch.stack(frames) * 255).to(torch.uint8), frame_rate=fps).to_tensor("mp4", crf=18)
     actions = np.zeros((7, len(ACTION_COLUMNS)), np.float32)
     actions[:, 0], actions[:, 2] = yaw_delta / 0.15, yaw_delta
     actions[:, ACTION_COLUMNS.index("key.w")] = rng.random(7) < 0.5
@@ -46,7 +46,9 @@ def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32)
     }
 
 
-def write_clips(folder: Path, train: int = 24, validation: int = 6, size: int = 32, seed: int = 0) -> Path:
+def write_clips(
+    folder: Path, train: int = 24, validation: int = 6, size: int = 32, seed: int = 0, fps: float = 5
+) -> Path:
     """`folder` as build_vpt_tubelets.py leaves it: data/*.parquet and action_stats.json; three clips a session."""
     rng = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True)
@@ -55,7 +57,7 @@ def write_clips(folder: Path, train: int = 24, validation: int = 6, size: int = 
     for split, count in (("train", train), ("validation", validation)):
         if not count:
             continue
-        rows = [clip_row(rng, (first + i) // 3, i % 3, size) for i in range(count)]
+        rows = [clip_row(rng, (first + i) // 3, i % 3, size, fps) for i in range(count)]
         first += 3 * ((count + 2) // 3)
         if split == "train":
             statistics.update(np.stack([r["actions"] for r in rows]))

@@ -801,6 +801,8 @@ def test_errors_of_datasets():
         clips.read_records(undecoded(make_dataset(3, states=states)), processor)
     with pytest.raises(ValueError, match="clip 0 .*frames_per_clip is 10, the video has 12 frames"):
         clips.read_records(undecoded(make_dataset(3, num_frames=12)), processor)
+    with pytest.raises(ValueError, match="clip 0 .*processor's fps is 10, the video has 5 frames a second"):
+        clips.read_records(dataset, make_processor(fps=10))
     with pytest.raises(ValueError, match="some clip: the video cannot be decoded"):
         clips.decode_clip({"bytes": b"not a video", "path": None}, "some clip", 10)
 

@@ -31,6 +31,7 @@ from vjepa_ac_hf.data.loading import (
     COLUMNS,
     ClipCollator,
     check_clips,
+    clip_frame_rate,
     clip_name,
     load_action_statistics,
     load_clips,
@@ -308,8 +309,24 @@ def test_files_that_cannot_be_streamed_are_named(dataset, tmp_path):
 def test_an_empty_stream_is_named(dataset, processor, tmp_path):
     good = next((dataset / "data").glob("*.parquet"))
     pq.write_table(pq.read_table(good)[:0], tmp_path / "empty.parquet")
+    empty = ParquetClips([str(tmp_path / "empty.parquet")], COLUMNS)
     with pytest.raises(ValueError, match="here: holds no clips"):
-        check_clips(ParquetClips([str(tmp_path / "empty.parquet")], COLUMNS), processor, "here")
+        check_clips(empty, processor, "here")
+    with pytest.raises(ValueError, match="here: holds no clips"):
+        clip_frame_rate(empty, "here")
+
+
+@pytest.mark.parametrize("kind", ["stream", "arrow"])
+@pytest.mark.parametrize("rate", [10, 2.5])
+def test_clips_of_another_frame_rate_are_refused(processor, tmp_path, kind, rate):
+    write_clips(tmp_path, train=1, validation=0, fps=rate)
+    clips = clips_of(tmp_path, kind)
+    message = rf"here, recording toy-0000-.*: the processor's fps is 5, the video has {rate} frames a second"
+    with pytest.raises(ValueError, match=message):
+        check_clips(clips, processor, "here")
+    found = clip_frame_rate(clips, "here")
+    assert found == pytest.approx(rate, rel=1e-6) and isinstance(found, type(rate))
+    check_clips(clips, VJEPA2ACProcessor(resolution=32, fps=found), "here")
 
 
 # ------------------------------------------------------------------------------------------------------ loader

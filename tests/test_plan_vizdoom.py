@@ -1,5 +1,6 @@
 """The planning program in the game: its episodes, baselines, and a second run."""
 
+import argparse
 import itertools
 import json
 import runpy
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_modeling import tiny_model
 
 from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
 
 pytest.importorskip("vizdoom")
 
-from vjepa_ac_hf.envs import GoalViewWrapper, VizDoomVPTEnv
+from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv
+from vjepa_ac_hf.planning import Controller
 
 PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "plan_vizdoom.py"))
 
@@ -98,6 +101,49 @@ def test_a_game_that_ends_in_the_middle_of_a_plan(model, tmp_path, monkeypatch):
     assert following == undisturbed
     summary = json.loads((tmp_path / "ended" / "summary.json").read_text())["agents"]["planner"]
     assert summary["episodes"] == 2 and summary["ended_early"] == 1
+
+
+def test_a_time_limit_in_the_middle_of_a_plan(model):
+    """Reached after 5 of the 8 ticks of the second of three planned steps; a controller that is reset begins afresh."""
+    game = VizDoomVPTEnv(resolution="160x120", max_ticks=13)
+    env = GoalViewWrapper(ModelStepWrapper(game), steps=(1, 1), tolerance_degrees=0.01)
+    planner = PROGRAM["Planner"](
+        argparse.Namespace(model=str(model), device="cpu", iterations=1, candidates=8, horizon=3)
+    )
+    played = PROGRAM["play"](env, "planner", planner, 1)
+    assert (played["ended"], played["steps"], played["success"]) == ("ticks", 2, False)
+
+    def make_controller(seed: int) -> Controller:
+        options = {"horizon": 3, "replan_every": 3, "space": planner.space, "method": planner.method}
+        generator = torch.Generator().manual_seed(seed)
+        return Controller(planner.model, planner.processor, goal, generator=generator, **options)
+
+    seen, info = env.reset(seed=3)
+    goal = np.moveaxis(seen["goal"], -1, 0)
+    controller = make_controller(0)
+    action = controller.act(seen["frame"][None], seen["state"])
+    chosen, taken = controller.plan, []
+    for ticks in (8, 5):
+        seen, _, terminated, truncated, info = env.step(action.numpy())
+        taken.append(info["ticks"])
+        assert truncated == (ticks == 5) and not terminated
+        frames = np.concatenate([seen["tubelet"][1:], seen["frame"][None]])
+        action = controller.act(frames, seen["state"], executed=info["action"])
+    assert taken == [8, 5] and controller.plan is chosen and torch.equal(action, chosen.actions[2])
+    with pytest.raises(RuntimeError, match=r"the episode has ended.*call reset\(\)"):
+        env.step(action.numpy())
+
+    seen, _ = env.reset(seed=4)
+    with pytest.raises(ValueError, match=r"\(2, 3, height, width\), those since the last call, found \(1, "):
+        controller.act(seen["frame"][None], seen["state"])  # the controller has not been told
+    controller.reset()
+    fresh = make_controller(0)
+    fresh.act(seen["frame"][None], seen["state"])  # draws what the first episode has drawn
+    fresh.reset()
+    assert torch.equal(
+        controller.act(seen["frame"][None], seen["state"]), fresh.act(seen["frame"][None], seen["state"])
+    )
+    env.close()
 
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])

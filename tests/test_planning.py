@@ -690,6 +690,10 @@ def test_warm_start_is_never_worse_than_the_rest_of_the_plan(model, processor):
         (dict(goal=torch.zeros(9, WIDTH)), rf"goal features must be \(4, {WIDTH}\).*found \(9, {WIDTH}\)"),
         (dict(goal=torch.zeros(2, TOKENS, WIDTH)), "a goal for every step must have 3 steps, found 2"),
         (
+            dict(goal=GoalCost(torch.zeros(TOKENS + 5, WIDTH))),
+            rf"the goal's features must be \({TOKENS}, {WIDTH}\) as the model's are, found \({TOKENS + 5}, {WIDTH}\)",
+        ),
+        (
             dict(goal=lambda f, a: f.mean(dim=(1, 2))),
             rf"return floating-point numbers \(12,\), found torch.float32 \(12, {WIDTH}\)",
         ),

@@ -1,5 +1,6 @@
 """Training through the real command line, on a data set of moving pictures and a tiny model."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from helpers_clips import write_clips
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, VJEPA2Config, VJEPA2Model
 
+from vjepa_ac_hf import VJEPA2ACProcessor
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps, write_checksums
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import PRESETS, build_config
@@ -87,6 +89,17 @@ def train_here(train_program, monkeypatch):
         train_program.main()
 
     return main
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_saved_frame_rate_is_the_data_sets(train_program, tmp_path, streaming):
+    """Planning and labelling take from it how many ticks an action lasts."""
+    write_clips(tmp_path, train=2, validation=0, fps=10)
+    arguments = argparse.Namespace(dataset=str(tmp_path), streaming=streaming, eval_every=0)
+    processor = VJEPA2ACProcessor(resolution=32)
+    train, _ = train_program.load_splits(arguments, processor)
+    processor.save_pretrained(tmp_path / "saved")
+    assert len(train) == 2 and AutoProcessor.from_pretrained(tmp_path / "saved").fps == 10
 
 
 def metrics(output: Path) -> list[dict]:

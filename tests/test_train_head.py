@@ -1,5 +1,6 @@
 """examples/train_head.py in this process, on moving pictures with a tiny model; labels, groups and weights by hand."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -206,9 +207,22 @@ def test_mistakes_are_found_before_anything_is_computed(train_head, workspace, t
         shutil.copy(path, workspace / "squashed")
     with pytest.raises(ValueError, match="resize_mode is 'squash', --resize_mode is 'crop'"):
         train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed")
+    VJEPA2ACProcessor(resolution=32, fps=10).save_pretrained(workspace / "squashed")
+    with pytest.raises(ValueError, match="split train, .*the processor's fps is 10, the video has 5 frames a second"):
+        train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed")
     with pytest.raises(ValueError, match="neither a .json file nor 'hotbar' nor one of the columns"):
         train_head("video_classification", tmp_path / "out", labels="scenario")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_another_processor_the_frame_rate_is_the_data_sets(program, workspace, tmp_path):
+    write_clips(tmp_path / "clips", train=1, validation=0, fps=10)
+    world = VJEPA2ACModel.from_pretrained(workspace / "world")
+    for model in (None, str(workspace / "world")):
+        arguments = argparse.Namespace(
+            dataset=str(tmp_path / "clips"), model=model, action_space=SPACE, action_stats="auto", resize_mode="crop"
+        )
+        assert program.build_processor(arguments, world).fps == 10
 
 
 def test_labels_come_from_columns_files_and_the_hotbar(workspace, tmp_path):

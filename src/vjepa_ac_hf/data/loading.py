@@ -1,6 +1,7 @@
 """Reading a built data set of clips: columns checked, videos decoded, batches made for the model."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .quantization import restore_features
 from .streaming import ParquetClips
 
 COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "start_tick")
+_RATE_TOLERANCE = 0.01  # of mp4's time stamps
 
 
 def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset | ParquetClips:
@@ -54,7 +56,8 @@ def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, nam
     """Compare a data set's shapes with the processor's, before any expensive work; decodes one clip.
 
     Raises:
-        ValueError: another number of steps or columns, no clips, or frames smaller than the model's.
+        ValueError: another number of steps or columns, no clips, another frame rate, or frames smaller than the
+            model's.
     """
     steps = processor.frames_per_clip // processor.tubelet_size
     assert clips.features is not None
@@ -65,10 +68,8 @@ def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, nam
                 f"{name}: column {column!r} has shape {found}, but clips of {processor.frames_per_clip} frames in "
                 f"tubelets of {processor.tubelet_size} need {expected}"
             )
-    first = next(iter(clips), None)
-    if first is None:
-        raise ValueError(f"{name}: holds no clips")
-    frames = decode_clip(first["video"], f"{name}, {clip_name(first)}", processor.frames_per_clip)
+    first = _first(clips, name)
+    frames = decode_clip(first["video"], f"{name}, {clip_name(first)}", processor.frames_per_clip, processor.fps)
     if min(frames.shape[-2:]) < processor.resolution:
         raise ValueError(
             f"{name}: clips are {frames.shape[-1]} x {frames.shape[-2]} pixels, smaller than the model's "
@@ -76,31 +77,63 @@ def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, nam
         )
 
 
+def clip_frame_rate(clips: Dataset | ParquetClips, name: str) -> float:
+    """Frames a second of a data set's clips, by its first one; an int where it is whole.
+
+    Raises:
+        ValueError: no clips, or a video that cannot be decoded.
+    """
+    first = _first(clips, name)
+    rate = _open(first["video"], f"{name}, {clip_name(first)}").metadata.average_fps or 0.0
+    return round(rate) if math.isclose(rate, round(rate), rel_tol=_RATE_TOLERANCE) else rate
+
+
+def _first(clips: Dataset | ParquetClips, name: str) -> dict[str, Any]:
+    first = next(iter(clips), None)
+    if first is None:
+        raise ValueError(f"{name}: holds no clips")
+    return first
+
+
 def clip_name(row: dict[str, Any]) -> str:
     """What messages call a clip: its recording and first tick."""
     return f"recording {row['recording_id']}, tick {row['start_tick']}"
 
 
-def decode_clip(video: dict[str, Any], name: str, num_frames: int) -> Tensor:
+def _open(video: dict[str, Any], name: str) -> Any:
+    from torchcodec.decoders import VideoDecoder  # loads FFmpeg's shared libraries
+
+    try:
+        return VideoDecoder(video["bytes"] if video["bytes"] is not None else video["path"], num_ffmpeg_threads=1)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name}: the video cannot be decoded: {error}") from error
+
+
+def decode_clip(video: dict[str, Any], name: str, num_frames: int, fps: float | None = None) -> Tensor:
     """Frames of an encoded clip, uint8 `(num_frames, 3, Y, X)`.
 
     Args:
         video: `{"bytes": ..., "path": ...}`, what `datasets.Video(decode=False)` gives.
         name: what messages call the clip.
         num_frames: how many frames it must have.
+        fps: how many a second; None: any.
 
     Raises:
-        ValueError: a video that cannot be decoded, or of another length.
+        ValueError: a video that cannot be decoded, of another length or frame rate.
     """
-    from torchcodec.decoders import VideoDecoder  # loads FFmpeg's shared libraries
-
-    source = video["bytes"] if video["bytes"] is not None else video["path"]
+    decoder = _open(video, name)
     try:
-        frames = VideoDecoder(source, num_ffmpeg_threads=1)[:]
+        frames = decoder[:]
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name}: the video cannot be decoded: {error}") from error
     if len(frames) != num_frames:
         raise ValueError(f"{name}: the processor's frames_per_clip is {num_frames}, the video has {len(frames)} frames")
+    found = decoder.metadata.average_fps or 0.0
+    if fps is not None and not math.isclose(found, fps, rel_tol=_RATE_TOLERANCE):
+        raise ValueError(
+            f"{name}: the processor's fps is {fps:g}, the video has {found:g} frames a second: actions would last "
+            "another time than the model was made for"
+        )
     return frames
 
 

@@ -76,7 +76,7 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
         processor: its `frames_per_clip` and `tubelet_size` give the number of steps T.
 
     Raises:
-        ValueError: clips of another length; the message names the first such clip.
+        ValueError: clips of another length, which the message names; a first clip of another frame rate.
     """
     check_columns(dataset)
     steps = processor.frames_per_clip // processor.tubelet_size
@@ -95,7 +95,7 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
                     f"{processor.frames_per_clip} and tubelet_size {processor.tubelet_size}, found {array.shape}"
                 )
             values[column].append(torch.from_numpy(array))
-    decode_clip(dataset[0]["video"], names[0], processor.frames_per_clip)
+    decode_clip(dataset[0]["video"], names[0], processor.frames_per_clip, processor.fps)
     return ClipRecords(names, sessions, torch.stack(values["actions"]), torch.stack(values["states"]))
 
 
