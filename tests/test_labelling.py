@@ -34,6 +34,7 @@ from vjepa_ac_hf.data.selection import BuildOptions
 from vjepa_ac_hf.data.shards import list_shards, read_pairs
 from vjepa_ac_hf.data.video import VideoReader
 from vjepa_ac_hf.labelling import LabelError, LabelFiles, Labeller, find_videos, label_files, label_video, videos
+from vjepa_ac_hf.labelling.files import write_lines
 from vjepa_ac_hf.labelling.windows import count_tubelets, plan_windows, read_windows
 from vjepa_ac_hf.modeling_heads_vjepa2_ac import VJEPA2ACActionHeadOutput
 from vjepa_ac_hf.planning import VPTLog
@@ -570,6 +571,16 @@ def test_labels_do_not_depend_on_a_kill_anywhere(saved, whole, tmp_path):
             path.unlink()
         assert_same_files(output, expected)
     assert point > 12 and set(told) == {0, 14, 24, 28, 40}  # 24 and 40 actions, 14 a batch
+
+
+def test_a_log_that_is_not_whole_has_another_name(tmp_path):
+    def lines():
+        yield {"tick": 0}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lines(tmp_path / "a.jsonl", lines())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
 
 
 def test_a_torn_line_and_another_process(saved, whole, tmp_path):
