@@ -252,8 +252,10 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
     pairs = [(land, session) for land, session in zip(landscapes, sessions, strict=True) if land.covers_true]
     figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(pairs)}
     if not pairs:
-        missing = ("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells")
-        missing += ("rank", "rank_other_actions", "correlation", "plan_below_neighbourhood")
+        missing = [
+            *("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells"),
+            *("rank", "rank_other_actions", "correlation", "plan_below_neighbourhood"),
+        ]
         return {**figures, "sessions": 0, **dict.fromkeys(missing)}
     near = np.stack([land.distances() <= 1 for land, _ in pairs])
     hits = np.array([land.distance <= 1 for land, _ in pairs], dtype=np.float64)

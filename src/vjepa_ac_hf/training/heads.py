@@ -255,7 +255,7 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
     figures = {}
     for kind, metric in (("camera", CameraMetric), ("keys", KeyMetric)):
         if kind in at:
-            pair = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
+            pair: dict[str, Any] = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
             if kind == "keys" and config.pos_weight is not None:
                 pair["even_odds"] = [math.log(weight) for weight in config.pos_weight]
             figures[kind] = metric().compute(**pair, columns=kinds[kind])
