@@ -62,6 +62,7 @@ def main() -> None:
         *("1/4 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
         *("--recordings", arguments.recordings, "--ticks", arguments.ticks, "--seed", arguments.seed),
         *("--resolution", "640x360" if real else "256x144", "--recordings_per_shard", 4, "--num_proc", 2),
+        *("--pauses", 0.5),
     )
     run(
         *("2/4 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),

@@ -63,10 +63,10 @@ def dry_run(train_program, monkeypatch, tmp_path, *flags: str) -> dict:
 # ------------------------------------------------------------------------------------------------- recipes
 
 
-def encoder_parameters(width: int, layers: int, inner: int) -> int:
+def encoder_parameters(width: int, layers: int, inner: int, patch: int = 16) -> int:
     """V-JEPA 2's encoder by hand: patches of 2 x 16 x 16 pixels, four projections, an MLP and two norms a layer."""
     layer = 4 * (width * width + width) + (width * inner + inner) + (inner * width + width) + 2 * 2 * width
-    return layers * layer + (3 * 2 * 16 * 16 * width + width) + 2 * width
+    return layers * layer + (3 * 2 * patch * patch * width + width) + 2 * width
 
 
 def predictor_parameters(actions: int, width: int, layers: int, feature_width: int) -> int:
@@ -88,7 +88,7 @@ def test_recipes_run_dry(train_program, monkeypatch, tmp_path, capsys, path):
     devices = 1 if path.stem == "tiny-vizdoom" else 8
     results = dry_run(train_program, monkeypatch, tmp_path, f"--config={path}", f"--hardware=h100x{devices}")
     expected = {
-        "tiny-vizdoom": (predictor_parameters(38, 128, 3, 128), encoder_parameters(128, 1, 512)),
+        "tiny-vizdoom": (predictor_parameters(38, 128, 3, 128), encoder_parameters(128, 1, 512, patch=8)),
         "vitl16-vpt13": (predictor_parameters(13, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
         "vitl16-vpt38": (predictor_parameters(38, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
         "vitl16-vpt13-l1": (predictor_parameters(13, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
@@ -135,8 +135,8 @@ def test_the_sources_of_the_numbers():
 
 
 @pytest.mark.parametrize("steps", [2500, 100])
-def test_the_demo_trains_as_before_it_had_a_recipe(monkeypatch, tmp_path, steps):
-    """Its training program gets the arguments that its flags spelled out before: its results are the same."""
+def test_what_the_demo_trains_with(monkeypatch, tmp_path, steps):
+    """Recipe and flags together: the arguments that docs/LOG.md's figures of the demo were measured with."""
     specification = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
     demo = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(demo)
@@ -149,7 +149,7 @@ def test_the_demo_trains_as_before_it_had_a_recipe(monkeypatch, tmp_path, steps)
     monkeypatch.chdir(ROOT)
     found = parse_arguments("", [str(flag) for flag in flags])
     before = parse(
-        *("--model_config=tiny", "--encoder=random", "--action_space=vpt-38", "--resize_mode=squash"),
+        *("--model_config=tiny-32px", "--encoder=random", "--action_space=vpt-38", "--resize_mode=squash"),
         *(f"--dataset={tmp_path / 'clips'}", f"--output_dir={tmp_path / 'model'}", "--cache_dtype=float32"),
         *(f"--cache_features={tmp_path / 'features'}", "--num_workers=0", "--seed=3", f"--max_steps={steps}"),
         *("--per_device_batch_size=16", "--learning_rate=4e-3", f"--decay_steps={steps // 4}", "--loss_type=l1"),

@@ -10,7 +10,10 @@ from ..configuration_vjepa2_ac import VJEPA2ACConfig
 # "vitl16": V-JEPA 2's ViT-L/16 at 256 pixels with the V-JEPA 2-AC predictor (24 layers, width 1024, 16 heads).
 # "vitg16": V-JEPA 2's ViT-g/16 with the same predictor, as V-JEPA 2-AC has it (arXiv 2506.09985, section 3);
 # sizes as in transformers' conversion of the official weights (facebook/vjepa2-vitg-fpc64-256).
-# "tiny": trains in minutes on two CPU cores; chosen by the experiments in docs/LOG.md.
+# "tiny": trains in minutes on two CPU cores; chosen by the experiments in docs/LOG.md. "tiny-32px" has the same 4 x 4
+# tokens over fewer pixels, "tiny-fine" 8 x 8 tokens.
+_TINY_ENCODER = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "frames_per_clip": 16}
+_TINY_PREDICTOR = {"pred_hidden_size": 128, "pred_num_hidden_layers": 3, "pred_num_attention_heads": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "vitl16": {},
     "vitg16": {
@@ -21,19 +24,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mlp_ratio": 48 / 11,
         },
     },
-    "tiny": {
-        "encoder_config": {
-            "crop_size": 64,
-            "patch_size": 16,
-            "hidden_size": 128,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "frames_per_clip": 16,
-        },
-        "pred_hidden_size": 128,
-        "pred_num_hidden_layers": 3,
-        "pred_num_attention_heads": 4,
-    },
+    "tiny": {"encoder_config": {"crop_size": 64, "patch_size": 16, **_TINY_ENCODER}, **_TINY_PREDICTOR},
+    "tiny-32px": {"encoder_config": {"crop_size": 32, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
+    "tiny-fine": {"encoder_config": {"crop_size": 64, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
 }
 
 DEFAULT_ENCODERS = {"vitl16": "facebook/vjepa2-vitl-fpc64-256", "vitg16": "facebook/vjepa2-vitg-fpc64-256"}
