@@ -8,9 +8,10 @@ networks after the features, goals and number of steps are the same. One sees fe
 step for all environments; the other sees the frames themselves, through Stable-Baselines3's convolutional network.
 
 OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
-every --save_every steps: a second run continues there, and comes to the same agent. OUT/evaluation.jsonl has episodes
-of the trained agents, of random choices, and of an oracle that knows the angles, on goals of their own.
-OUT/summary.json, OUT/success.png and OUT/report.html compare them (docs/environments.md, "Learning").
+every --save_every steps: a second run continues there, and comes to the same agent; with more --steps, to the one of a
+longer training. OUT/evaluation.jsonl has episodes of the trained agents, of random choices, and of an oracle that knows
+the angles, on goals of their own. OUT/summary.json, OUT/success.png and OUT/report.html compare them
+(docs/environments.md, "Learning").
 """
 
 import argparse
@@ -59,7 +60,7 @@ PPO_SETTINGS: dict[str, Any] = {
     "ent_coef": 0.01,
 }
 HIDDEN_SIZES = [128, 128]
-KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "steps", "num_envs", "rollout")
+KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "num_envs", "rollout")
 KEPT += ("batch_size", "save_every")
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -250,7 +251,9 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
     done = ppo.num_timesteps if ppo else 0
     for name in (agent, f"{agent}_saves"):
         read_lines(arguments.output / f"{name}.jsonl", done)
-    if ppo and done >= arguments.steps:
+    if done > arguments.steps:
+        raise SystemExit(f"{saved}: trained for {done} steps already, --steps is {arguments.steps}")
+    if ppo and done == arguments.steps:
         print(f"{saved}: trained already, {done} steps")
         return ppo
     env = VecMonitor(make_env(agent, arguments, model, processor, arguments.num_envs))
@@ -280,7 +283,7 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
 # --------------------------------------------------------------------------------------------------- evaluation
 
 
-def play(env: VecEnv, agent: str, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]:
+def play(env: VecEnv, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]:
     """One episode, as a line of the results."""
     env.seed(seed)
     seen = env.reset()
@@ -289,8 +292,6 @@ def play(env: VecEnv, agent: str, seed: int, choose: Callable[[Any], int]) -> di
         seen, rewards, dones, infos = env.step(np.array([choose(seen)]))
         total, steps, done, info = total + float(rewards[0]), steps + 1, bool(dones[0]), infos[0]
     return {
-        "agent": agent,
-        "seed": seed,
         "success": bool(info["success"]),
         "steps": steps,
         "start_degrees": round(float(start), 4),
@@ -317,26 +318,27 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
     """Episodes of all agents on the same goals."""
     path = arguments.output / "evaluation.jsonl"
     known = read_lines(path)
-    done = {(e["agent"], e["seed"]) for e in known}
+    done = {(e["agent"], e["trained_steps"], e["seed"]) for e in known}
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
     agents = [a for a in AGENTS if a in trained or a not in TRAINED]
-    wanted = [(agent, seed) for agent in agents for seed in seeds]
+    wanted = [(a, trained[a].num_timesteps if a in trained else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
     with open(path, "a") as results:
-        for agent, seed in tqdm(wanted, unit="episode", desc="evaluation"):
-            if (agent, seed) in done:
+        for agent, steps, seed in tqdm(wanted, unit="episode", desc="evaluation"):
+            if (agent, steps, seed) in done:
                 continue
             sees = "features" if agent == "features" else "pixels"
             if env is None or sees != current:
                 if env is not None:
                     env.close()
                 env, current = make_env(sees, arguments, model, processor, 1), sees
-            known.append(play(env, agent, seed, chooser(agent, env, trained.get(agent), seed)))
+            line = {"agent": agent, "trained_steps": steps, "seed": seed}
+            known.append({**line, **play(env, seed, chooser(agent, env, trained.get(agent), seed))})
             append_line(results, known[-1])
             os.fsync(results.fileno())
     if env is not None:
         env.close()
-    return [e for e in known if (e["agent"], e["seed"]) in set(wanted)]
+    return [e for e in known if (e["agent"], e["trained_steps"], e["seed"]) in set(wanted)]
 
 
 # ------------------------------------------------------------------------------------------------------ summary
@@ -464,6 +466,7 @@ def main() -> None:
     settings = claim_output(arguments, model)
     trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
     agents = summarize(arguments, evaluate(arguments, trained, model, processor))
+    settings |= {"steps": arguments.steps}
     summary = {"settings": settings, "agents": agents, "command": " ".join(sys.argv), "versions": versions()}
     write_json(arguments.output / "summary.json", summary)
     picture = draw(agents)
