@@ -26,8 +26,10 @@ def test_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     if find_spec("vizdoom") is None:
+        del snippets[-2:]
+    elif find_spec("stable_baselines3") is None:
         snippets.pop()
     names: dict = {}
     for snippet in snippets:  # the later ones go on from the second
