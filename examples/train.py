@@ -29,7 +29,7 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from datasets import get_dataset_split_names
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
 
@@ -67,13 +67,13 @@ from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.health import Health
 from vjepa_ac_hf.training.hub import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
-from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler, continue_schedule
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum, write_status
 from vjepa_ac_hf.training.run_record import write_run_record
-from vjepa_ac_hf.training.trackers import closing_trackers, log_metrics, start_trackers
+from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
 from vjepa_ac_hf.training.validation import ValidationSet, validate
 
 logger = get_logger(__name__)  # of the main process alone
@@ -178,7 +178,7 @@ class Run:
     model: VJEPA2ACModel
     wrapped: torch.nn.Module  # the model as a step calls it: under DDP, FSDP2, compilation
     optimizer: AcceleratedOptimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     stop: StopSignals
     identity: dict  # what must not differ when the run is continued
     loader: ClipLoader | None = None
@@ -224,7 +224,7 @@ def start_run(arguments, accelerator, model, processor, splits, stop) -> Run:
     if state is not None:
         run.loader.load_state_dict(state["loader"])
         load_checkpoint(checkpoint, model.predictor, optimizer.optimizer, accelerator)
-        scheduler.load_state_dict(state["schedule"])
+        continue_schedule(scheduler, state["schedule"])
         run.step, run.best = state["step"], state["best"]
         run.saved = run.step if checkpoint.parent.resolve() == run.checkpoints.resolve() else None
         accelerator.print(f"continuing from {checkpoint}")
@@ -379,6 +379,7 @@ def finish_push(arguments, pusher) -> int:
 
 def show_dry_run(arguments: argparse.Namespace) -> None:
     """What the run would take; with a data set it is opened and checked as for the run."""
+    check_trackers(arguments.report_to)
     state, clips = PartialState(), None
     config, _ = build_configuration(arguments)
     if arguments.dataset is not None:

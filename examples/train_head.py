@@ -56,7 +56,7 @@ from vjepa_ac_hf.training.heads import (
     read_labels,
     save_head,
 )
-from vjepa_ac_hf.training.optimization import build_scheduler
+from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
 from vjepa_ac_hf.training.presets import build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum
 
@@ -278,7 +278,7 @@ def train(arguments, accelerator, model, processor, splits, labels) -> dict:
     step = 0
     if state is not None:
         load_checkpoint(checkpoint, trained, optimizer.optimizer, accelerator)
-        scheduler.load_state_dict(state["schedule"])
+        continue_schedule(scheduler, state["schedule"])
         loader.load_state_dict(state["loader"])
         step = state["step"]
         accelerator.print(f"continuing from {checkpoint}")

@@ -24,11 +24,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Video
 from helpers_clips import FEATURES, write_clips
+from helpers_training import TINY, command, losses, metrics, write_workspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import TINY, command, losses, metrics, train_here, train_program  # noqa: F401 (fixtures)
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.data import cached_clips
@@ -506,13 +506,10 @@ TOLERANCE = {"bfloat16": 1e-3, "int8": 2e-3}  # of a loss, relative; twice what 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    write_clips(folder / "clips")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
+    return write_workspace(tmp_path_factory.mktemp("train"))
 
 
-def test_losses_are_those_without_a_cache(workspace, train_here):  # noqa: F811
+def test_losses_are_those_without_a_cache(workspace, train_here):
     plain = workspace / "plain"
     train_here(command(workspace, plain))
     # Kernels whose result depends on a clip's place in its batch would make exact equality a matter of luck.
@@ -537,7 +534,7 @@ def test_losses_are_those_without_a_cache(workspace, train_here):  # noqa: F811
         assert caches == {"train", "validation-6"}
 
 
-def test_types_by_default_and_on_resume(workspace, train_here):  # noqa: F811
+def test_types_by_default_and_on_resume(workspace, train_here):
     """A run that goes on with features of another type is refused, the cache or not; equal ones are not."""
     output, cache = workspace / "default", workspace / "cache_default"
     flags = [f"--cache_features={cache}", "--max_steps=4"]
@@ -550,7 +547,7 @@ def test_types_by_default_and_on_resume(workspace, train_here):  # noqa: F811
         train_here(command(workspace, output, "--max_steps=4"))
 
 
-def test_a_type_without_a_cache_is_refused(workspace, train_here, capsys):  # noqa: F811
+def test_a_type_without_a_cache_is_refused(workspace, train_here, capsys):
     with pytest.raises(SystemExit):
         train_here(command(workspace, workspace / "flags", "--cache_dtype=int8"))
     assert "--cache_dtype int8 needs --cache_features DIR" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_clips import write_clips
+from helpers_training import ROOT, TINY, metrics, write_workspace
 from safetensors.torch import load_file
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACOutput
@@ -25,63 +24,24 @@ from vjepa_ac_hf.training.health import SPEED, Health, feature_std
 from vjepa_ac_hf.training.preflight import check_arguments
 from vjepa_ac_hf.training.run_record import git_revision
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "encoder_config": {
-        "crop_size": 32,
-        "patch_size": 16,
-        "hidden_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
-    "pred_hidden_size": 48,
-    "pred_num_hidden_layers": 2,
-    "pred_num_attention_heads": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("health")
-    write_clips(folder / "clips")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train_program():
-    specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def train_here(train_program, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def main(*flags: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        train_program.main()
-
-    return main
+    return write_workspace(tmp_path_factory.mktemp("health"))
 
 
 def flags(workspace: Path, output: Path, *more: str) -> list[str]:
     values = {"max_steps": 6, "per_device_batch_size": 4, "log_every": 2, "checkpoint_every": 4, "eval_every": 3}
     values |= {"num_workers": 0, "learning_rate": 1e-3, "dataset": workspace / "clips", "output_dir": output}
-    return [*(f"--{k}={v}" for k, v in values.items()), f"--model_config={workspace / 'tiny.json'}", *more]
-
-
-def rows(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    settings = [f"--{k}={v}" for k, v in values.items()]
+    return ["examples/train.py", *settings, f"--model_config={workspace / 'tiny.json'}", *more]
 
 
 @pytest.fixture(scope="module")
 def finished(workspace, train_program):
     """Output folder of a run and what it showed."""
     output, shown = workspace / "finished", io.StringIO()
-    command = ["train.py", *flags(workspace, output, "--hardware_tflops=0.5")]
+    command = flags(workspace, output, "--hardware_tflops=0.5")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -97,7 +57,7 @@ def finished(workspace, train_program):
 
 def test_every_row_has_all_figures(finished):
     output, _ = finished
-    found = rows(output)
+    found = metrics(output)
     assert [row["step"] for row in found] == [2, 3, 4, 6]
     names = SPEED | {"parameter_norm", "gradient_norm", "encoder_feature_std", "predictor_feature_std"}
     for row in found:
@@ -189,21 +149,21 @@ def test_the_record_makes_the_run_again(workspace, finished, train_here):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode == 0:
         assert record["git"]["revision"] == head.stdout.strip()
-    assert record["command"][1:3] == ["train.py", "--max_steps=6"] and record["processes"] == 1
+    assert record["command"][1:3] == ["examples/train.py", "--max_steps=6"] and record["processes"] == 1
     assert record["versions"]["torch"] == torch.__version__ and len(record["devices"]) == 1
     assert record["arguments"]["warmup_steps"] == 0 and record["arguments"]["global_batch_size"] == 4
     assert record["environment"]["OMP_NUM_THREADS"] == "1" and record["earlier"] == []
     assert "secret" not in (output / "run.json").read_text()
 
     again = workspace / "again"
-    train_here(f"--config={output / 'run.json'}", f"--output_dir={again}")
-    assert [row["loss"] for row in rows(again)] == pytest.approx([row["loss"] for row in rows(output)], rel=1e-6)
+    train_here(["train.py", f"--config={output / 'run.json'}", f"--output_dir={again}"])
+    assert [row["loss"] for row in metrics(again)] == pytest.approx([row["loss"] for row in metrics(output)], rel=1e-6)
 
 
 def test_a_continued_run_keeps_the_record_of_its_starts(workspace, train_here):
     output = workspace / "twice"
-    train_here(*flags(workspace, output, "--max_steps=4"))
-    train_here(*flags(workspace, output))
+    train_here(flags(workspace, output, "--max_steps=4"))
+    train_here(flags(workspace, output))
     record = json.loads((output / "run.json").read_text())
     assert record["arguments"]["max_steps"] == 6 and "earlier" not in record["earlier"][0]
     assert [start["arguments"]["max_steps"] for start in record["earlier"]] == [4]
@@ -213,7 +173,7 @@ def test_a_refused_continuation_is_not_recorded(workspace, finished, train_here,
     shutil.copytree(finished[0], tmp_path / "run")
     before = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(ValueError, match="learning_rate: 0.001 then, 0.5 now"):
-        train_here(*flags(workspace, tmp_path / "run", "--learning_rate=0.5"))
+        train_here(flags(workspace, tmp_path / "run", "--learning_rate=0.5"))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
@@ -221,7 +181,7 @@ def test_another_number_of_processes_is_refused_for_a_recorded_run(finished, tra
     """The record holds batch, accumulation and global batch: on two processes they contradict each other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        train_here(f"--config={finished[0] / 'run.json'}")
+        train_here(["train.py", f"--config={finished[0] / 'run.json'}"])
     assert "x 2 processes is 8" in capsys.readouterr().err
 
 
@@ -261,14 +221,14 @@ def test_of_two_processes_one_speaks_for_both(workspace):
     output = workspace / "two"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "examples/train.py", *flags(workspace, output, "--per_device_batch_size=2")]
+    command = [*launcher, *flags(workspace, output, "--per_device_batch_size=2")]
     more = ["--max_steps=2", "--global_batch_size=8", "--eval_every=0", "--hardware_tflops=0.5"]
     result = subprocess.run([*command, *more], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("8 clips = 2 processes x 2 x 2 accumulated") == 1
     record = json.loads((output / "run.json").read_text())
     assert record["processes"] == len(record["devices"]) == 2
-    row = rows(output)[-1]
+    row = metrics(output)[-1]
     assert row["tokens_per_second"] == pytest.approx(row["clips_per_second"] * 8 * 6)
     assert row["mfu"] == pytest.approx(row["model_tflops_per_second"] / (2 * 0.5))
     # A mistake is told once too.
@@ -293,20 +253,20 @@ def test_mistakes_are_named_before_anything_is_written(workspace, finished, trai
     output = workspace / "mistakes"
     more = [flag.format(finished=finished[0]) for flag in more]
     with pytest.raises(ValueError, match=message):
-        train_here(*flags(workspace, output, *more))
+        train_here(flags(workspace, output, *more))
     assert not output.exists()
 
 
 def test_an_output_that_is_a_file_is_refused(workspace, train_here, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--output_dir .*file/run: .*file is a file, expected a folder or nothing"):
-        train_here(*flags(workspace, tmp_path / "file" / "run"))
+        train_here(flags(workspace, tmp_path / "file" / "run"))
 
 
 def test_an_output_that_holds_another_model_is_refused(workspace, finished, train_here, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     with pytest.raises(ValueError, match="holds a model .model.safetensors. but no run"):
-        train_here(*flags(workspace, tmp_path))
+        train_here(flags(workspace, tmp_path))
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -316,7 +276,7 @@ def test_an_output_without_write_access_is_refused(workspace, train_here, tmp_pa
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root, who may run the tests, can write everywhere
     with pytest.raises(ValueError, match=r"--output_dir .*run: cannot be written to \(Permission denied: "):
-        train_here(*flags(workspace, tmp_path / "run"))
+        train_here(flags(workspace, tmp_path / "run"))
 
 
 def test_bfloat16_on_a_device_without_it_is_refused(tmp_path, monkeypatch):

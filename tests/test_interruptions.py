@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_clips import write_clips
-from test_train import TINY, assert_same_weights, command, load_program, metrics
+from helpers_training import assert_same_weights, command, metrics, write_workspace
 from train_forks import TrainForks
 
 from vjepa_ac_hf.training import checkpoints
@@ -34,10 +33,7 @@ FLAGS = ("--max_steps=9", "--checkpoint_every=3", "--eval_every=4", "--eval_clip
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("interruptions")
-    write_clips(folder / "clips")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
+    return write_workspace(tmp_path_factory.mktemp("interruptions"))
 
 
 @pytest.fixture(scope="module")
@@ -134,20 +130,6 @@ def kill_before(monkeypatch, call):
     monkeypatch.setattr(os, "replace", counting(os.replace))
     monkeypatch.setattr(os, "fsync", counting(os.fsync))
     return lambda: count
-
-
-@pytest.fixture
-def train_here(monkeypatch):
-    """Run the program in this process."""
-    program = load_program()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def main(arguments):
-        monkeypatch.setattr("sys.argv", arguments)
-        program.main()
-
-    main.program = program
-    return main
 
 
 def killed_before_call(workspace, train_here, undisturbed, output, call):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_clips import write_clips
+from helpers_training import write_workspace
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
 
@@ -75,11 +75,7 @@ def train_command(clips: str, output: Path, config: Path, *flags: str) -> list:
 
 @pytest.mark.slow
 def test_model_and_data_set_are_pushed_and_read_back(tmp_path):
-    from test_train import TINY
-
-    write_clips(tmp_path / "clips", train=4, validation=2)
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY))
+    config = write_workspace(tmp_path, train=4, validation=2) / "tiny.json"
     with HubServer() as server:
         env = environment(server, tmp_path)
         push = "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('org/clips', repo_type='dataset'); "

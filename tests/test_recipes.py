@@ -44,14 +44,6 @@ def refusal(capsys, *flags: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def train_program():
-    specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def dry_run(train_program, monkeypatch, tmp_path, *flags: str) -> dict:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

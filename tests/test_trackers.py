@@ -15,27 +15,36 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
+from helpers_training import command, metrics, write_workspace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import command, metrics, train_here, train_program, workspace  # noqa: F401 (fixtures)
 from test_validation import folder, make_model, validation_set  # noqa: F401 (a fixture)
 
 from vjepa_ac_hf.training import pictures, trackers
 from vjepa_ac_hf.training.validation import validate
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return write_workspace(tmp_path_factory.mktemp("trackers"))
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("tensorbord", "--report_to takes names among tensorboard, trackio, wandb, each once, found 'tensorbord'"),
-        ("wandb, wandb", "each once, found 'wandb, wandb'"),
+        (
+            "tensorbord",
+            "--report_to takes names among tensorboard, trackio, wandb, .*found 'tensorbord' .unknown: tensorbord",
+        ),
+        ("wandb, wandb", "each once, found 'wandb, wandb' .one is named twice"),
         ("tensorboard,wandb", r"wandb not installed; pip install 'vjepa-ac-hf\[trackers\]', or pip install wandb$"),
     ],
 )
-def test_trackers_that_cannot_be_are_named_first(workspace, train_here, monkeypatch, names, message):  # noqa: F811
+def test_trackers_that_cannot_be_are_named_first(workspace, train_here, monkeypatch, names, message, more):
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
     output = workspace / "no_tracker"
     with pytest.raises(ValueError, match=message):
-        train_here(command(workspace, output, f"--report_to={names}", "--dataset=nowhere"))
+        train_here(command(workspace, output, f"--report_to={names}", "--dataset=nowhere", *more))
     assert not output.exists()
 
 
@@ -46,7 +55,7 @@ def test_configurations_are_flat():
 
 
 @pytest.fixture(scope="module")
-def tracked(workspace, train_program):  # noqa: F811
+def tracked(workspace, train_program):
     """A run of 4 steps whose last checkpoint is lost, and its continuation from step 2 to 6."""
     output = workspace / "tracked"
     flags = ["--report_to=tensorboard", "--checkpoint_every=2", "--eval_every=2"]
@@ -102,7 +111,7 @@ def test_the_configuration_is_logged(tracked):
         assert "model/encoder_config/hidden_size: 48" in text and "learning_rate: 0.001" in text
 
 
-def test_trackers_are_finished_when_training_fails(workspace, train_here, monkeypatch):  # noqa: F811
+def test_trackers_are_finished_when_training_fails(workspace, train_here, monkeypatch):
     finished = []
     monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finished.append(self.writer.close()))
     output = workspace / "failed"

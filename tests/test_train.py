@@ -1,7 +1,6 @@
 """Training through the real command line, on a data set of moving pictures and a tiny model."""
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -9,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from helpers_clips import write_clips
+from helpers_training import TINY, assert_same_weights, command, losses, metrics, run, write_workspace
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, VJEPA2Config, VJEPA2Model
 
@@ -22,102 +21,10 @@ from vjepa_ac_hf.training.checkpoints import checkpoint_steps, write_checksums
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import PRESETS, build_config
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "encoder_config": {
-        "crop_size": 32,
-        "patch_size": 16,
-        "hidden_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
-    "pred_hidden_size": 48,
-    "pred_num_hidden_layers": 2,
-    "pred_num_attention_heads": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    write_clips(folder / "clips")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
-
-
-def command(workspace: Path, output: Path, *flags: str, dataset: str = "clips") -> list[str]:
-    values = {"max_steps": 8, "per_device_batch_size": 4, "log_every": 1, "checkpoint_every": 4, "eval_every": 4}
-    values |= {"num_workers": 0, "learning_rate": 1e-3}
-    arguments = [f"--{k}={v}" for k, v in values.items()]
-    return [
-        *(str(ROOT / "examples" / "train.py"), "--dataset", str(workspace / dataset), "--output_dir", str(output)),
-        *("--model_config", str(workspace / "tiny.json"), *arguments, *flags),
-    ]
-
-
-def run(arguments: list[str], processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def load_program():
-    """`examples/train.py` as a module: a run without the seconds that a process takes to start."""
-    specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["train_program"] = module  # its dataclass is looked up there
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def train_program():
-    return load_program()
-
-
-@pytest.fixture
-def train_here(train_program, monkeypatch):
-    """Run the program with these arguments in this process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def main(arguments: list[str]) -> None:
-        monkeypatch.setattr(sys, "argv", arguments)
-        train_program.main()
-
-    return main
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_saved_frame_rate_is_the_data_sets(train_program, tmp_path, streaming):
-    """Planning and labelling take from it how many ticks an action lasts."""
-    write_clips(tmp_path, train=2, validation=0, fps=10)
-    arguments = argparse.Namespace(dataset=str(tmp_path), streaming=streaming, eval_every=0)
-    processor = VJEPA2ACProcessor(resolution=32)
-    train, _ = train_program.load_splits(arguments, processor)
-    processor.save_pretrained(tmp_path / "saved")
-    assert len(train) == 2 and AutoProcessor.from_pretrained(tmp_path / "saved").fps == 10
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output: Path) -> list[float]:
-    return [row["loss"] for row in metrics(output)]
-
-
-def predictor_weights(output: Path) -> dict:
-    return {k: v for k, v in load_file(output / "model.safetensors").items() if k.startswith("predictor.")}
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    weights = predictor_weights(second)
-    for name, tensor in predictor_weights(first).items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0, msg=name)
+    return write_workspace(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +226,17 @@ def test_missing_statistics_are_named(workspace, train_here):
     computed = AutoProcessor.from_pretrained(workspace / "bare_out").action_statistics
     stored = json.loads((workspace / "clips" / "action_stats.json").read_text())
     assert computed["count"] == stored["count"] and computed["std"] == pytest.approx(stored["std"], rel=1e-6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_saved_frame_rate_is_the_data_sets(train_program, tmp_path, streaming):
+    """Planning and labelling take from it how many ticks an action lasts."""
+    write_clips(tmp_path, train=2, validation=0, fps=10)
+    arguments = argparse.Namespace(dataset=str(tmp_path), streaming=streaming, eval_every=0)
+    processor = VJEPA2ACProcessor(resolution=32)
+    train, _ = train_program.load_splits(arguments, processor)
+    processor.save_pretrained(tmp_path / "saved")
+    assert len(train) == 2 and AutoProcessor.from_pretrained(tmp_path / "saved").fps == 10
 
 
 def test_schedule_and_parameter_groups():

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
+from helpers_training import TINY
 from safetensors.torch import load_file
 from test_heads import head
-from test_train import TINY
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor

@@ -1,5 +1,7 @@
 """Parameter groups and learning-rate schedule (V-JEPA 2-AC, arXiv 2506.09985, appendix on post-training)."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import AdamW
@@ -60,3 +62,16 @@ def build_scheduler(
         return 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+def continue_schedule(scheduler: LambdaLR, state: dict[str, Any]) -> None:
+    """Set a scheduler of `build_scheduler` and its optimizer to the step that a state dictionary was saved at.
+
+    The rate is that of this scheduler at the step: a run that goes on with another length has another decay. (PyTorch's
+    `load_state_dict` leaves the optimizer at the rate of step 0, and reports the saved one.)
+    """
+    scheduler.load_state_dict(state)
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate

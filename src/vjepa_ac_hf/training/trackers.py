@@ -29,7 +29,8 @@ def check_trackers(names: str) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in found if name not in TRACKERS]
     if unknown or len(set(found)) < len(found):
-        raise ValueError(f"--report_to takes names among {', '.join(TRACKERS)}, each once, found {names!r}")
+        problem = f"unknown: {', '.join(unknown)}" if unknown else "one is named twice"
+        raise ValueError(f"--report_to takes names among {', '.join(TRACKERS)}, each once, found {names!r} ({problem})")
     available = {str(tracker) for tracker in get_available_trackers()}
     missing = [name for name in found if name not in available]
     if missing:
