@@ -1,18 +1,26 @@
 """Two processes on a CPU (gloo), by the real launchers: DDP, FSDP2, compiled; and the configuration files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers_clips import write_clips
-from safetensors.torch import load_file
-from test_train import TINY, assert_same_weights, command, losses, metrics, predictor_weights, run
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers_training import (
+    ROOT,
+    assert_same_weights,
+    command,
+    losses,
+    metrics,
+    predictor_weights,
+    run,
+    write_workspace,
+)
+from hub_server import HubServer
+from safetensors.torch import load, load_file
 from transformers import AutoModel
 
 from vjepa_ac_hf import VJEPA2ACModel
@@ -20,7 +28,6 @@ from vjepa_ac_hf.modeling_vjepa2_ac import VJEPA2ACLayer
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.presets import build_config
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -34,9 +41,7 @@ FSDP2 = {
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    write_clips(folder / "clips", validation=5)  # no multiple of two processes' batches
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
+    return write_workspace(folder, validation=5)  # no multiple of two processes' batches
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +54,7 @@ def one_process(workspace):
 @pytest.fixture(scope="module")
 def sharded(workspace):
     output = workspace / "sharded"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in FSDP2.items():
-            patch.setenv(name, value)
-        run(command(workspace, output, "--per_device_batch_size=2"), processes=2)
+    run(command(workspace, output, "--per_device_batch_size=2"), processes=2, **FSDP2)
     return output
 
 
@@ -88,10 +90,9 @@ def test_every_parameter_takes_part_in_every_step():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_the_predictor_alone_is_communicated(workspace, tmp_path, monkeypatch, fsdp):
-    for name, value in FSDP2.items() if fsdp else ():
-        monkeypatch.setenv(name, value)
-    run([str(ROOT / "tests" / "distributed_checks.py"), str(workspace / "tiny.json"), str(tmp_path)], processes=2)
+def test_the_predictor_alone_is_communicated(workspace, tmp_path, fsdp):
+    checks = [str(ROOT / "tests" / "distributed_checks.py"), str(workspace / "tiny.json"), str(tmp_path)]
+    run(checks, processes=2, **FSDP2 if fsdp else {})
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["fsdp"] == fsdp and found["ddp"] != fsdp
@@ -128,13 +129,11 @@ def test_fsdp2_equals_one_process_and_continues_under_ddp(workspace, one_process
 
 
 @pytest.mark.slow
-def test_fsdp2_continued_equals_undisturbed(workspace, sharded, monkeypatch):
+def test_fsdp2_continued_equals_undisturbed(workspace, sharded):
     output = workspace / "sharded_again"
     shutil.copytree(sharded, output)
     shutil.rmtree(output / "checkpoints" / "step-00000008")
-    for name, value in FSDP2.items():
-        monkeypatch.setenv(name, value)
-    run(command(workspace, output, "--per_device_batch_size=2"), processes=2)
+    run(command(workspace, output, "--per_device_batch_size=2"), processes=2, **FSDP2)
     assert losses(output) == losses(sharded)
     assert_same_weights(output, sharded)
 
@@ -176,25 +175,68 @@ def test_compiled_equals_eager(workspace, one_process):
     assert set(predictor_weights(output)) == set(predictor_weights(one_process))
 
 
+def launcher_environment(path: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file path --num_processes=2` sets for the processes that it starts."""
+    flags = ["--config_file", str(path), "--num_processes=2", "examples/train.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    environment = prepare_multi_gpu_env(arguments)
+    return {k: v for k, v in environment.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configurations_launch(workspace, one_process, path):
-    """By `accelerate launch`, with what a machine without GPUs needs changed: `--cpu` and two processes."""
-    output = workspace / path.stem
-    processes = ["--cpu", "--num_processes=1"] if path.stem == "one_gpu" else ["--cpu", "--num_processes=2"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *processes]
-    size = 4 // int(processes[-1][-1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    exact = ["--mixed_precision=no"]  # the files say bf16
-    result = subprocess.run(
-        [*launcher, *command(workspace, output, f"--per_device_batch_size={size}", "--max_steps=4", *exact)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    """As the launcher starts them, but on a CPU and in float32 (the files say bf16).
+
+    `accelerate launch --cpu` starts one process, whatever the file says: for several, its environment and torchrun.
+    """
+    output, flags = workspace / path.stem, ["--max_steps=4", "--mixed_precision=no"]
+    if path.stem == "one_gpu":
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--cpu"]
+        run([*launcher, *command(workspace, output, *flags)])
+    else:
+        flags.append("--per_device_batch_size=2")
+        run(command(workspace, output, *flags), processes=2, **launcher_environment(path))
+    record = json.loads((output / "run.json").read_text())
+    assert record["processes"] == (1 if path.stem == "one_gpu" else 2)
+    assert record["environment"].get("ACCELERATE_USE_FSDP") == ("true" if path.stem == "fsdp2_8_gpus" else None)
     assert losses(output) == pytest.approx(losses(one_process)[:4], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_fsdp2_with_gradient_checkpointing(workspace, sharded):
+    output = workspace / "checkpointed"
+    flags = ["--per_device_batch_size=2", "--gradient_checkpointing"]
+    run(command(workspace, output, *flags), processes=2, **FSDP2)
+    assert_close_runs(output, sharded)
+
+
+@pytest.mark.slow
+def test_fsdp2_continues_what_ddp_left(workspace):
+    plain, output = workspace / "plain", workspace / "as_fsdp2"
+    run(command(workspace, plain, "--per_device_batch_size=2"), processes=2)
+    shutil.copytree(plain, output)
+    shutil.rmtree(output / "checkpoints" / "step-00000008")
+    result = run(command(workspace, output, "--per_device_batch_size=2"), processes=2, **FSDP2)
+    assert "continuing from" in result.stdout and "step-00000004" in result.stdout
+    assert_close_runs(output, plain)
+
+
+@pytest.mark.slow
+def test_fsdp2_pushes_whole_models(workspace, tmp_path):
+    """Checkpoints and the final model; the server has what the run left."""
+    output = tmp_path / "pushed"
+    with HubServer() as server:
+        flags = ["--per_device_batch_size=2", "--max_steps=4", "--checkpoint_every=2", "--push_to_hub"]
+        variables = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_test", "HF_HOME": str(tmp_path / "hf")}
+        variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        arguments = command(workspace, output, *flags, "--hub_model_id=org/world")
+        result = run(arguments, processes=2, **FSDP2, **variables)
+        assert result.stdout.count("pushed to org/world: all is up") == 1
+        files = server.repositories[("model", "org/world")]
+        assert server.commits[-1][1] == "Trained model, step 4"
+        assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+        assert load(files["model.safetensors"]).keys() == VJEPA2ACModel.from_pretrained(output).state_dict().keys()
 
 
 @pytest.mark.slow
