@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers_clips import write_clips
+from helpers_training import write_workspace
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
@@ -121,8 +121,8 @@ def test_a_checkpoint_becomes_a_whole_model_on_the_hub(server, parts, tmp_path):
     assert [json.loads(line)["step"] for line in on_hub(server, "metrics.jsonl").splitlines()] == [5, 10]
     assert json.loads(on_hub(server, "training_args.json"))["step"] == 10
     card = on_hub(server, "README.md").decode()
-    assert "Training is not finished**: this is step 10 of 40" in card and "- validation_error: 0.25" in card
-    assert "10 steps of 24 clips" in card and "77" not in card
+    assert "Training is not finished**: this is step 10 of 40" in card and "- loss: 0.1" in card
+    assert "10 steps of 24 clips" in card and "77" not in card and "validation_error" not in card
     assert [(name, summary) for name, summary, _ in server.commits] == [("org/world", "Step 10")]
     assert not list((tmp_path / ".hub").glob("step-*")) and not list((tmp_path / ".hub").glob("*.tmp"))
     pushed = json.loads((tmp_path / ".hub" / "pushed.json").read_text())
@@ -362,17 +362,14 @@ def test_figures_of_an_evaluation_are_on_the_card(parts, tmp_path):
     figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert figures == {
         "mean absolute difference, horizon 1": 0.2,
-        "mean absolute difference of persistence, horizon 1": 0.25,
         "error over persistence, horizon 1": 0.8,
         "error with shuffled actions over error, horizon 1": 1.5,
-        "win rate of the true action, horizon 1": 0.75,
         "mean absolute difference, horizon 2": 0.4,
-        "mean absolute difference of persistence, horizon 2": 0.0,
         "error with shuffled actions over error, horizon 2": 1.0,
     }
     assert {result.dataset_type for result in card.data.eval_results} == {"org/clips"}
     assert card.data.license == "apache-2.0" and card.data.datasets == ["org/clips"]
-    assert "| 1 | 0.2000 | 0.2500 | 0.8000 | 1.5000 | 0.7500 | - |\n| 2 | 0.4000 | 0.0000 | - | 1.0000" in card.text
+    assert "| 1 | 0.2000 | 0.8000 | 1.5000 |\n| 2 | 0.4000 | - | 1.0000 |\n" in card.text
     for section in ("Use", "Model", "Training", "Evaluation", "Limits", "Licence and citation"):
         assert f"\n## {section}\n" in card.text
     assert "Training is not finished" not in card.text and "60 clips of 12 sessions" in card.text
@@ -382,18 +379,30 @@ def test_without_an_evaluation_the_card_has_trainings_validation(parts):
     metrics = {"loss": 1.0, "validation_clips": 24, "validation_error": 0.125, "validation_null_reason": "because"}
     for name, values in {"error": (0.5, 0.6), "persistence_ratio": (0.75, None), "win_rate": (0.625, 0.5)}.items():
         metrics |= {f"validation_{name}_h{h}": value for h, value in zip((1, 2), values, strict=True)}
+    metrics |= {"validation_sensitivity_mouse": 0.25, "validation_sensitivity_mouse_pairs": 9}
+    metrics |= {
+        "validation_sensitivity_keys": None,
+        "validation_retrieval_top1": 0.5,
+        "validation_retrieval_chance": 0.1,
+    }
     card = parts[2].card(20, metrics)
+    assert "\n- sensitivity to actions, mouse: 0.2500\n- retrieval top-1: 0.5000\n" in card.text
+    assert "pairs" not in card.text and "keys" not in card.text.split("## Evaluation")[1] and "chance" not in card.text
     figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert figures == {
         "mean absolute difference, horizon 1": 0.5,
         "error over persistence, horizon 1": 0.75,
-        "win rate of the true action, horizon 1": 0.625,
         "mean absolute difference, horizon 2": 0.6,
-        "win rate of the true action, horizon 2": 0.5,
+        "sensitivity to actions, mouse": 0.25,
+        "retrieval top-1": 0.5,
     }
-    assert "| 1 | 0.5000 | - | 0.7500 | - | 0.6250 | - |\n| 2 | 0.6000 | - | - | - | 0.5000 | - |\n" in card.text
+    assert "| 1 | 0.5000 | 0.7500 | - |\n| 2 | 0.6000 | - | - |\n" in card.text
     assert "24 clips of `org/clips`" in card.text and "by the validation of training" in card.text
-    assert "\n- loss: 1\n- validation_error: 0.125\n" in card.text and "because" not in card.text.split("##")[0]
+    assert (
+        "\n- loss: 1\n" in card.text
+        and "validation_error" not in card.text
+        and "because" not in card.text.split("##")[0]
+    )
 
 
 def test_a_card_claims_no_figures_where_there_are_none(parts):
@@ -420,10 +429,7 @@ def run_push(monkeypatch, *flags) -> int:
 
 @pytest.fixture
 def tiny_run(tmp_path):
-    from test_train import TINY
-
-    write_clips(tmp_path / "clips", train=4, validation=0)
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    write_workspace(tmp_path, train=4, validation=0)
     return lambda *flags: train_command(str(tmp_path / "clips"), tmp_path / "out", tmp_path / "tiny.json", *flags)
 
 

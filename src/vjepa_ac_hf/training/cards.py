@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +28,10 @@ _HORIZON_FIGURES = (
     ("win_rate", "accuracy", "win rate of the true action"),
     ("win_rate_large_turns", "accuracy", "win rate of the true action, large turns"),
 )
+_HEADLINES = ("error", "error_over_persistence", "shuffled_over_error")
 # Training's own validation (docs/evaluation.md, "During training") has them in its rows under these names, by horizon.
 _VALIDATION_FIGURE = re.compile(r"validation_(error|persistence|persistence_ratio|shuffled_ratio|win_rate)_h(\d+)")
+_SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
 _VALIDATION_NAMES = {"persistence_ratio": "error_over_persistence", "shuffled_ratio": "shuffled_over_error"}
 
 
@@ -119,7 +121,9 @@ class RunDescription:
         if evaluation is None:
             validated = {"clips": metrics.get("validation_clips"), "dataset": self.dataset, "split": "validation"}
             figures = {**validated, "horizons": validation_horizons(metrics)}
+            headlines = validation_headlines(metrics)
         else:
+            headlines = []
             figures = {**evaluation, "horizons": [horizon_figures(row) for row in evaluation.get("horizons", ())]}
             if not figures["horizons"]:
                 raise ValueError("the evaluation has no horizons: expected metrics.json of examples/evaluate.py")
@@ -130,7 +134,7 @@ class RunDescription:
             tags=["vjepa2", "world-model", "action-conditioned", "vpt", "vjepa-ac-hf"],
             datasets=[self.dataset] if is_repository else None,
             base_model=self.training["encoder"] if is_repository_name(self.training["encoder"]) else None,
-            eval_results=model_index(figures) or None,
+            eval_results=model_index(figures, headlines) or None,
             model_name=model_name,
         )
         arguments = self.training["arguments"]
@@ -150,6 +154,7 @@ class RunDescription:
             clips_per_step=self.training["clips_per_step"],
             recipe={k: arguments[k] for k in ("learning_rate", "weight_decay", "mixed_precision", "seed")},
             metrics={k: v for k, v in metrics.items() if is_figure(k, v)},
+            headlines=[(name, value) for _, name, value in headlines],
             is_evaluated=evaluation is not None,
             figures=figures,
             arguments=json.dumps(arguments, indent=2),
@@ -163,9 +168,21 @@ def is_repository_name(name: str) -> bool:
 
 
 def is_figure(name: str, value: Any) -> bool:
-    """Whether a logged value is for the list on the card: a finite number; no step, no speed, nothing of the table."""
+    """Whether a logged value is for the list on the card: finite, of training; no speed, nothing of a validation."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return is_number and name not in SPEED and not re.search(r"^step$|^learning_rate$|_h\d+$|_clips$|_pairs$", name)
+    return is_number and name not in SPEED | {"step", "learning_rate"} and not name.startswith("validation_")
+
+
+def validation_headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """What a card names of training's own validation beside the horizons: type of the metric, name, value."""
+    found = []
+    for key, value in metrics.items():
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            if match := _SENSITIVITY.fullmatch(key):
+                found.append(("ratio", f"sensitivity to actions, {match[1]}", value))
+            elif key == "validation_retrieval_top1":
+                found.append(("accuracy", "retrieval top-1", value))
+    return found
 
 
 def horizon_figures(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,16 +209,21 @@ def validation_horizons(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**missing, **rows[horizon]} for horizon in sorted(rows)]
 
 
-def model_index(figures: Mapping[str, Any]) -> list[EvalResult]:
-    """Figures of all horizons as the Hub lists them; those that could not be measured are left out."""
+def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, float]] = ()) -> list[EvalResult]:
+    """The headline figures as the Hub lists them; those that could not be measured are left out.
+
+    Error, error over persistence and shuffled over error of every horizon, then `headlines`; all else stays in
+    metrics.jsonl and evaluation/metrics.json.
+    """
     dataset, split = str(figures.get("dataset") or "unknown"), figures.get("split") or "validation"
     arguments = {k: figures[k] for k in ("context_steps", "clips", "sessions") if figures.get(k) is not None}
     results = []
     for row in figures["horizons"]:
         for key, kind, name in _HORIZON_FIGURES:
-            if row.get(key) is not None:
+            if key in _HEADLINES and row.get(key) is not None:
                 metric = (kind, f"{name}, horizon {row['horizon']}")
                 results.append(_result(dataset, split, metric, row[key], {"horizon": row["horizon"], **arguments}))
+    results += [_result(dataset, split, (kind, name), value, arguments) for kind, name, value in headlines]
     return results
 
 
