@@ -49,6 +49,7 @@ from vjepa_ac_hf.training.heads import (
     TASKS,
     ClipLabels,
     evaluate_head,
+    fit_key_thresholds,
     fit_pos_weight,
     head_inputs,
     head_parameter_groups,
@@ -59,6 +60,8 @@ from vjepa_ac_hf.training.heads import (
 from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
 from vjepa_ac_hf.training.presets import build_config
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum
+
+CLIPS_FOR_THRESHOLDS = 1024
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -107,6 +110,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=("balanced", "none"),
         default="balanced",
         help="weights of pressed keys in the loss: (unpressed / pressed), or none: logits are those of probabilities",
+    )
+    optimisation.add_argument(
+        "--key_thresholds",
+        choices=("f1", "none"),
+        default="f1",
+        help="a key is told above the logit that has the highest F1 on training clips, or (none) above 0",
     )
     optimisation.add_argument("--seed", type=int, default=0)
 
@@ -233,8 +242,14 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
         num_workers=workers,
         device=accelerator.device,
     )
-    share = Subset(validation, range(rank, len(validation), processes))
-    return loader, DataLoader(share, size, collate_fn=ClipCollator(processor), generator=torch.Generator())
+
+    def share(clips, rows: list[int]) -> DataLoader:
+        collator = ClipCollator(processor)
+        return DataLoader(Subset(clips, rows[rank::processes]), size, collate_fn=collator, generator=torch.Generator())
+
+    # Thresholds of keys are fitted to clips that were trained on: as many as give every process one.
+    fitting = spread(len(train), max(CLIPS_FOR_THRESHOLDS, processes))
+    return loader, share(validation, list(range(len(validation)))), share(train, fitting)
 
 
 # ---------------------------------------------------------------------------------------------------------- loop
@@ -273,7 +288,7 @@ def train(arguments, accelerator, model, processor, splits, labels) -> dict:
     state = None if checkpoint is None else read_state(checkpoint)
     if state is not None:
         check_same_run(state["arguments"], identity, checkpoint)
-    loader, validation = build_loaders(arguments, accelerator, model, processor, *splits)
+    loader, validation, fitting = build_loaders(arguments, accelerator, model, processor, *splits)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     step = 0
     if state is not None:
@@ -313,6 +328,9 @@ def train(arguments, accelerator, model, processor, splits, labels) -> dict:
             if accelerator.is_main_process:
                 prune_checkpoints(folder, arguments.keep_checkpoints, None)
     progress.close()
+    if arguments.key_thresholds == "f1" and labels is None:
+        model.config.key_thresholds = fit_key_thresholds(model, fitting, processor, accelerator)
+        figures = None
     return figures or evaluate_head(model, validation, processor, accelerator, labels)
 
 

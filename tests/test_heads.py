@@ -308,6 +308,30 @@ def test_decoded_actions_are_in_raw_units():
         model.decode_actions(output)
 
 
+def test_keys_are_told_above_their_own_threshold():
+    model = head(VJEPA2ACForInverseDynamics, "vpt-13")
+    output = model(features=random_features())
+    columns = model.config.binary_columns
+    thresholds = output.binary_logits[0, 0].double().add(torch.linspace(-1, 1, len(columns))).tolist()
+    model.config.key_thresholds = thresholds
+    model.config.check()
+    actions = model.normalized_actions(output)
+    for i, (column, threshold) in enumerate(zip(columns, thresholds, strict=True)):
+        expected = output.binary_logits[..., i].double() > threshold
+        assert torch.equal(actions[..., model.config.action_space.index(column)].bool(), expected)
+    ahead = head(VJEPA2ACForActionAnticipation, "vpt-13")
+    output = ahead(features=random_features())
+    shift = torch.tensor([-0.3, 0.4]).double()
+    ahead.config.key_thresholds = [[t + float(s) for t in thresholds] for s in shift]
+    ahead.config.check()
+    at = [ahead.config.action_space.index(c) for c in columns]
+    expected = output.binary_logits.double() > torch.tensor(ahead.config.key_thresholds, dtype=torch.float64)
+    assert torch.equal(ahead.normalized_actions(output)[..., at].bool(), expected)
+    ahead.config.key_thresholds = thresholds
+    with pytest.raises(ValueError, match="key_thresholds must be 2 lists, one for each action told"):
+        ahead.config.check()
+
+
 # ------------------------------------------------------------------------------------------------------ causality
 
 
@@ -532,6 +556,8 @@ def test_configurations_that_contradict_themselves_are_refused():
         ({"head_hidden_size": 30}, "head_hidden_size 30 is not a multiple of head_num_attention_heads 4"),
         ({"pos_weight": [1.0]}, "pos_weight has 1 numbers, the action space has 9 binary"),
         ({"pos_weight": [0.0] * 9}, "above 0"),
+        ({"key_thresholds": [0.5]}, "key_thresholds must be 9 finite numbers"),
+        ({"key_thresholds": [float("nan")] * 9}, "key_thresholds must be 9 finite numbers"),
     ]
     for values, message in cases:
         with pytest.raises(ValueError, match=message):

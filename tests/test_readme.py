@@ -8,11 +8,35 @@ from pathlib import Path
 from helpers_clips import write_clips
 from test_modeling import tiny_model
 
-from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf import (
+    VJEPA2ACForActionAnticipation,
+    VJEPA2ACForInverseDynamics,
+    VJEPA2ACForVideoClassification,
+    VJEPA2ACProcessor,
+)
 from vjepa_ac_hf.data.shards import write_tar
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+def save_heads(folder: Path, statistics: dict) -> None:
+    world, space = tiny_model(), {"action_space": ["mouse_dx", "yaw_delta", "key.w"], "action_statistics": statistics}
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    processor = VJEPA2ACProcessor(resolution=32, **space)
+    for name, head in (
+        ("idm", VJEPA2ACForInverseDynamics.from_world_model(world, **space, **small)),
+        (
+            "anticipation",
+            VJEPA2ACForActionAnticipation.from_world_model(world, **space, **small, use_past_actions=True),
+        ),
+        (
+            "classifier",
+            VJEPA2ACForVideoClassification.from_world_model(world, **small, id2label={0: "cave", 1: "forest"}),
+        ),
+    ):
+        head.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
 
 
 def test_snippets_run(tmp_path, monkeypatch):
@@ -23,19 +47,20 @@ def test_snippets_run(tmp_path, monkeypatch):
     statistics = json.loads((tmp_path / "demo" / "clips" / "action_stats.json").read_text())
     tiny_model().save_pretrained(tmp_path / "demo" / "model")
     VJEPA2ACProcessor(resolution=32, action_statistics=statistics).save_pretrained(tmp_path / "demo" / "model")
+    save_heads(tmp_path / "demo", statistics)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 6
-    if find_spec("vizdoom") is None:
-        del snippets[-2:]
-    elif find_spec("stable_baselines3") is None:
-        snippets.pop()
+    assert len(snippets) == 9
+    for module in ("vizdoom", "stable_baselines3"):
+        if find_spec(module) is None:
+            snippets = [s for s in snippets if "envs" not in s]
     names: dict = {}
     for snippet in snippets:  # the later ones go on from the second
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["future"].shape == names["imagined"].shape == (1, 6, 4, 48)
     assert not names["future"].equal(names["imagined"])
+    assert names["told"]["yaw_delta"].shape == (1, 7) and names["ahead"].binary_logits.shape[:3] == (1, 8, 2)
     assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
 
 

@@ -14,13 +14,21 @@ import pytest
 import torch
 from helpers_clips import write_clips
 from helpers_training import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_heads import head
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loading import load_clips
-from vjepa_ac_hf.training.heads import ClipLabels, fit_pos_weight, head_parameter_groups, read_labels
+from vjepa_ac_hf.data.loading import decode_clip, load_clips
+from vjepa_ac_hf.training.heads import (
+    ClipLabels,
+    best_f1_threshold,
+    fit_pos_weight,
+    head_parameter_groups,
+    read_labels,
+)
 from vjepa_ac_hf.training.presets import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,8 +95,6 @@ def test_inverse_dynamics_from_command_to_loaded_model(train_head, workspace, tm
     clips = load_clips(str(workspace / "clips"), "validation")
     world = VJEPA2ACModel.from_pretrained(workspace / "world")
     told, true = [], []
-    from vjepa_ac_hf.data.loading import decode_clip
-
     for row in clips:
         pixels = processor(videos=decode_clip(row["video"], "clip", 16))["pixel_values_videos"]
         with torch.no_grad():
@@ -144,7 +150,9 @@ def test_two_processes_with_half_the_batch_equal_one(train_head, workspace, tmp_
 
 def test_anticipation_is_measured_against_the_last_action(train_head, workspace, tmp_path):
     metrics = train_head("action_anticipation", tmp_path, max_steps=1, pos_weight="none")
-    assert json.loads((tmp_path / "config.json").read_text()).get("pos_weight") is None
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.get("pos_weight") is None
+    assert [len(one) for one in config["key_thresholds"]] == [1, 1]  # two actions ahead, key.w
     actions = np.array(load_clips(str(workspace / "clips"), "validation")["actions"])
     yaw = actions[..., ACTION_COLUMNS.index("yaw_delta")]
     for horizon, figures in zip((1, 2), metrics["horizons"], strict=True):
@@ -153,6 +161,46 @@ def test_anticipation_is_measured_against_the_last_action(train_head, workspace,
         assert figures["rows"] == 6 * len(pairs) == 6 * (7 - horizon)
         errors = [np.abs((a - b + 180) % 360 - 180) for a, b in pairs]
         assert figures["columns"]["yaw_delta"]["repeat_last"]["mae"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=1, max_size=12))
+def test_no_other_threshold_has_a_higher_f1(rows):
+    scores, pressed = np.array([s for s, _ in rows], float), np.array([p for _, p in rows], float)
+
+    def f1(threshold: float) -> float:
+        told = scores > threshold
+        return 2 * (told * pressed).sum() / max(told.sum() + pressed.sum(), 1)
+
+    found = best_f1_threshold(scores, pressed)
+    if pressed.any():
+        assert f1(found) == max(f1(t) for t in np.arange(-5, 5, 0.5)) and found % 1 in (0, 0.5)
+    else:
+        assert found == 0
+
+
+def test_thresholds_are_those_of_training_clips(train_head, workspace, tmp_path):
+    metrics = train_head("inverse_dynamics", tmp_path, max_steps=3)
+    plain = train_head("inverse_dynamics", tmp_path / "plain", max_steps=3, key_thresholds="none")
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    found = {}
+    for split in ("train", "validation"):
+        clips = load_clips(str(workspace / "clips"), split)
+        logits = []
+        for row in clips:
+            pixels = processor(videos=[decode_clip(row["video"], "clip", 16)])["pixel_values_videos"]
+            with torch.no_grad():
+                logits.append(model(pixel_values_videos=pixels).binary_logits[0, :, 0].double().numpy())
+        pressed = np.array(clips["actions"])[..., ACTION_COLUMNS.index("key.w")].flatten()
+        found[split] = (np.concatenate(logits), pressed)
+    (threshold,) = model.config.key_thresholds
+    assert threshold == pytest.approx(best_f1_threshold(*found["train"]), abs=1e-4)
+    scores, pressed = found["validation"]
+    told = scores > threshold
+    f1 = 2 * (told * pressed).sum() / (told.sum() + pressed.sum())
+    assert metrics["keys"]["columns"]["key.w"]["f1"] == pytest.approx(f1)
+    assert plain["keys"]["columns"]["key.w"]["recall"] == ((scores > 0) * pressed).sum() / pressed.sum()
+    for name in ("average_precision", "accuracy_at_even_odds"):
+        assert plain["keys"]["columns"]["key.w"][name] == pytest.approx(metrics["keys"]["columns"]["key.w"][name])
 
 
 def test_classification_from_command_to_loaded_model(train_head, workspace, tmp_path):

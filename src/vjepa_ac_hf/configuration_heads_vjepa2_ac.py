@@ -61,10 +61,13 @@ class VJEPA2ACActionHeadConfig(VJEPA2ACHeadConfig):
         action_statistics: `ActionStatistics.to_dict()` that the labels were normalised with; `decode_actions` needs it.
         pos_weight: for each binary column of the action space, how much more a pressed key counts in the loss than one
             that is not (`binary_pos_weight` of the training split); None: 1 for all.
+        key_thresholds: logits above which a key is told to be pressed, a number for each binary column; with
+            anticipation a list of such lists, one for each of the actions told. None: 0 for all.
     """
 
     action_statistics: dict | None = None
     pos_weight: list[float] | None = None
+    key_thresholds: list | None = None
 
     def check(self) -> None:
         super().check()
@@ -83,6 +86,17 @@ class VJEPA2ACActionHeadConfig(VJEPA2ACHeadConfig):
                 )
             if not all(math.isfinite(w) and w > 0 for w in self.pos_weight):
                 raise ValueError(f"pos_weight must be finite numbers above 0, found {self.pos_weight}")
+        if self.key_thresholds is not None:
+            self._check_thresholds(self.key_thresholds)
+
+    def _check_thresholds(self, thresholds: list) -> None:
+        """A number for each binary column."""
+        columns = self.binary_columns
+        if len(thresholds) != len(columns) or not all(isinstance(t, float) and math.isfinite(t) for t in thresholds):
+            raise ValueError(
+                f"key_thresholds must be {len(columns)} finite numbers, for the binary columns {columns}, found "
+                f"{thresholds}"
+            )
 
     @property
     def continuous_columns(self) -> list[str]:
@@ -130,6 +144,15 @@ class VJEPA2ACActionAnticipationConfig(VJEPA2ACActionHeadConfig):
                 f"anticipation_steps must be between 1 and {self.num_steps - 1}, the actions of a clip of "
                 f"{self.num_steps} tubelets, found {self.anticipation_steps!r}"
             )
+
+    def _check_thresholds(self, thresholds: list) -> None:
+        """A list for each action told."""
+        if len(thresholds) != self.anticipation_steps or not all(isinstance(t, list) for t in thresholds):
+            raise ValueError(
+                f"key_thresholds must be {self.anticipation_steps} lists, one for each action told, found {thresholds}"
+            )
+        for one in thresholds:
+            super()._check_thresholds(one)
 
 
 class VJEPA2ACVideoClassificationConfig(VJEPA2ACHeadConfig):

@@ -419,7 +419,8 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
     def normalized_actions(self, output: VJEPA2ACActionHeadOutput) -> Tensor:
         """The actions that an output tells, `(..., A)` in the order of the action space, as a world model takes them.
 
-        Continuous columns are as predicted; keys are 1 where their logit is above 0; the slot is the likeliest one.
+        Continuous columns are as predicted; keys are 1 where their logit is above its threshold (`key_thresholds`); the
+        slot is the likeliest one.
         """
         continuous, binary, slot = self._columns
         some = next(p for p in (output.continuous, output.binary_logits, output.slot_logits) if p is not None)
@@ -427,7 +428,9 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
         if output.continuous is not None:
             actions[..., continuous] = output.continuous.float()
         if output.binary_logits is not None:
-            actions[..., binary] = (output.binary_logits > 0).float()
+            logits = output.binary_logits.float()
+            thresholds = self.config.key_thresholds
+            actions[..., binary] = (logits > (0 if thresholds is None else logits.new_tensor(thresholds))).float()
         if output.slot_logits is not None:
             actions[..., slot] = F.one_hot(output.slot_logits.argmax(dim=-1), len(slot)).float()
         return actions

@@ -32,8 +32,8 @@ class Labeller:
         min_confidence: actions of a lower confidence are marked unsure; 0 marks none.
         confidence_columns: whose confidences count for that; None: those of all in `columns`.
         keys: "likelier": a key is pressed where that is likelier than not, after the shift of `pos_weight` is taken
-            back, and the slot changes where the new one is; "balanced": where the key's logit is above 0, and to the
-            likeliest slot, as `decode_actions` and the metrics have it.
+            back, and the slot changes where the new one is; "balanced": where the key's logit is above its threshold,
+            and to the likeliest slot, as `decode_actions` and the metrics have it.
         name: what messages and labels call the model.
 
     Raises:
@@ -159,7 +159,8 @@ class Labeller:
             # Cross-entropy with weight w on pressed keys is least at logit(p) + log(w), not at logit(p).
             weight = config.pos_weight or [1.0] * logits.shape[-1]
             unshifted = logits - logits.new_tensor(weight).log()
-            told = (unshifted if self.keys == "likelier" else logits) > 0
+            thresholds = logits.new_tensor(config.key_thresholds or [0.0] * logits.shape[-1])
+            told = unshifted > 0 if self.keys == "likelier" else logits > thresholds
             pressed = told.cpu().float().numpy()
             confidence = torch.where(told, unshifted, -unshifted).sigmoid().float().cpu().numpy()
         if output.slot_logits is not None:

@@ -164,6 +164,43 @@ def save_head(folder: Path, model: Any, processor: VJEPA2ACProcessor, card: Mode
 
 
 @torch.no_grad()
+def fit_key_thresholds(
+    model: Any, batches: Iterable[dict[str, Any]], processor: VJEPA2ACProcessor, accelerator: Accelerator
+) -> list | None:
+    """The logits above which telling a key gives its highest F1 on these (training) clips, as the configuration's
+    `key_thresholds`; the same on all processes. 0 for keys that are never pressed; None without keys.
+
+    A threshold lies half way between two scores; of equal F1 the lowest counts.
+    """
+    config = model.config
+    if not config.binary_columns:
+        return None
+    config.key_thresholds = None
+    rows = _gather_rows(model, batches, processor, accelerator)[0]
+    at = [config.action_space.index(c) for c in config.binary_columns]
+
+    def fit(chosen: np.ndarray) -> list[float]:
+        return [best_f1_threshold(rows["told"][chosen, i], rows["true"][chosen, i]) for i in at]
+
+    if "horizon" not in rows:
+        return fit(np.ones(len(rows["told"]), dtype=bool))
+    return [fit(rows["horizon"] == h) for h in range(1, config.anticipation_steps + 1)]
+
+
+def best_f1_threshold(scores: np.ndarray, pressed: np.ndarray) -> float:
+    """The score above which telling a key gives the highest F1; 0 where it is never pressed, or there are no rows."""
+    if not pressed.any():
+        return 0.0
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], pressed[order].cumsum()
+    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + pressed.sum())
+    last_of_tie = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    best = last_of_tie[len(last_of_tie) - 1 - int(np.argmax(f1[last_of_tie][::-1]))]
+    # Below all scores there is nothing to be half way to.
+    return float((scores[best] + scores[best + 1]) / 2 if best + 1 < len(scores) else scores[best] - 1.0)
+
+
+@torch.no_grad()
 def evaluate_head(
     model: Any,
     batches: Iterable[dict[str, Any]],
@@ -180,6 +217,21 @@ def evaluate_head(
         accelerator: processes, device and precision.
         labels: for classification.
     """
+    rows, loss, clips = _gather_rows(model, batches, processor, accelerator, labels)
+    figures = {"clips": clips, "loss": loss}
+    if labels is not None:
+        return figures | label_figures(rows, labels.classes)
+    return figures | action_figures(rows, model.config)
+
+
+def _gather_rows(
+    model: Any,
+    batches: Iterable[dict[str, Any]],
+    processor: VJEPA2ACProcessor,
+    accelerator: Accelerator,
+    labels: ClipLabels | None = None,
+) -> tuple[dict[str, np.ndarray], float, int]:
+    """Rows of all processes, mean loss and number of clips."""
     model.eval()
     parts: list[dict[str, Any]] = []
     for batch in batches:
@@ -192,10 +244,7 @@ def evaluate_head(
     parts = gather_object(parts)
     clips = sum(p["clips"] for p in parts)
     rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("loss", "clips")}
-    figures = {"clips": clips, "loss": sum(p["loss"] * p["clips"] for p in parts) / clips}
-    if labels is not None:
-        return figures | label_figures(rows, labels.classes)
-    return figures | action_figures(rows, model.config)
+    return rows, sum(p["loss"] * p["clips"] for p in parts) / clips, clips
 
 
 def _label_rows(output: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, np.ndarray]:
@@ -204,7 +253,8 @@ def _label_rows(output: Any, batch: dict[str, Any], labels: ClipLabels | None) -
 
 
 def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEPA2ACProcessor) -> dict[str, np.ndarray]:
-    """Rows of one action each: told and true in raw units (told keys and slots as logits), horizon, last action."""
+    """Rows of one action each: told and true in raw units (told keys and slots as logits, those of keys less their
+    threshold), horizon, last action."""
     config = model.config
     told = processor.denormalize_actions(model.normalized_actions(output)).cpu()
     for logits, columns in (
@@ -212,7 +262,10 @@ def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEP
         (output.slot_logits, config.slot_columns),
     ):
         if logits is not None:
-            told[..., [config.action_space.index(c) for c in columns]] = logits.double().cpu()
+            logits = logits.double().cpu()
+            if columns == config.binary_columns and config.key_thresholds is not None:
+                logits = logits - logits.new_tensor(config.key_thresholds)
+            told[..., [config.action_space.index(c) for c in columns]] = logits
     true = processor.denormalize_actions(batch["actions"]).cpu()
     if not isinstance(model, VJEPA2ACForActionAnticipation):
         return {"told": told.flatten(0, 1).numpy(), "true": true.flatten(0, 1).numpy()}
@@ -253,11 +306,14 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
                 horizon["slot"] = {"model": float((slots == true).mean()), "repeat_last": float((last == true).mean())}
         return figures
     figures = {}
+    columns = kinds["keys"]
     for kind, metric in (("camera", CameraMetric), ("keys", KeyMetric)):
         if kind in at:
             pair: dict[str, Any] = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
-            if kind == "keys" and config.pos_weight is not None:
-                pair["even_odds"] = [math.log(weight) for weight in config.pos_weight]
+            if kind == "keys":
+                weights = config.pos_weight or [1.0] * len(columns)
+                thresholds = config.key_thresholds or [0.0] * len(columns)
+                pair["even_odds"] = [math.log(w) - t for w, t in zip(weights, thresholds, strict=True)]
             figures[kind] = metric().compute(**pair, columns=kinds[kind])
     if "slot" in at:
         pair = {"predictions": rows["told"][:, at["slot"]], "references": rows["true"][:, at["slot"]]}
