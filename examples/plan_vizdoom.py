@@ -8,7 +8,6 @@ as it ends: a second run continues. OUT/summary.json has success rates (Wilson's
 
 import argparse
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
+from vjepa_ac_hf.evaluation.figures import wilson
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
 from vjepa_ac_hf.records import versions, write_file, write_json
 
@@ -140,14 +140,6 @@ def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -
         "return": round(total, 4),
         "ended": info["ended"],
     }
-
-
-def wilson(successes: int, count: int) -> list[float]:
-    """Wilson's score interval at 95 %."""
-    z, rate = 1.96, successes / count
-    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def summarize(episodes: list[dict]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import base64
 import html
 import io
 import json
-import math
 import os
 import sys
 import time
@@ -42,6 +41,7 @@ from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
 from vjepa_ac_hf.envs.sb3 import GOAL_POOLINGS, GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.envs.steps import turn_between
+from vjepa_ac_hf.evaluation.figures import wilson
 from vjepa_ac_hf.evaluation.plots import new_figure
 from vjepa_ac_hf.evaluation.report import PAGE_STYLE, image_tag
 from vjepa_ac_hf.records import versions, write_file, write_json
@@ -342,14 +342,6 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
 
 
 # ------------------------------------------------------------------------------------------------------ summary
-
-
-def wilson(successes: int, count: int) -> list[float]:
-    """Wilson's score interval at 95 %."""
-    z, rate = 1.96, successes / count
-    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def rate_of(episodes: list[dict]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Per-clip errors -> figures for every horizon, with bootstrap intervals (docs/evaluation.md, "Figures")."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -171,3 +172,11 @@ def _intervals(sums: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str,
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def wilson(successes: int, count: int) -> list[float]:
+    """Wilson's score interval of a success rate, at 95 %: (low, high)."""
+    z, rate = 1.96, successes / count
+    middle = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
