@@ -3,10 +3,12 @@
     python examples/plan_vizdoom.py --model demo/model --output plans --episodes 50
 
 Every episode's goal is drawn from its seed and is the same for all agents. OUT/episodes.jsonl gets a line an episode,
-as it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances.
+as it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances,
+OUT/success.png shows them.
 """
 
 import argparse
+import io
 import json
 import os
 from pathlib import Path
@@ -21,6 +23,7 @@ import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoPro
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
 from vjepa_ac_hf.evaluation.figures import wilson
+from vjepa_ac_hf.evaluation.plots import new_figure
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
 from vjepa_ac_hf.records import versions, write_file, write_json
 
@@ -161,8 +164,29 @@ def summarize(episodes: list[dict]) -> dict[str, Any]:
     return found
 
 
+def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
+    """Success rates with their intervals, and the share of episodes that end within a distance."""
+    figure = new_figure(9, 3.6)
+    rates, distances = figure.subplots(1, 2)
+    for i, (agent, colour) in enumerate(zip(AGENTS, ("#0072B2", "#D55E00", "#7f7f7f", "#009E73"), strict=True)):
+        if agent not in agents:
+            continue
+        rate, (low, high) = agents[agent]["success_rate"], agents[agent]["success_rate_ci95"]
+        rates.bar(i, rate, color=colour, yerr=[[max(rate - low, 0.0)], [max(high - rate, 0.0)]], capsize=3)
+        final = np.sort([e["final_degrees"] for e in episodes if e["agent"] == agent])
+        distances.step(final, np.arange(1, len(final) + 1) / len(final), where="post", color=colour, label=agent)
+    rates.set(ylabel="success rate", ylim=(0, 1.05))
+    rates.set_xticks(range(len(AGENTS)), AGENTS)
+    distances.set(xlabel="degrees to the goal at the end", ylabel="share of episodes", ylim=(0, 1.05))
+    distances.legend(frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def main() -> None:
     arguments = parse_arguments()
+    new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     settings = {name: getattr(arguments, name) for name in KEPT}
     known = claim_output(arguments.output, settings)
     done = {(e["agent"], e["seed"]) for e in known}
@@ -188,6 +212,7 @@ def main() -> None:
     counted = [e for e in known if (e["agent"], e["seed"]) in set(wanted)]
     agents = summarize(counted)
     write_json(arguments.output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
+    write_file(arguments.output / "success.png", draw(agents, counted))
     for agent, figures in agents.items():
         low, high = figures["success_rate_ci95"]
         print(

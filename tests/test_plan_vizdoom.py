@@ -55,6 +55,7 @@ def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
     assert summary["oracle"]["success_rate"] == 1 and summary["still"]["success_rate"] == 0
     mean = sum(e["final_degrees"] for e in by_agent["planner"]) / 3
     assert summary["planner"]["final_degrees"] == pytest.approx(mean)
+    assert (tmp_path / "success.png").read_bytes()[:4] == b"\x89PNG"
 
     # Killed while it wrote a line: that episode is played again, with the same result, and no other.
     whole = (tmp_path / "episodes.jsonl").read_text()
