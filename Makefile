@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
-demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (8 minutes on 2 idle cores)
+demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (9 minutes on 2 idle cores)
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
 
 # A process a core; tests of a file stay together, since they share what its fixtures have built.
