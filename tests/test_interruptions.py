@@ -280,7 +280,8 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before_it(
         steps += 1
         with monkeypatch.context() as patch:
             if steps == 6:
-                patch.setattr(type(run.model), "_distance", lambda *_: torch.tensor(math.nan, requires_grad=True))
+                distance = type(run.model)._distance  # the gradients of all parameters are not finite either
+                patch.setattr(type(run.model), "_distance", lambda *a, **k: math.nan * distance(*a, **k))
                 torch.rand(3)  # what a forward pass may draw is drawn again after the run is continued
             return train_step(run, batches)
 
