@@ -56,6 +56,7 @@ from vjepa_ac_hf.training.checkpoints import (
 )
 from vjepa_ac_hf.training.distributed import (
     build_accelerator,
+    end_processes,
     from_all,
     from_main,
     prepare,
@@ -438,7 +439,8 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
             if description is not None:
                 save_final_model(arguments.output_dir, model, processor, description, run.step, metrics)
                 write_status(arguments.output_dir, "finished", run.step)
-        accelerator.end_training()  # the other processes need not wait for the Hub
+        run.wrapped = model
+        end_processes(accelerator)  # the other processes need not wait for the Hub
         return 0 if pusher is None else finish_push(arguments, pusher)
 
 

@@ -43,7 +43,7 @@ from vjepa_ac_hf.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
-from vjepa_ac_hf.training.distributed import from_main
+from vjepa_ac_hf.training.distributed import end_processes, from_main
 from vjepa_ac_hf.training.feature_cache import CACHE_DTYPES, cache_features
 from vjepa_ac_hf.training.heads import (
     TASKS,
@@ -369,7 +369,7 @@ def main() -> None:
     figures = train(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
         save_all(arguments, model, processor, figures, len(splits[0]))
-    accelerator.end_training()
+    end_processes(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Run by torchrun on two processes: what a prepared model communicates. Each process leaves what it found as JSON."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vjepa_ac_hf import VJEPA2ACModel
-from vjepa_ac_hf.training.distributed import build_accelerator, full_tensor, prepare, whole_model, whole_parameters
+from vjepa_ac_hf.training.distributed import (
+    build_accelerator,
+    end_processes,
+    full_tensor,
+    prepare,
+    whole_model,
+    whole_parameters,
+)
 from vjepa_ac_hf.training.optimization import build_optimizer
 from vjepa_ac_hf.training.presets import build_config
 
@@ -74,8 +82,15 @@ def main(config: str, output: Path) -> None:
     optimizer.step()
     found["encoder_unchanged"] = all(torch.equal(v, frozen[k]) for k, v in model.encoder.state_dict().items())
     found["class"] = type(whole_model(model)).__name__
+    # When the process group is destroyed nothing else may hold it: DDP's reducer, as the last one, can wait for ever.
+    end = accelerator.end_training
+    accelerator.end_training = lambda: found.update(  # type: ignore[method-assign]
+        ddp_left=sum(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
+    )
+    wrapped = model
+    end_processes(accelerator)
+    end()
     (output / f"rank{rank}.json").write_text(json.dumps(found))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -134,3 +134,14 @@ def from_main(value: Any) -> Any:
 def from_all(value: Any) -> list[Any]:
     """The values of all processes, in all of them."""
     return gather_object([value])
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """`Accelerator.end_training`, after everything that holds the process group has been let go.
+
+    Whoever lets go of it last destroys it. If that is DDP's reducer, it waits for Gloo's thread and keeps Python's lock
+    meanwhile, and where that thread needs the lock for the last barrier's tensors, both wait for ever. Callers must not
+    hold a wrapped model any more.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
