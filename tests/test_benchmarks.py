@@ -24,6 +24,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_compares_the_same_work(benchmark, tmp_path, monkeypatch):
     lines = make_lines(200, seed=3)
     for line in lines:  # what only the builder repairs is left out of the comparison

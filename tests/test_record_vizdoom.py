@@ -115,6 +115,7 @@ def test_picture_turns_with_the_mouse_in_the_same_tick(recorded):
     assert max(mean, key=mean.get) == 0 and mean[0] > 0.5, mean
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_recordings(recorded, tmp_path):
     assert record(tmp_path / "a", "--recordings=2", "--recordings_per_shard=1", "--seed=5").returncode == 0
     again = read(tmp_path / "a" / "shard-000000.tar") | read(tmp_path / "a" / "shard-000001.tar")
@@ -135,6 +136,7 @@ def test_rerun_keeps_and_other_arguments_are_refused(recorded):
     assert result.returncode != 0 and "seed: found 5, expected 6" in result.stderr
 
 
+@pytest.mark.slow
 def test_pauses_and_the_weapon(recorded, tmp_path):
     flags = ("--recordings=1", "--seed=5", "--pauses=0.8", "--weapon")
     result = record(tmp_path / "a", *flags)

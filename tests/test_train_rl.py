@@ -135,6 +135,7 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     assert (tmp_path / "evaluation.jsonl").read_text() == whole
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_comes_to_the_same_agent(model, finished, tmp_path, monkeypatch):
     """Trained for fewer steps first; then interrupted between two saves, with episodes that were not saved."""
     alone = ("--agents", "features")
