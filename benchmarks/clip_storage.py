@@ -23,8 +23,8 @@ from torchcodec.encoders import VideoEncoder
 from torchcodec.transforms import CenterCrop, Resize
 from tqdm import tqdm
 
-from vjepa_ac_hf.data import video
 from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
+from vjepa_ac_hf.recordings import video
 from vjepa_ac_hf.records import versions, write_json
 
 RESOLUTION, FRAMES, STRIDE = 256, 16, 4

@@ -41,9 +41,9 @@ from torchcodec.encoders import VideoEncoder
 from tqdm import tqdm
 
 from vjepa_ac_hf import ActionStatistics, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import decode_clip, load_action_statistics, load_clips
-from vjepa_ac_hf.data.shards import LOG_SUFFIX, VIDEO_SUFFIX, write_tar
+from vjepa_ac_hf.loading.clips import decode_clip, load_action_statistics, load_clips
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, write_tar
 from vjepa_ac_hf.records import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

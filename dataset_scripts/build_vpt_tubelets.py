@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vjepa_ac_hf.data.clips import ClipSpec
-from vjepa_ac_hf.data.local import run_local
-from vjepa_ac_hf.data.merging import check_finished, merge, push_dataset
-from vjepa_ac_hf.data.planning import check_output, describe_plan, find_files, make_plan
-from vjepa_ac_hf.data.recording import REPAIRS, recording_id_of
-from vjepa_ac_hf.data.selection import BuildOptions, options_from, selection_from
-from vjepa_ac_hf.data.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
+from vjepa_ac_hf.building.local import run_local
+from vjepa_ac_hf.building.merging import check_finished, merge, push_dataset
+from vjepa_ac_hf.building.plan import check_output, describe_plan, make_plan
+from vjepa_ac_hf.building.selection import BuildOptions, options_from, selection_from
+from vjepa_ac_hf.building.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
 from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
+from vjepa_ac_hf.recordings.clips import ClipSpec
+from vjepa_ac_hf.recordings.log import REPAIRS, recording_id_of
+from vjepa_ac_hf.recordings.shards import find_files
 from vjepa_ac_hf.records import write_json
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -110,7 +111,7 @@ def read_exclude(file: Path | None) -> list[str]:
 
 def cluster_settings(arguments: argparse.Namespace):
     """The flags of `add_executor_arguments` as cluster.py takes them."""
-    from vjepa_ac_hf.data.cluster import ClusterSettings
+    from vjepa_ac_hf.building.cluster import ClusterSettings
 
     values = {field.name: getattr(arguments, field.name, None) for field in fields(ClusterSettings)}
     wrong = [option for option in arguments.slurm_args if "=" not in option]
@@ -178,7 +179,7 @@ def run_tasks(plan: Plan, waiting: list[Task], arguments: argparse.Namespace) ->
             failures = run_local(waiting, output, plan.key, arguments.num_proc, bar)
         check_finished([task.name for task in unfinished(plan.tasks, output)], plan, failures)
         return
-    from vjepa_ac_hf.data import cluster
+    from vjepa_ac_hf.building import cluster
 
     if arguments.executor == "ray":
         cluster.run_ray(plan, waiting, output, cluster_settings(arguments))
@@ -204,7 +205,7 @@ def build(arguments: argparse.Namespace) -> int:
         plan = read_plan(output)
     else:
         if arguments.executor == "slurm":
-            from vjepa_ac_hf.data.cluster import check_slurm
+            from vjepa_ac_hf.building.cluster import check_slurm
 
             check_slurm()
         plan = plan_build(arguments)

@@ -36,16 +36,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vjepa_ac_hf.data import alignment
-from vjepa_ac_hf.data.alignment import (
+from vjepa_ac_hf.recordings import alignment
+from vjepa_ac_hf.recordings.alignment import (
     FLAGGED_VERDICTS,
     VERDICTS,
     AlignmentOptions,
     AlignmentResult,
     check_recording,
 )
-from vjepa_ac_hf.data.planning import find_files
-from vjepa_ac_hf.data.shards import TAR_SUFFIXES, RecordingEntry, Rejection, Shard, list_shards, read_pairs
+from vjepa_ac_hf.recordings.shards import (
+    TAR_SUFFIXES,
+    RecordingEntry,
+    Rejection,
+    Shard,
+    find_files,
+    list_shards,
+    read_pairs,
+)
 from vjepa_ac_hf.records import write_file, write_json
 
 # What a process is given at once. A compressed tar is given whole: every opening reads it from the start.
@@ -221,7 +228,7 @@ def summary_table(results: list[dict]) -> str:
 
 def curves_png(results: list[dict], max_lag: int) -> bytes:
     """Correlation over lags, a panel per recording; whole recording in black, windows with enough pairs in colour."""
-    from vjepa_ac_hf.evaluation.plots import new_figure
+    from vjepa_ac_hf.pages import new_figure
 
     columns = min(4, len(results))
     rows = -(-len(results) // columns)

@@ -20,15 +20,15 @@ import httpx2
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vjepa_ac_hf.data.download import (
+from vjepa_ac_hf.downloading.index import RecordingIndex, Selection, read_index, select_recordings
+from vjepa_ac_hf.downloading.recordings import (
     REPORT_NAME,
     DownloadError,
     DownloadOptions,
     DownloadReport,
     download_recordings,
 )
-from vjepa_ac_hf.data.remote_index import RecordingIndex, Selection, read_index, select_recordings
-from vjepa_ac_hf.data.transfer import TransferOptions
+from vjepa_ac_hf.downloading.transfer import TransferOptions
 from vjepa_ac_hf.records import write_json
 
 INTERRUPTED = 130

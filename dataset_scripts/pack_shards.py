@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vjepa_ac_hf.data.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
+from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
 from vjepa_ac_hf.records import write_json
 
 

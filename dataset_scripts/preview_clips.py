@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vjepa_ac_hf.data.clips import ClipSpec
-from vjepa_ac_hf.data.columns import ClipFiles, RowPlace, action_array
-from vjepa_ac_hf.data.events import Candidate, Choice, ClipChooser
-from vjepa_ac_hf.data.loading import COLUMNS, clip_name, decode_clip
-from vjepa_ac_hf.data.planning import find_files
-from vjepa_ac_hf.data.preview import PreviewClip, compare_with_log, cut_log, write_preview
-from vjepa_ac_hf.data.recording import Recording, parse_recording
-from vjepa_ac_hf.data.shards import Rejection, Shard, list_shards, read_pairs
+from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace, action_array
+from vjepa_ac_hf.inspection.events import Candidate, Choice, ClipChooser
+from vjepa_ac_hf.inspection.preview import PreviewClip, compare_with_log, cut_log, write_preview
+from vjepa_ac_hf.loading.clips import COLUMNS, clip_name, decode_clip
+from vjepa_ac_hf.recordings.clips import ClipSpec
+from vjepa_ac_hf.recordings.log import Recording, parse_recording
+from vjepa_ac_hf.recordings.shards import Rejection, Shard, find_files, list_shards, read_pairs
 
 SCANNED = ("actions", "recording_id", "session_id", "start_tick")
 

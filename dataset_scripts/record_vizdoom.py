@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vjepa_ac_hf.data.shards import write_tar
 from vjepa_ac_hf.envs.doom import MOVES, RESOLUTIONS, WEAPON_KEYS, Walls
 from vjepa_ac_hf.envs.recording import VPTWriter
 from vjepa_ac_hf.envs.vizdoom_env import DEGREES_PER_COUNT, PRESSED_COLUMNS, VizDoomVPTEnv
+from vjepa_ac_hf.recordings.shards import write_tar
 from vjepa_ac_hf.records import write_json
 
 ATTEMPTS = 5

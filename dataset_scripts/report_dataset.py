@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vjepa_ac_hf.data.columns import ClipFiles, action_array
-from vjepa_ac_hf.data.summary import ActionHistograms, dataset_summary, write_dataset_report
+from vjepa_ac_hf.inspection.columns import ClipFiles, action_array
+from vjepa_ac_hf.inspection.summary import ActionHistograms, dataset_summary, write_dataset_report
 
 COLUMNS = ("actions", "recording_id", "session_id")
 

@@ -19,9 +19,9 @@ from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from vjepa_ac_hf.data.loading import clip_name, decode_clip, load_clips
 from vjepa_ac_hf.evaluation import clips as clip_data
-from vjepa_ac_hf.evaluation.plots import new_figure
+from vjepa_ac_hf.loading.clips import clip_name, decode_clip, load_clips
+from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
     CEM,
     GoalCost,

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.data.loading import decode_clip, load_clips
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
 from vjepa_ac_hf.evaluation import clips as clip_data
 from vjepa_ac_hf.evaluation.pictures import picture_clips
-from vjepa_ac_hf.evaluation.plots import new_figure
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
+from vjepa_ac_hf.loading.clips import decode_clip, load_clips
+from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.records import versions
 
 

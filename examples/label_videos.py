@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from vjepa_ac_hf.data.video import VideoError
 from vjepa_ac_hf.labelling import (
     KEY_DECISIONS,
     LabelError,
@@ -28,6 +27,7 @@ from vjepa_ac_hf.labelling import (
     label_video,
 )
 from vjepa_ac_hf.labelling.files import SettingsError
+from vjepa_ac_hf.recordings.video import VideoError
 from vjepa_ac_hf.records import versions, write_json
 
 

@@ -23,7 +23,7 @@ import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoPro
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
 from vjepa_ac_hf.evaluation.figures import wilson
-from vjepa_ac_hf.evaluation.plots import new_figure
+from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
 from vjepa_ac_hf.records import versions, write_file, write_json
 

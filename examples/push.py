@@ -16,9 +16,9 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
+from vjepa_ac_hf.hub.cards import RunDescription
+from vjepa_ac_hf.hub.push import HUB_FOLDER, HubPusher, Push, prepare_repository, read_pending
 from vjepa_ac_hf.records import write_file, write_json
-from vjepa_ac_hf.training.cards import RunDescription
-from vjepa_ac_hf.training.hub import HUB_FOLDER, HubPusher, Push, prepare_repository, read_pending
 from vjepa_ac_hf.training.run_log import MetricsLog
 
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"

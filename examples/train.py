@@ -34,17 +34,19 @@ from tqdm.auto import tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import (
+from vjepa_ac_hf.evaluation.clips import spread
+from vjepa_ac_hf.hub.cards import RunDescription
+from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
+from vjepa_ac_hf.loading.clips import (
     check_clips,
     clip_frame_rate,
     load_action_statistics,
     load_clips,
 )
-from vjepa_ac_hf.evaluation.clips import spread
-from vjepa_ac_hf.records import versions
+from vjepa_ac_hf.loading.feature_cache import cache_features
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.records import versions, weights_checksum
 from vjepa_ac_hf.training.arguments import parse_arguments
-from vjepa_ac_hf.training.cards import RunDescription
 from vjepa_ac_hf.training.checkpoints import (
     find_checkpoint,
     get_random_state,
@@ -64,15 +66,13 @@ from vjepa_ac_hf.training.distributed import (
     whole_parameters,
 )
 from vjepa_ac_hf.training.dry_run import dry_run
-from vjepa_ac_hf.training.feature_cache import cache_features
 from vjepa_ac_hf.training.health import Health
-from vjepa_ac_hf.training.hub import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler, continue_schedule
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
 from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum, write_status
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, write_status
 from vjepa_ac_hf.training.run_record import write_run_record
 from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
 from vjepa_ac_hf.training.validation import ValidationSet, validate

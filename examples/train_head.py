@@ -30,11 +30,12 @@ from transformers import VJEPA2Config
 from transformers.utils import cached_file
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.evaluation.head_report import write_head_report
-from vjepa_ac_hf.records import versions, write_json
+from vjepa_ac_hf.loading.clips import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
+from vjepa_ac_hf.loading.feature_cache import CACHE_DTYPES, cache_features
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.records import versions, weights_checksum, write_json
 from vjepa_ac_hf.training.checkpoints import (
     find_checkpoint,
     get_random_state,
@@ -44,7 +45,6 @@ from vjepa_ac_hf.training.checkpoints import (
     save_checkpoint,
 )
 from vjepa_ac_hf.training.distributed import end_processes, from_main
-from vjepa_ac_hf.training.feature_cache import CACHE_DTYPES, cache_features
 from vjepa_ac_hf.training.heads import (
     TASKS,
     ClipLabels,
@@ -59,7 +59,7 @@ from vjepa_ac_hf.training.heads import (
 )
 from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
 from vjepa_ac_hf.training.presets import build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, weights_checksum
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
 
 CLIPS_FOR_THRESHOLDS = 1024
 

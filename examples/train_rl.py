@@ -42,10 +42,8 @@ from vjepa_ac_hf.envs.doom import RESOLUTIONS
 from vjepa_ac_hf.envs.sb3 import GOAL_POOLINGS, GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.envs.steps import turn_between
 from vjepa_ac_hf.evaluation.figures import wilson
-from vjepa_ac_hf.evaluation.plots import new_figure
-from vjepa_ac_hf.evaluation.report import PAGE_STYLE, image_tag
-from vjepa_ac_hf.records import versions, write_file, write_json
-from vjepa_ac_hf.training.run_log import weights_checksum
+from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
+from vjepa_ac_hf.records import versions, weights_checksum, write_file, write_json
 
 TRAINED = ("features", "pixels")
 AGENTS = (*TRAINED, "random", "oracle")

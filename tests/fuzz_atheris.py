@@ -17,14 +17,14 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["vjepa_ac_hf.data", "tarfile", "gzip"]):
+with atheris.instrument_imports(include=["vjepa_ac_hf.recordings", "vjepa_ac_hf.building", "tarfile", "gzip"]):
     import gzip
     import tarfile  # noqa: F401
 
-    from vjepa_ac_hf.data.mp4 import check_mp4
-    from vjepa_ac_hf.data.recording import RecordingError, parse_recording
-    from vjepa_ac_hf.data.shards import list_shards, read_pairs
-    from vjepa_ac_hf.data.video import VideoError, VideoReader
+    from vjepa_ac_hf.recordings.log import RecordingError, parse_recording
+    from vjepa_ac_hf.recordings.mp4 import check_mp4
+    from vjepa_ac_hf.recordings.shards import list_shards, read_pairs
+    from vjepa_ac_hf.recordings.video import VideoError, VideoReader
 
 _FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchcodec.encoders import VideoEncoder
 
-from vjepa_ac_hf.data import alignment
-from vjepa_ac_hf.data.alignment import (
+from vjepa_ac_hf.recordings import alignment
+from vjepa_ac_hf.recordings.alignment import (
     PICTURE_HEIGHT,
     PICTURE_WIDTH,
     AlignmentOptions,
@@ -40,9 +40,9 @@ from vjepa_ac_hf.data.alignment import (
     sample_windows,
     yaw_changes,
 )
-from vjepa_ac_hf.data.recording import parse_recording
-from vjepa_ac_hf.data.shards import Member, RecordingEntry, RecordingPair, list_shards, read_pairs
-from vjepa_ac_hf.data.video import VideoReader
+from vjepa_ac_hf.recordings.log import parse_recording
+from vjepa_ac_hf.recordings.shards import Member, RecordingEntry, RecordingPair, list_shards, read_pairs
+from vjepa_ac_hf.recordings.video import VideoReader
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "dataset_scripts" / "check_alignment.py"

@@ -11,7 +11,7 @@ import torch
 from helpers_data import make_lines, make_video, to_log, write_shard
 
 from vjepa_ac_hf import VJEPA2ACProcessor
-from vjepa_ac_hf.data.loading import ClipCollator, load_action_statistics, load_clips
+from vjepa_ac_hf.loading.clips import ClipCollator, load_action_statistics, load_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 

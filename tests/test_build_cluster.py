@@ -13,9 +13,9 @@ from helpers_build import assert_same_files, contents, fork_build, make_shards, 
 
 pytest.importorskip("datatrove")
 
-from vjepa_ac_hf.data import cluster
-from vjepa_ac_hf.data.cluster import BuildTasks, ClusterSettings, FinishBuild
-from vjepa_ac_hf.data.tasks import BuildError, build_task, current_plan_key, read_plan, unfinished, write_plan
+from vjepa_ac_hf.building import cluster
+from vjepa_ac_hf.building.cluster import BuildTasks, ClusterSettings, FinishBuild
+from vjepa_ac_hf.building.tasks import BuildError, build_task, current_plan_key, read_plan, unfinished, write_plan
 
 NUM_SHARDS = 3
 
@@ -138,7 +138,7 @@ def test_files_that_have_changed_since_the_plan_are_refused(planned, shards):
 
 def test_code_that_differs_from_the_planner_s_is_refused(planned, monkeypatch):
     output, _ = planned
-    monkeypatch.setattr("vjepa_ac_hf.data.tasks._code_hash", lambda: "another version")
+    monkeypatch.setattr("vjepa_ac_hf.building.tasks._code_hash", lambda: "another version")
     with pytest.raises(BuildError, match=r"shard-00000\d\.tar was planned by other code than that installed here"):
         list(BuildTasks(str(output), current_plan_key(output), [0]).run())
 

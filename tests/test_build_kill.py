@@ -16,7 +16,7 @@ import psutil
 import pytest
 from helpers_build import SCRIPT, assert_same_files, contents, fork_build, make_shards, status_of
 
-import vjepa_ac_hf.data.shards
+import vjepa_ac_hf.recordings.shards
 
 NUM_SHARDS = 3
 KILLS_ANYWHERE, KILLS_WHILE_MERGING = 15, 5
@@ -216,14 +216,14 @@ def test_a_file_system_that_fails_rejects_no_recording(shards, undisturbed, tmp_
 
     def prepare():
         name = {"listing": "_open_file", "building": "_read_member"}[when]
-        right = getattr(vjepa_ac_hf.data.shards, name)
+        right = getattr(vjepa_ac_hf.recordings.shards, name)
 
         def failing(source, *args):
             if "shard-000001" in str(getattr(source, "name", source)):
                 raise OSError(errno.EIO, "Input/output error")
             return right(source, *args)
 
-        setattr(vjepa_ac_hf.data.shards, name, failing)
+        setattr(vjepa_ac_hf.recordings.shards, name, failing)
 
     assert status_of(fork_build(arguments_of(shards, output), prepare, log)) == 1
     message = log.read_text().splitlines()[-1]

@@ -25,7 +25,7 @@ from helpers_data import make_lines, make_video, name_of, oracle_actions, to_log
 from test_vpt_tubelets import assert_same_rows
 
 from vjepa_ac_hf import ActionStatistics
-from vjepa_ac_hf.data.summary import ActionHistograms, summary_markdown
+from vjepa_ac_hf.inspection.summary import ActionHistograms, summary_markdown
 
 SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vjepa_ac_hf import ACTION_COLUMNS
-from vjepa_ac_hf.data.clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
-from vjepa_ac_hf.data.recording import parse_recording
+from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
+from vjepa_ac_hf.recordings.log import parse_recording
 
 
 def test_default_arithmetic():

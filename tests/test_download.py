@@ -26,16 +26,17 @@ from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vjepa_ac_hf.data import download, remote_index
-from vjepa_ac_hf.data.download import (
+from vjepa_ac_hf.downloading import index as remote_index
+from vjepa_ac_hf.downloading import recordings as download
+from vjepa_ac_hf.downloading.index import read_index, select_recordings
+from vjepa_ac_hf.downloading.recordings import (
     DownloadError,
     DownloadOptions,
     DownloadReport,
     download_recordings,
 )
-from vjepa_ac_hf.data.remote_index import read_index, select_recordings
-from vjepa_ac_hf.data.shards import list_shards
-from vjepa_ac_hf.data.transfer import OutOfSpaceError, TransferOptions
+from vjepa_ac_hf.downloading.transfer import OutOfSpaceError, TransferOptions
+from vjepa_ac_hf.recordings.shards import list_shards
 
 SCRIPT = Path(__file__).parent.parent / "dataset_scripts" / "download_vpt.py"
 REAL_INDEX = Path(__file__).parent / "golden" / "find-cave-index.json"  # the first lines of one of OpenAI's

@@ -31,14 +31,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data import cached_clips
-from vjepa_ac_hf.data.cached_clips import CachedClips
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import ClipCollator, load_clips
-from vjepa_ac_hf.data.quantization import quantize_features, restore_features
-from vjepa_ac_hf.training import feature_cache
-from vjepa_ac_hf.training.cache_key import weights_digest
-from vjepa_ac_hf.training.feature_cache import bytes_per_clip, cache_features
+from vjepa_ac_hf.loading import cached_clips, feature_cache
+from vjepa_ac_hf.loading.cache_key import weights_digest
+from vjepa_ac_hf.loading.cached_clips import CachedClips
+from vjepa_ac_hf.loading.clips import ClipCollator, load_clips
+from vjepa_ac_hf.loading.feature_cache import bytes_per_clip, cache_features
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.loading.quantization import quantize_features, restore_features
 
 TESTS = Path(__file__).resolve().parent
 CHUNK = 4  # 14 clips: chunks of 4, 4, 4 and 2

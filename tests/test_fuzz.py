@@ -18,11 +18,11 @@ from helpers_data import make_lines, make_video, to_log
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vjepa_ac_hf.data.clips import ClipSpec, aggregate_actions, clip_states
-from vjepa_ac_hf.data.mp4 import check_mp4
-from vjepa_ac_hf.data.recording import PRESSED_COLUMNS, REPAIRS, Recording, RecordingError, parse_recording
-from vjepa_ac_hf.data.shards import RecordingPair, Rejection, list_shards, read_pairs
-from vjepa_ac_hf.data.video import VideoError, VideoReader
+from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
+from vjepa_ac_hf.recordings.log import PRESSED_COLUMNS, REPAIRS, Recording, RecordingError, parse_recording
+from vjepa_ac_hf.recordings.mp4 import check_mp4
+from vjepa_ac_hf.recordings.shards import RecordingPair, Rejection, list_shards, read_pairs
+from vjepa_ac_hf.recordings.video import VideoError, VideoReader
 
 
 @pytest.fixture(autouse=True)

@@ -26,14 +26,14 @@ from datasets import load_dataset
 from helpers_data import make_lines, make_video, to_log, write_shard
 
 import vjepa_ac_hf  # noqa: F401  (registers the builder)
-from vjepa_ac_hf.data import mp4, shards
-from vjepa_ac_hf.data import recording as recordings
-from vjepa_ac_hf.data import video as videos
-from vjepa_ac_hf.data.building import BuildReport, iter_clips
-from vjepa_ac_hf.data.recording import RecordingError, parse_recording
-from vjepa_ac_hf.data.selection import BuildOptions
-from vjepa_ac_hf.data.shards import RecordingPair, Rejection, list_shards, read_pairs
-from vjepa_ac_hf.data.video import VideoError, VideoReader
+from vjepa_ac_hf.building.rows import BuildReport, iter_clips
+from vjepa_ac_hf.building.selection import BuildOptions
+from vjepa_ac_hf.recordings import log as recordings
+from vjepa_ac_hf.recordings import mp4, shards
+from vjepa_ac_hf.recordings import video as videos
+from vjepa_ac_hf.recordings.log import RecordingError, parse_recording
+from vjepa_ac_hf.recordings.shards import RecordingPair, Rejection, list_shards, read_pairs
+from vjepa_ac_hf.recordings.video import VideoError, VideoReader
 
 OPTIONS = BuildOptions(resolution=32)
 REPOSITORY = Path(__file__).parent.parent
@@ -620,9 +620,9 @@ def test_program_on_everything(tmp_path, server, num_proc, clean):
 
 MEMORY_SCRIPT = """
 import resource, sys
-from vjepa_ac_hf.data.shards import list_shards, read_pairs
-from vjepa_ac_hf.data.building import BuildReport, iter_clips
-from vjepa_ac_hf.data.selection import BuildOptions
+from vjepa_ac_hf.recordings.shards import list_shards, read_pairs
+from vjepa_ac_hf.building.rows import BuildReport, iter_clips
+from vjepa_ac_hf.building.selection import BuildOptions
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for shard in list_shards(sys.argv[1:]):
     for row in iter_clips(read_pairs(shard), BuildOptions(resolution=32), BuildReport()):

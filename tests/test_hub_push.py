@@ -1,7 +1,7 @@
 """Keeping a model on the Hub while training goes on: what fails, what waits, what is on disk, what is pushed later.
 
-The server is a local one, the client the unmodified `huggingface_hub` in the processes that hub.py starts. The server's
-record says what happened, in which order and when.
+The server is a local one, the client the unmodified `huggingface_hub` in the processes that push.py starts. The
+server's record says what happened, in which order and when.
 """
 
 import importlib.util
@@ -28,9 +28,9 @@ from test_modeling import tiny_model
 from test_push import environment, train_command
 
 from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.training.cards import RunDescription
-from vjepa_ac_hf.training.hub import HubPusher, Push, prepare_repository, read_pending, save_final_model
-from vjepa_ac_hf.training.hub_upload import retry_after
+from vjepa_ac_hf.hub.cards import RunDescription
+from vjepa_ac_hf.hub.push import HubPusher, Push, prepare_repository, read_pending, save_final_model
+from vjepa_ac_hf.hub.upload import retry_after
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "model_cards" / "model_card.md"
@@ -515,7 +515,7 @@ def test_killed_while_uploading_is_pushed_later(server, tiny_run, tmp_path, monk
     command = [sys.executable, *map(str, tiny_run("--max_steps=100000", "--hub_timeout=600"))]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: server.asked("PUT /objects") or process.poll() is not None)
-        uploads = [c for c in psutil.Process(process.pid).children() if "hub_upload.py" in " ".join(c.cmdline())]
+        uploads = [c for c in psutil.Process(process.pid).children() if "hub/upload.py" in " ".join(c.cmdline())]
         assert len(uploads) == 1
         process.send_signal(signal.SIGKILL)
     assert psutil.wait_procs(uploads, timeout=10)[1] == [], "an upload must not outlive its run"

@@ -27,17 +27,17 @@ from torchcodec.encoders import VideoEncoder
 from tqdm import tqdm
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACProcessor
-from vjepa_ac_hf.data.building import BuildReport, iter_clips, listing_report
-from vjepa_ac_hf.data.clips import ClipSpec, aggregate_actions
-from vjepa_ac_hf.data.recording import parse_recording
-from vjepa_ac_hf.data.selection import BuildOptions
-from vjepa_ac_hf.data.shards import list_shards, read_pairs
-from vjepa_ac_hf.data.video import VideoReader
+from vjepa_ac_hf.building.rows import BuildReport, iter_clips, listing_report
+from vjepa_ac_hf.building.selection import BuildOptions
 from vjepa_ac_hf.labelling import LabelError, LabelFiles, Labeller, find_videos, label_files, label_video, videos
 from vjepa_ac_hf.labelling.files import write_lines
 from vjepa_ac_hf.labelling.windows import count_tubelets, plan_windows, read_windows
 from vjepa_ac_hf.modeling_heads_vjepa2_ac import VJEPA2ACActionHeadOutput
 from vjepa_ac_hf.planning import VPTLog
+from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions
+from vjepa_ac_hf.recordings.log import parse_recording
+from vjepa_ac_hf.recordings.shards import list_shards, read_pairs
+from vjepa_ac_hf.recordings.video import VideoReader
 
 PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "label_videos.py"))
 AT = {name: i for i, name in enumerate(ACTION_COLUMNS)}

@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vjepa_ac_hf import VJEPA2ACProcessor
-from vjepa_ac_hf.data.cached_clips import CachedClips
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import (
+from vjepa_ac_hf.loading.cached_clips import CachedClips
+from vjepa_ac_hf.loading.clips import (
     COLUMNS,
     ClipCollator,
     check_clips,
@@ -36,8 +35,9 @@ from vjepa_ac_hf.data.loading import (
     load_action_statistics,
     load_clips,
 )
-from vjepa_ac_hf.data.order import ClipOrder
-from vjepa_ac_hf.data.streaming import GroupReader, ParquetClips
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.loading.order import ClipOrder
+from vjepa_ac_hf.loading.streaming import GroupReader, ParquetClips
 
 TENSORS = ("pixel_values_videos", "actions", "states")
 
@@ -271,7 +271,7 @@ def test_a_reader_holds_no_more_than_it_needs(dataset):
 def test_a_hub_repository_is_streamed_without_a_download(dataset, tmp_path):
     program = (
         "import json, sys\n"
-        "from vjepa_ac_hf.data.loading import load_clips, clip_name\n"
+        "from vjepa_ac_hf.loading.clips import load_clips, clip_name\n"
         "clips = load_clips('tester/clips', 'train', streaming=True)\n"
         "print(json.dumps([clips.files[0], len(clips), clips.identity, clip_name(clips.read_group(7)[1])]))\n"
     )

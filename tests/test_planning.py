@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.clips import ClipSpec, aggregate_actions, clip_states
-from vjepa_ac_hf.data.recording import parse_recording
 from vjepa_ac_hf.planning import (
     CEM,
     MPPI,
@@ -42,6 +40,8 @@ from vjepa_ac_hf.planning import (
     to_minerl_action,
     to_vpt_lines,
 )
+from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
+from vjepa_ac_hf.recordings.log import parse_recording
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, TOKENS, WIDTH = 6, 4, 24

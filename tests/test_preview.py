@@ -21,10 +21,9 @@ from PIL import Image
 from test_build_scripts import build, run
 
 from vjepa_ac_hf import ACTION_COLUMNS
-from vjepa_ac_hf.data.clips import ClipSpec, aggregate_actions, clip_states
-from vjepa_ac_hf.data.columns import ClipFiles, RowPlace
-from vjepa_ac_hf.data.events import EVENTS, ClipChooser
-from vjepa_ac_hf.data.preview import (
+from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace
+from vjepa_ac_hf.inspection.events import EVENTS, ClipChooser
+from vjepa_ac_hf.inspection.preview import (
     ClipLayout,
     PreviewClip,
     clip_png,
@@ -33,7 +32,8 @@ from vjepa_ac_hf.data.preview import (
     motion_scale,
     write_preview,
 )
-from vjepa_ac_hf.data.recording import PRESSED_COLUMNS, parse_recording
+from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
+from vjepa_ac_hf.recordings.log import PRESSED_COLUMNS, parse_recording
 
 BLUE, VIEW = np.array([0x00, 0x72, 0xB2]), np.array([0xC1, 0x4A, 0x00])
 COLUMN = {name: index for index, name in enumerate(ACTION_COLUMNS)}

@@ -17,7 +17,7 @@ READ_BACK = """
 import torch, vjepa_ac_hf
 from datasets import load_dataset
 from transformers import AutoModel, AutoProcessor
-from vjepa_ac_hf.data.loading import load_action_statistics
+from vjepa_ac_hf.loading.clips import load_action_statistics
 
 model, processor = AutoModel.from_pretrained("org/world").eval(), AutoProcessor.from_pretrained("org/world")
 clips = load_dataset("org/clips", split="train")

@@ -14,7 +14,7 @@ from vjepa_ac_hf import (
     VJEPA2ACForVideoClassification,
     VJEPA2ACProcessor,
 )
-from vjepa_ac_hf.data.shards import write_tar
+from vjepa_ac_hf.recordings.shards import write_tar
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers_data import DATA, LUANTI, make_lines, oracle_inputs, to_log
 
-from vjepa_ac_hf.data.recording import (
+from vjepa_ac_hf.recordings.log import (
     PRESSED_COLUMNS,
     RecordingError,
     parse_recording,

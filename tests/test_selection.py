@@ -11,15 +11,15 @@ from helpers_data import make_lines, make_video, name_of, oracle_inputs, shard_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_ac_hf.data import building
-from vjepa_ac_hf.data.building import BuildReport, iter_clips, listing_report
-from vjepa_ac_hf.data.clips import ClipSpec
-from vjepa_ac_hf.data.recording import PRESSED_COLUMNS, REPAIRS, RecordingError, parse_recording
-from vjepa_ac_hf.data.selection import BuildOptions, Selection, options_from, select_recordings, selection_from
-from vjepa_ac_hf.data.shards import Member, RecordingEntry, Shard, list_shards, read_pairs
-from vjepa_ac_hf.data.video import VideoReader
-from vjepa_ac_hf.data.vpt_tubelets import VPTTubeletsConfig
+from vjepa_ac_hf.building import rows as building
+from vjepa_ac_hf.building.rows import BuildReport, iter_clips, listing_report
+from vjepa_ac_hf.building.selection import BuildOptions, Selection, options_from, select_recordings, selection_from
+from vjepa_ac_hf.building.vpt_tubelets import VPTTubeletsConfig
 from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
+from vjepa_ac_hf.recordings.clips import ClipSpec
+from vjepa_ac_hf.recordings.log import PRESSED_COLUMNS, REPAIRS, RecordingError, parse_recording
+from vjepa_ac_hf.recordings.shards import Member, RecordingEntry, Shard, list_shards, read_pairs
+from vjepa_ac_hf.recordings.video import VideoReader
 
 SPEC = ClipSpec(clip_stride=8)
 NAME, TICKS = name_of("s0"), 240

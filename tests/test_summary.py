@@ -17,8 +17,8 @@ from hypothesis.extra import numpy as arrays
 from test_build_scripts import build, run
 
 from vjepa_ac_hf import ACTION_COLUMNS
-from vjepa_ac_hf.data.columns import ClipFiles
-from vjepa_ac_hf.data.summary import (
+from vjepa_ac_hf.inspection.columns import ClipFiles
+from vjepa_ac_hf.inspection.summary import (
     BIN_EDGES,
     ActionHistograms,
     bin_labels,

@@ -21,7 +21,7 @@ from test_heads import head
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loading import decode_clip, load_clips
+from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 from vjepa_ac_hf.training.heads import (
     ClipLabels,
     best_f1_threshold,

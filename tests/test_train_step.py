@@ -12,8 +12,8 @@ from helpers_training import assert_same_weights, command, metrics, predictor_we
 from safetensors.torch import load_file
 
 from vjepa_ac_hf import VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loader import ClipLoader
-from vjepa_ac_hf.data.loading import load_clips
+from vjepa_ac_hf.loading.clips import load_clips
+from vjepa_ac_hf.loading.loader import ClipLoader
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
 from vjepa_ac_hf.training.presets import build_config

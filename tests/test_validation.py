@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_SPACES, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.data.loading import load_clips
 from vjepa_ac_hf.evaluation import ActionSensitivityMetric, RetrievalMetric, clips, probes
+from vjepa_ac_hf.loading.clips import load_clips
 from vjepa_ac_hf.training import distributed, validation
 from vjepa_ac_hf.training.validation import ValidationSet, validate
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers_data import DATA, LUANTI, make_video
 
-from vjepa_ac_hf.data.video import VideoError, VideoReader, draw_cursor, encode_clip
 from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
+from vjepa_ac_hf.recordings.video import VideoError, VideoReader, draw_cursor, encode_clip
 
 
 def noise(num_frames=2, height=36, width=64):

@@ -17,7 +17,6 @@ from datasets import load_dataset
 from gymnasium.utils.env_checker import check_env
 
 from vjepa_ac_hf import ACTION_COLUMNS
-from vjepa_ac_hf.data.shards import write_tar
 from vjepa_ac_hf.envs import (
     DiscreteActions,
     GoalViewWrapper,
@@ -29,6 +28,7 @@ from vjepa_ac_hf.envs import (
 )
 from vjepa_ac_hf.envs.vizdoom_env import PRESSED_COLUMNS
 from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
+from vjepa_ac_hf.recordings.shards import write_tar
 
 RESOLUTION = "160x120"
 IDLE = {"mouse": np.zeros(2, np.int32), "pressed": np.zeros(24, np.int8)}

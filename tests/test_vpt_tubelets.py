@@ -26,7 +26,7 @@ from helpers_data import (
 from torchcodec.decoders import VideoDecoder
 
 import vjepa_ac_hf  # noqa: F401  (registers the builder)
-from vjepa_ac_hf.data.splits import session_share, validation_set
+from vjepa_ac_hf.recordings.splits import session_share, validation_set
 
 SMALL = {"resolution": 32}
 

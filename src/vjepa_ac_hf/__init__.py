@@ -6,13 +6,13 @@ Importing registers the model with transformers' Auto classes and the builder `v
 from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification, AutoProcessor
 
 from .actions_vjepa2_ac import ACTION_COLUMNS, ACTION_SPACES, ActionStatistics, resolve_action_space
+from .building.vpt_tubelets import register as _register_builder
 from .configuration_heads_vjepa2_ac import (
     VJEPA2ACActionAnticipationConfig,
     VJEPA2ACInverseDynamicsConfig,
     VJEPA2ACVideoClassificationConfig,
 )
 from .configuration_vjepa2_ac import VJEPA2ACConfig
-from .data.vpt_tubelets import register as _register_builder
 from .modeling_heads_vjepa2_ac import (
     VJEPA2ACForActionAnticipation,
     VJEPA2ACForInverseDynamics,

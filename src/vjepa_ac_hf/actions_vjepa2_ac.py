@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# What a pixel of mouse movement turns the view by while no GUI is open (docs/data.md, "Actions").
+DEGREES_PER_PIXEL = 0.15
+
 CONTINUOUS_COLUMNS: tuple[str, ...] = ("mouse_dx", "mouse_dy", "yaw_delta", "pitch_delta")
 
 ACTION_COLUMNS: tuple[str, ...] = (

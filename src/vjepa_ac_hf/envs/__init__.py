@@ -2,6 +2,7 @@
 
 Importing registers `vjepa_ac_hf/VizDoomVPT-v0`, `vjepa_ac_hf/VizDoomVPTSteps-v0` and `vjepa_ac_hf/VizDoomVPTGoal-v0`
 with Gymnasium (extras "rl" and "vizdoom"). `vjepa_ac_hf.envs.sb3` has the features extractor for Stable-Baselines3.
+Open `vizdoom_env.py` first.
 """
 
 try:

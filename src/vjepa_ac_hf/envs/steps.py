@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium import spaces
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
-from ..data.clips import ClipSpec, aggregate_actions
-from ..data.recording import parse_recording
+from ..recordings.clips import ClipSpec, aggregate_actions
+from ..recordings.log import parse_recording
 from .vizdoom_env import DEGREES_PER_COUNT, FPS, MOST_COUNTS, PRESSED_COLUMNS, VizDoomVPTEnv
 
 _PRESSED = slice(ACTION_COLUMNS.index(PRESSED_COLUMNS[0]), ACTION_COLUMNS.index(PRESSED_COLUMNS[-1]) + 1)

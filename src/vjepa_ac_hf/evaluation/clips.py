@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
-from ..data.loading import COLUMNS, clip_name, decode_clip
+from ..loading.clips import COLUMNS, clip_name, decode_clip
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 

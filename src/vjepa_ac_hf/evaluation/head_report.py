@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..pages import PAGE_STYLE, image_tag, new_figure
 from ..records import write_file
-from .plots import new_figure
-from .report import PAGE_STYLE, image_tag
 
 _NUMBERS = {
     "r2": "R2",

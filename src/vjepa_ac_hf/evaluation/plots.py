@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..pages import new_figure
 from .pictures import ClipPictures
 
 if TYPE_CHECKING:
@@ -22,19 +23,6 @@ LABELS = {
     "win_rate_large_turns": "pairs whose turns differ by more than 10°",
 }
 RATE_COLOURS = {"win_rate": "#0072B2", "win_rate_large_turns": "#009E73"}
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of width x height inches, outside of pyplot's global state.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the report's figures need matplotlib: pip install 'vjepa-ac-hf[report]'") from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
 def curves_figure(horizons: Sequence[dict[str, Any]], seconds_per_step: float) -> "Figure":

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..pages import PAGE_STYLE, image_tag
 from ..records import write_file, write_json
 from .figures import LARGE_TURN_DEGREES
 from .pictures import ClipPictures
@@ -17,21 +18,6 @@ from .rollouts import RolloutTable
 
 # Percentile intervals from fewer sessions are known to come out too narrow.
 FEW_SESSIONS = 10
-
-PAGE_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 0 0 .8rem; }
-section { background: white; border: 1px solid #e2e6ea; border-radius: 10px; padding: 1.2rem 1.4rem; margin: 1.2rem 0; }
-.facts { color: #56636f; margin: 0; } .verdict p { margin: .4rem 0; }
-.note { border-left: 4px solid #E69F00; padding-left: .8rem; }
-.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e8ebee; white-space: nowrap; }
-th { font-weight: 600; } td small { color: #6b7883; display: block; }
-figure { margin: 0 0 1.6rem; } figcaption, dd { color: #56636f; font-size: .9rem; } dt { font-weight: 600; }
-code { background: #eef1f4; border-radius: 4px; padding: .1rem .3rem; font-size: .85rem; overflow-wrap: anywhere; }
-"""
 
 _READING = {
     "error": "Mean absolute difference between predicted and true features, over tokens, width and clips. "
@@ -133,11 +119,6 @@ def _clips_section(clips: str) -> str:
 first three principal components of the target features of these clips: equal colours mean similar features. Framed in
 blue: the context, which the model sees. Under each step: the action that led to it, and the turn of the other clip
 whose actions the row "prediction, other clip's actions" was given.</p>{clips}</section>"""
-
-
-def image_tag(base64_png: str, alternative: str) -> str:
-    """A picture inside the page, with the text that stands for it."""
-    return f'<img src="data:image/png;base64,{base64_png}" alt="{html.escape(alternative)}">'
 
 
 def _table(horizons: Sequence[Mapping[str, Any]]) -> str:

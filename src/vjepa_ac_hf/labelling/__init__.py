@@ -1,7 +1,8 @@
 """Pseudo-labels: logs for videos without one, told by an inverse dynamics head (docs/applications.md, "Labelling").
 
 `windows` cuts a video into the head's clips in bounded memory, `actions` makes whole actions and confidences of what
-the head tells, `files` keeps what is told on the disk, `videos` labels one video with all of them.
+the head tells, `files` keeps what is told on the disk, `videos` labels one video with all of them. Open
+`videos.py` first.
 """
 
 from .actions import KEY_DECISIONS, Labeller

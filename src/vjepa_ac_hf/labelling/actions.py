@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL
 from ..configuration_heads_vjepa2_ac import HOTBAR_COLUMNS, VJEPA2ACInverseDynamicsConfig
-from ..data.clips import ClipSpec
-from ..data.events import DEGREES_PER_PIXEL
 from ..modeling_heads_vjepa2_ac import VJEPA2ACActionHeadOutput, VJEPA2ACForInverseDynamics
 from ..planning.actions import COLUMN, VIEW_OF_MOUSE
 from ..processing_vjepa2_ac import VJEPA2ACProcessor, wrap_degrees
-from ..training.run_log import weights_checksum
+from ..recordings.clips import ClipSpec
+from ..records import weights_checksum
 
 KEY_DECISIONS = ("likelier", "balanced")
 SLOT = "hotbar"  # the confidence of the nine hotbar columns together

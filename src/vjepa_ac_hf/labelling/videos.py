@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from ..data.building import check_frame_rate
-from ..data.recording import GUI_MOUSE_SCALE, MOST_TICKS, recorder_version_of
-from ..data.video import VideoReader
 from ..planning.actions import COLUMN
 from ..planning.environments import VPTLog
+from ..recordings.log import GUI_MOUSE_SCALE, MOST_TICKS, recorder_version_of
+from ..recordings.video import VideoReader, check_frame_rate
 from .actions import Labeller
 from .files import HEADER, LabelError, LabelFiles, Part, open_part, write_lines, write_whole
 from .windows import count_tubelets, plan_windows, read_windows

@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..data.clips import ClipSpec
-from ..data.video import VideoReader
 from ..processing_vjepa2_ac import resize_frames
+from ..recordings.clips import ClipSpec
+from ..recordings.video import VideoReader
 
 FRAMES_AT_ONCE = 16  # frames in full size that are held together
 

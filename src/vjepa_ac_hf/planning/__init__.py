@@ -2,7 +2,7 @@
 
 `actions` says what may be searched and makes whole actions of it, `search` holds the two methods, `planner` joins them
 with the model, `control` replans as frames come in, `environments` turns actions into MineRL's and VPT's form,
-`landscape` looks at the energy over two columns.
+`landscape` looks at the energy over two columns. Open `planner.py` first.
 """
 
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, resolve_action_space
-from ..data.events import DEGREES_PER_PIXEL
+from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL, resolve_action_space
 from ..processing_vjepa2_ac import PITCH_SCALE, wrap_degrees
 
 COLUMN = {name: index for index, name in enumerate(ACTION_COLUMNS)}

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
-from ..data.events import DEGREES_PER_PIXEL
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
 from ..processing_vjepa2_ac import PITCH_SCALE
 from .actions import COLUMN, NUMBER_KEYS, SLOTS
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from ..evaluation.figures import session_weights
-from ..evaluation.plots import new_figure
+from ..pages import new_figure
 from ..processing_vjepa2_ac import wrap_degrees
 from .actions import COLUMN, DEGREES_PER_PIXEL, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, clamp_pitch
 from .planner import Cost, Imagination

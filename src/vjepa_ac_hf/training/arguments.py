@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from ..loading.feature_cache import CACHE_DTYPES
 from .estimates import HARDWARE
-from .feature_cache import CACHE_DTYPES
 from .recipes import load_recipe
 
 _POSITIVE = (

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..data.loading import decode_clip
 from ..evaluation.clips import spread
 from ..evaluation.pictures import ClipPictures, picture_clips
 from ..evaluation.plots import clip_figure, curves_figure
+from ..loading.clips import decode_clip
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..records import write_file
 from .trackers import log_images

@@ -2,12 +2,8 @@
 
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from ..records import write_file, write_json
 
@@ -53,15 +49,6 @@ FREE_ARGUMENTS = frozenset(
 
 def jsonable(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
-
-
-def weights_checksum(module: nn.Module) -> str:
-    """CRC-32 of all parameters and buffers of a module that is not sharded."""
-    checksum = 0
-    for name, tensor in module.state_dict().items():
-        content = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
-    return f"{checksum:08x}"
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.loader import worker_options
-from ..data.loading import ClipCollator
 from ..evaluation import probes, rollouts
 from ..evaluation.clips import read_records
 from ..evaluation.figures import BOOTSTRAP_DRAWS, aggregate_rows, table_rows
+from ..loading.clips import ClipCollator
+from ..loading.loader import worker_options
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 

@@ -28,14 +28,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.cached_clips import CLIPS_PER_CHUNK, CachedClips, chunk_path
-from ..data.loader import copy_ahead, worker_options
-from ..data.loading import ClipCollator
-from ..data.quantization import channels_per_scale, quantize_features, restore_features
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import write_json
 from .cache_key import cache_key, differences, videos_digest
+from .cached_clips import CLIPS_PER_CHUNK, CachedClips, chunk_path
+from .clips import ClipCollator
+from .loader import copy_ahead, worker_options
+from .quantization import channels_per_scale, quantize_features, restore_features
 
 logger = logging.getLogger(__name__)
 

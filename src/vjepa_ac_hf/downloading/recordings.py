@@ -17,9 +17,10 @@ from typing import Literal, Self
 import httpx2
 import msgspec
 
-from .recording import RecordingError, parse_recording
-from .remote_index import OPTIONS_SUFFIX, RemoteRecording
-from .shards import LOG_SUFFIX, MANIFEST_NAME, VIDEO_SUFFIX, Rejection
+from ..recordings.log import RecordingError, parse_recording
+from ..recordings.shards import LOG_SUFFIX, MANIFEST_NAME, VIDEO_SUFFIX, Rejection
+from ..recordings.video import VideoError, VideoReader
+from .index import OPTIONS_SUFFIX, RemoteRecording
 from .transfer import (
     FetchedFile,
     OutOfSpaceError,
@@ -31,7 +32,6 @@ from .transfer import (
     finish_part,
     part_of,
 )
-from .video import VideoError, VideoReader
 
 logger = logging.getLogger(__name__)
 

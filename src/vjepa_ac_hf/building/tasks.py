@@ -21,11 +21,11 @@ import msgspec
 from datasets.arrow_writer import ParquetWriter
 
 from ..actions_vjepa2_ac import ActionStatistics
+from ..inspection.summary import ActionHistograms
+from ..recordings.shards import Shard, read_pairs
 from ..records import write_file, write_json
-from .building import BuildReport, clip_features, iter_clips
+from .rows import BuildReport, clip_features, iter_clips
 from .selection import BuildOptions, Selection
-from .shards import Shard, read_pairs
-from .summary import ActionHistograms
 from .vpt_tubelets import code_hash
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import httpx2
 import msgspec
 
 from ..records import write_json
-from .remote_index import RemoteFile
+from .index import RemoteFile
 
 logger = logging.getLogger(__name__)
 

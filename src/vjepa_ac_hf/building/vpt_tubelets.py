@@ -12,10 +12,10 @@ import torch
 from datasets import packaged_modules
 from datasets.builder import Key
 
-from .building import BuildReport, clip_features, iter_clips, listing_report
+from ..recordings.shards import Shard, list_shards, read_pairs
+from ..recordings.splits import validation_set
+from .rows import BuildReport, clip_features, iter_clips, listing_report
 from .selection import BuildOptions, Selection, options_from, select_recordings, selection_from
-from .shards import Shard, list_shards, read_pairs
-from .splits import validation_set
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +24,14 @@ BUILDER_NAME = "vpt_tubelets"
 _SOURCES = (
     "../actions_vjepa2_ac.py",
     "../processing_vjepa2_ac.py",
-    "recording.py",
-    "clips.py",
-    "mp4.py",
-    "video.py",
-    "shards.py",
-    "splits.py",
+    "../recordings/log.py",
+    "../recordings/clips.py",
+    "../recordings/mp4.py",
+    "../recordings/video.py",
+    "../recordings/shards.py",
+    "../recordings/splits.py",
     "selection.py",
-    "building.py",
+    "rows.py",
     "vpt_tubelets.py",
 )
 

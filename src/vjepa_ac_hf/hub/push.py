@@ -33,7 +33,7 @@ HUB_FOLDER = ".hub"
 STRATEGIES = ("every_checkpoint", "end", "later")
 # One upload, whatever it does: the transfer of large files (hf_xet) has time-outs of its own making.
 ATTEMPT_LIMIT = 7200.0
-_UPLOAD_PROGRAM = Path(__file__).with_name("hub_upload.py")
+_UPLOAD_PROGRAM = Path(__file__).with_name("upload.py")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def save_final_model(
 def call_upload(
     request: dict[str, Any], log: Path | None, limit: float = ATTEMPT_LIMIT, stop: threading.Event | None = None
 ) -> dict[str, Any]:
-    """Run hub_upload.py once and return its result; a process that dies, or takes longer than `limit`, is a failure."""
+    """Run upload.py once and return its result; a process that dies, or takes longer than `limit`, is a failure."""
     # Nothing of the launcher's settings is for it, and it needs no accelerator.
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started, aborted = time.monotonic(), None

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from .loading import ClipCollator
+from .clips import ClipCollator
 from .order import ClipOrder
 from .quantization import restore_features
 from .streaming import GroupReader, ParquetClips
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 START_METHODS = ("forkserver", "spawn", "fork")
 # Imported once, in the server from which workers are forked, instead of by every worker.
-_PRELOADED = ["vjepa_ac_hf.data.loader", "torchcodec.decoders"]
+_PRELOADED = ["vjepa_ac_hf.loading.loader", "torchcodec.decoders"]
 
 
 class ClipLoader:

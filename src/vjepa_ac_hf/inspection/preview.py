@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from ..evaluation.plots import new_figure
-from ..evaluation.report import PAGE_STYLE, image_tag
+from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL
+from ..pages import PAGE_STYLE, image_tag, new_figure
 from ..processing_vjepa2_ac import resize_frames
+from ..recordings.clips import ClipSpec, aggregate_actions
+from ..recordings.log import NUM_SLOTS, PRESSED_COLUMNS, Recording
 from ..records import write_file, write_json
-from .clips import ClipSpec, aggregate_actions
-from .events import DEGREES_PER_PIXEL
-from .recording import NUM_SLOTS, PRESSED_COLUMNS, Recording
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

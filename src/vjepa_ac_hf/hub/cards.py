@@ -16,8 +16,8 @@ from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import versions
-from .health import SPEED
-from .run_log import jsonable
+from ..training.health import SPEED
+from ..training.run_log import jsonable
 
 # Figures of a horizon in metrics.json (docs/evaluation.md) that a card names: key, type of the metric, name.
 _HORIZON_FIGURES = (

@@ -8,10 +8,9 @@ from heapq import heappush, heappushpop
 
 import numpy as np
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
 from .columns import RowPlace
 
-DEGREES_PER_PIXEL = 0.15
 _DX, _YAW, _PITCH = (ACTION_COLUMNS.index(name) for name in ("mouse_dx", "yaw_delta", "pitch_delta"))
 _KEYS = [i for i, name in enumerate(ACTION_COLUMNS) if name.startswith("key.")]
 _BUTTONS = [ACTION_COLUMNS.index(f"mouse.{side}") for side in ("left", "right", "middle")]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
-from .recording import FIRST_PRESSED, NUM_SLOTS, PRESSED_COLUMNS, Recording
+from .log import FIRST_PRESSED, NUM_SLOTS, PRESSED_COLUMNS, Recording
 
 _FIRST_HOTBAR = ACTION_COLUMNS.index("hotbar.0")
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff
 
-from .recording import recorder_version_of
-from .shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file
+from ..recordings.log import recorder_version_of
+from ..recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file
 
 OPTIONS_SUFFIX = "-options.json"
 HUB_PREFIX = "hf://"

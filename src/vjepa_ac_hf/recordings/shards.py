@@ -6,6 +6,7 @@ header claims is believed only within the limits below.
 """
 
 import errno
+import glob
 import gzip
 import io
 import os
@@ -25,7 +26,7 @@ from typing import BinaryIO, Self
 from datasets import DownloadConfig
 from datasets.utils.file_utils import is_local_path, xopen
 
-from .recording import LARGEST_LOG, recorder_version_of, session_id_of
+from .log import LARGEST_LOG, recorder_version_of, session_id_of
 
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
@@ -205,6 +206,28 @@ class _StrictTarInfo(tarfile.TarInfo):
         reader.num_zeros = 0
         reader.next_member()
         return info
+
+
+def find_files(patterns: Iterable[str], output: Path) -> list[str]:
+    """Absolute paths of the files of globs and folders, sorted within each, each once.
+
+    Raises:
+        ValueError: a pattern that matches no recording or shard, or one that lies in the output folder.
+    """
+    files: dict[str, None] = {}
+    for pattern in patterns:
+        found: list[str] = []
+        for path in sorted(glob.glob(os.path.abspath(pattern), recursive=True)):
+            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+            found += [file for file in inside if file.endswith((*TAR_SUFFIXES, VIDEO_SUFFIX, LOG_SUFFIX))]
+        if not found:
+            raise ValueError(f"--shards {pattern}: no .tar, .mp4 or .jsonl file found")
+        files.update(dict.fromkeys(found))
+    folder = os.path.join(os.path.abspath(output), "")
+    own = [file for file in files if file.startswith(folder)]
+    if own:
+        raise ValueError(f"--output {output} holds what is to be built from, such as {own[0]}: give it another folder")
+    return list(files)
 
 
 def list_shards(

@@ -1,12 +1,10 @@
 """From files to the plan of a build, and what it will take (docs/data.md, "Building a data set")."""
 
-import glob
 import hashlib
-import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +13,8 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from ..records import write_file
-from .building import BuildReport, iter_clips, listing_report
-from .selection import BuildOptions, Selection, select_recordings
-from .shards import (
-    LOG_SUFFIX,
+from ..recordings.shards import (
     TAR_SUFFIXES,
-    VIDEO_SUFFIX,
     Member,
     RecordingEntry,
     Shard,
@@ -29,7 +22,10 @@ from .shards import (
     list_tar,
     read_pairs,
 )
-from .splits import validation_set
+from ..recordings.splits import validation_set
+from ..records import write_file
+from .rows import BuildReport, iter_clips, listing_report
+from .selection import BuildOptions, Selection, select_recordings
 from .tasks import BUILD_FOLDER, Plan, Stamp, Task, read_marker, stamp_of
 from .vpt_tubelets import code_hash, split_shards
 
@@ -46,28 +42,6 @@ class _Listing(msgspec.Struct):
     stamp: Stamp
     code: str
     shard: Shard
-
-
-def find_files(patterns: Iterable[str], output: Path) -> list[str]:
-    """Absolute paths of the files of globs and folders, sorted within each, each once.
-
-    Raises:
-        ValueError: a pattern that matches no recording or shard, or one that lies in the output folder.
-    """
-    files: dict[str, None] = {}
-    for pattern in patterns:
-        found: list[str] = []
-        for path in sorted(glob.glob(os.path.abspath(pattern), recursive=True)):
-            inside = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
-            found += [file for file in inside if file.endswith((*TAR_SUFFIXES, VIDEO_SUFFIX, LOG_SUFFIX))]
-        if not found:
-            raise ValueError(f"--shards {pattern}: no .tar, .mp4 or .jsonl file found")
-        files.update(dict.fromkeys(found))
-    folder = os.path.join(os.path.abspath(output), "")
-    own = [file for file in files if file.startswith(folder)]
-    if own:
-        raise ValueError(f"--output {output} holds what is to be built from, such as {own[0]}: give it another folder")
-    return list(files)
 
 
 def check_output(output: Path) -> None:

@@ -136,3 +136,9 @@ def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
         extra_options={"threads": "1", "tune": CLIP_TUNE, "x264-params": CLIP_X264_PARAMS},
     )
     return encoded.numpy().tobytes()
+
+
+def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
+    """Refuse a video whose average frame rate differs by more than 5 % from that of recordings."""
+    if abs(reader.frame_rate - native_fps) > 0.05 * native_fps:
+        raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")

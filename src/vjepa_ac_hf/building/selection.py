@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..processing_vjepa2_ac import RESIZE_MODES
-from .clips import ClipSpec
-from .recording import Recording, check_repairs
-from .shards import Shard
-from .splits import session_share
+from ..recordings.clips import ClipSpec
+from ..recordings.log import Recording, check_repairs
+from ..recordings.shards import Shard
+from ..recordings.splits import session_share
 
 # What leaves out clips of a recording, in the order in which it is asked, and the options for whole recordings. Clips
 # with unsure ticks are always left out, the others as options say.

@@ -9,10 +9,10 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..actions_vjepa2_ac import ActionStatistics
+from ..inspection.summary import ActionHistograms, summary_markdown
 from ..records import write_file, write_json
-from .building import BuildReport, clip_features
+from .rows import BuildReport, clip_features
 from .selection import BuildOptions
-from .summary import ActionHistograms, summary_markdown
 from .tasks import BUILD_FOLDER, BuildError, Plan, check_plan, read_marker, temporary_files
 
 # A message with a thousand names is not read.

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig
 
-from ..data.cached_clips import CLIPS_PER_CHUNK
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from .cached_clips import CLIPS_PER_CHUNK
 
 FORMAT = 2  # of the cache's files
 

@@ -1,4 +1,4 @@
-"""Program: one attempt to create, check or fill a model repository of the Hub, in a process of its own (hub.py).
+"""Program: one attempt to create, check or fill a model repository of the Hub, in a process of its own (push.py).
 
 The Hub's client waits without limit, inside native code too, and works in the interpreter that calls it; a process can
 be given up. It is run by path, imports nothing of this package (which would take seconds), takes a request as one line

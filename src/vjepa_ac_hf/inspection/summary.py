@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from ..evaluation.plots import new_figure
-from ..evaluation.report import PAGE_STYLE, image_tag
+from ..pages import PAGE_STYLE, image_tag, new_figure
+from ..recordings.clips import ClipSpec
+from ..recordings.shards import Rejection
 from ..records import write_file, write_json
-from .clips import ClipSpec
-from .shards import Rejection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .recording import Recording, RecordingError, parse_recording
+from .log import Recording, RecordingError, parse_recording
 from .shards import RecordingPair
 from .video import VideoError, VideoReader
 

@@ -12,11 +12,11 @@ import torch
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..processing_vjepa2_ac import resize_frames
-from .clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
-from .recording import REPAIRS, Recording, RecordingError, parse_recording
+from ..recordings.clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
+from ..recordings.log import REPAIRS, Recording, RecordingError, parse_recording
+from ..recordings.shards import RecordingPair, Rejection, Shard
+from ..recordings.video import VideoError, VideoReader, check_frame_rate, draw_cursor, encode_clip
 from .selection import CLIP_SELECTIONS, RECORDING_SELECTIONS, BuildOptions, select_clips
-from .shards import RecordingPair, Rejection, Shard
-from .video import VideoError, VideoReader, draw_cursor, encode_clip
 
 logger = logging.getLogger(__name__)
 
@@ -225,12 +225,6 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
         )
     ]
     return recording, rows, skipped
-
-
-def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
-    """Refuse a video whose average frame rate differs by more than 5 % from that of recordings."""
-    if abs(reader.frame_rate - native_fps) > _TOLERANCE * native_fps:
-        raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")
 
 
 def _match_video(recording: Recording, reader: VideoReader, options: BuildOptions) -> Recording:
