@@ -21,6 +21,7 @@ import msgspec
 from datasets.arrow_writer import ParquetWriter
 
 from ..actions_vjepa2_ac import ActionStatistics
+from ..inspection import summary
 from ..inspection.summary import ActionHistograms
 from ..recordings.shards import Shard, read_pairs
 from ..records import write_file, write_json
@@ -111,7 +112,7 @@ class Plan:
 
 @lru_cache(maxsize=1)
 def _code_hash() -> str:
-    own = Path(__file__).read_bytes() + Path(__file__).with_name("summary.py").read_bytes()
+    own = Path(__file__).read_bytes() + Path(summary.__file__).read_bytes()
     return code_hash() + hashlib.sha256(own).hexdigest()
 
 
