@@ -3,6 +3,7 @@
 import hashlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -14,7 +15,8 @@ class Fault:
 
     Attributes:
         status: instead of 200 or 206, with an empty body.
-        headers: sent besides, or instead of the usual ones (None leaves one out).
+        headers: sent besides, or instead of the usual ones (None leaves one out; a function is asked at that moment).
+        hold: an event that is waited for before the body is sent.
         drop_after: body bytes after which the connection is closed.
         stall_after: body bytes after which nothing more is sent for `stall` seconds.
         ignore_range, ignore_if_range: answer as if the header were not there.
@@ -23,7 +25,8 @@ class Fault:
     """
 
     status: int | None = None
-    headers: dict[str, str | None] = field(default_factory=dict)
+    headers: dict[str, str | Callable[[], str] | None] = field(default_factory=dict)
+    hold: threading.Event | None = None
     drop_after: int | None = None
     stall_after: int | None = None
     stall: float = 5.0
@@ -141,7 +144,7 @@ class FaultyServer:
         handler.send_response(status)
         for name, value in sent.items():
             if value is not None:
-                handler.send_header(name, value)
+                handler.send_header(name, value() if callable(value) else value)
         if sent["Content-Length"] is None:
             handler.send_header("Connection", "close")
         if not body or handler.command == "HEAD":
@@ -153,6 +156,8 @@ class FaultyServer:
     def send(self, handler, fault: Fault, body: bytes, request: Request) -> None:
         stops = [len(body) if stop is None else min(stop, len(body)) for stop in (fault.drop_after, fault.stall_after)]
         end = min(stops)
+        if fault.hold is not None:
+            fault.hold.wait(120)
         for start in range(0, end, 16384):
             if self.delay:
                 self.closing.wait(self.delay)

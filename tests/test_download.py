@@ -13,8 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from unittest.mock import patch
@@ -28,6 +30,7 @@ from hypothesis import strategies as st
 
 from vjepa_ac_hf.downloading import index as remote_index
 from vjepa_ac_hf.downloading import recordings as download
+from vjepa_ac_hf.downloading import transfer
 from vjepa_ac_hf.downloading.index import read_index, select_recordings
 from vjepa_ac_hf.downloading.recordings import (
     DownloadError,
@@ -283,11 +286,17 @@ def test_what_the_server_lacks_is_missing_and_what_it_refuses_fails_at_once(serv
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_a_busy_server_is_left_alone_by_all_for_as_long_as_it_asks(server, tmp_path, as_date):
-    after = formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+def test_a_busy_server_is_left_alone_by_all_for_as_long_as_it_asks(server, tmp_path, monkeypatch, as_date):
+    def after():
+        return formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+
     server.faults[f"{STEMS[0]}.jsonl"] = [Fault(status=429, headers={"Retry-After": after})]
-    server.delay = 0.2  # the others are in the middle of their first file
-    assert fetch(server, tmp_path / "out").downloaded == 3
+    # The others are in the middle of their first file until the answer has been read.
+    was_read = threading.Event()
+    for stem in STEMS[1:]:
+        server.faults[f"{stem}.jsonl"] = [Fault(hold=was_read)]
+    monkeypatch.setattr(transfer.logger, "info", lambda *message: was_read.set())
+    assert fetch(server, tmp_path / "out", transfer=replace(FAST, read_timeout=60)).downloaded == 3
     asked = next(request.time for request in server.requests if request.status == 429)
     first = {f"{stem}.jsonl" for stem in STEMS[1:]}
     later = [request.time - asked for request in server.requests if request.status != 429 and request.path not in first]
@@ -596,7 +605,7 @@ def test_a_stopped_program_leaves_partial_files_and_goes_on(server, files, tmp_p
     command = ["--index", write_index(tmp_path, server), "--output", out, "--num_workers", "2"]
     # The first recording gets through, the others stop in the middle of their videos.
     for stem in STEMS[1:]:
-        server.faults[f"{stem}.mp4"] = [Fault(stall_after=48_000, stall=60)]
+        server.faults[f"{stem}.mp4"] = [Fault(stall_after=48_000, stall=600)]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -606,9 +615,7 @@ def test_a_stopped_program_leaves_partial_files_and_goes_on(server, files, tmp_p
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)
-    stopped = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - stopped < 10
+    _, err = process.communicate(timeout=120)  # and does not wait for what has stalled
     assert process.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL), err
 
     for name, content in on_disk(out).items():

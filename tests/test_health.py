@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,20 +114,22 @@ def test_only_logged_steps_are_observed(tmp_path):
     assert seen == [4, 6, 8, 11]
 
 
-def test_waiting_for_data_is_counted(tmp_path):
+def test_waiting_for_data_is_counted(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("vjepa_ac_hf.training.health.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
     def slow():
         for i in range(3):
-            time.sleep(0.05)
+            clock[0] += 0.05
             yield {"number": i}
 
     observer = health(tmp_path)
     numbers = []
     for batch in observer.timed(slow()):
         numbers.append(batch["number"])
-        time.sleep(0.02)  # computing
+        clock[0] += 0.02  # computing
     assert numbers == [0, 1, 2]
-    share = observer.row(3, 0.30)["data_wait_share"]
-    assert 0.5 <= share < 0.8  # 0.15 s of 0.30 s, or a little more on a busy machine
+    assert observer.row(3, 0.30)["data_wait_share"] == pytest.approx(0.5)
     assert observer.row(3, 0.30)["data_wait_share"] == 0
 
 

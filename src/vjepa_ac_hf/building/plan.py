@@ -44,6 +44,10 @@ class _Listing(msgspec.Struct):
     shard: Shard
 
 
+# Made once, before any thread asks: msgspec crashes where several threads are the first to need a type.
+_DECODER = msgspec.json.Decoder(_Listing)
+
+
 def check_output(output: Path) -> None:
     """Refuse a folder that something else has filled: files in it would be removed or uploaded with the data set.
 
@@ -81,7 +85,7 @@ def list_files(files: Sequence[str], output: Path) -> tuple[list[Shard], dict[st
 def _list_cached(path: str, stamps: dict[str, Stamp], cache: Path, code: str) -> Shard:
     file = cache / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
     try:
-        known = msgspec.json.decode(file.read_bytes(), type=_Listing)
+        known = _DECODER.decode(file.read_bytes())
         if (known.path, known.stamp, known.code) == (path, stamps[path], code):
             return known.shard
     except (FileNotFoundError, msgspec.DecodeError):

@@ -110,6 +110,10 @@ class _PartState(msgspec.Struct):
         return cls(headers.get("ETag"), headers.get("Last-Modified"), size, md5)
 
 
+# Made once, before any thread asks: msgspec crashes where several threads are the first to need a type.
+_DECODER = msgspec.json.Decoder(_PartState)
+
+
 class Transfer:
     """Fetches files with one client.
 
@@ -301,7 +305,7 @@ def _read_state(path: Path) -> _PartState | None:
     if not state_file.exists():
         return None
     try:
-        return msgspec.json.decode(state_file.read_bytes(), type=_PartState)
+        return _DECODER.decode(state_file.read_bytes())
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         logger.warning("%s: %s: starting anew", state_file, error)
         return None

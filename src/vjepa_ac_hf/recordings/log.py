@@ -78,6 +78,10 @@ class _Line(msgspec.Struct):
     unsure: bool = False
 
 
+# Made once, before any thread asks: msgspec crashes where several threads are the first to need a type.
+_DECODER = msgspec.json.Decoder(_Line)
+
+
 @dataclass(frozen=True)
 class Recording:
     """The log of one recording with all repairs applied; arrays have one row per tick (n ticks).
@@ -231,7 +235,6 @@ def parse_recording(
 def _decode_lines(log: bytes, name: str) -> list[_Line]:
     if len(log) > LARGEST_LOG:
         raise RecordingError(f"{name}: log too large: expected at most {LARGEST_LOG} bytes, found {len(log)}")
-    decoder = msgspec.json.Decoder(_Line)
     lines: list[_Line] = []
     for number, text in enumerate(_split_lines(log), start=1):
         where = f"{name}: line {number}"
@@ -242,7 +245,7 @@ def _decode_lines(log: bytes, name: str) -> list[_Line]:
         if not text.strip():
             raise RecordingError(f"{where}: expected a JSON object, found an empty line")
         try:
-            line = decoder.decode(text)
+            line = _DECODER.decode(text)
         except msgspec.ValidationError as error:
             raise RecordingError(f"{where}: {error}") from error
         except msgspec.DecodeError as error:
