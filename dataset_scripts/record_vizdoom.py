@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from vjepa_ac_hf.actions_vjepa2_ac import DEGREES_PER_PIXEL
 from vjepa_ac_hf.envs.doom import MOVES, RESOLUTIONS, WEAPON_KEYS, Walls
 from vjepa_ac_hf.envs.recording import VPTWriter
-from vjepa_ac_hf.envs.vizdoom_env import DEGREES_PER_COUNT, PRESSED_COLUMNS, VizDoomVPTEnv
+from vjepa_ac_hf.envs.vizdoom_env import PRESSED_COLUMNS, VizDoomVPTEnv
 from vjepa_ac_hf.recordings.shards import write_tar
 from vjepa_ac_hf.records import write_json
 
@@ -104,8 +105,8 @@ class Player:
         self._walk(self.walls.clearance(x, y, yaw))
         weapon = int(self.generator.choice(WEAPON_KEYS)) if self.generator.random() < 0.01 else None
         return (
-            round(self.turn_rate / DEGREES_PER_COUNT),
-            round(self.look_rate / DEGREES_PER_COUNT),
+            round(self.turn_rate / DEGREES_PER_PIXEL),
+            round(self.look_rate / DEGREES_PER_PIXEL),
             set(self.keys),
             weapon,
         )
