@@ -1,7 +1,7 @@
 """A first-person game with VPT's inputs, features of its frames for reinforcement learning (docs/environments.md).
 
 Importing registers `vjepa_ac_hf/VizDoomVPT-v0`, `vjepa_ac_hf/VizDoomVPTSteps-v0` and `vjepa_ac_hf/VizDoomVPTGoal-v0`
-with Gymnasium (extras "rl" and "vizdoom"). `vjepa_ac_hf.envs.sb3` has the features extractor for Stable-Baselines3.
+with Gymnasium (extras "rl" and "vizdoom"). `vjepa_ac_hf.envs.sb3` is for Stable-Baselines3.
 Open `vizdoom_env.py` first.
 """
 
