@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
 from ..recordings.clips import ClipSpec, aggregate_actions
 from ..recordings.log import parse_recording
 from .vizdoom_env import FPS, MOST_COUNTS, PRESSED_COLUMNS, VizDoomVPTEnv
@@ -172,8 +172,3 @@ class DiscreteActions(gymnasium.ActionWrapper):
 
     def action(self, action: Any) -> np.ndarray:
         return self._table[int(action)]
-
-
-def turn_between(first: float, second: float) -> float:
-    """Degrees from one yaw to another, in [-180, 180)."""
-    return float(wrap_degrees(second - first))
