@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
+from helpers_models import responsive_model
+from helpers_training import load_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import VJEPA2Config
 
-from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.planning import (
     CEM,
     MPPI,
@@ -62,24 +63,7 @@ def make_processor(action_space="vpt-38", **kwargs) -> VJEPA2ACProcessor:
 
 
 def make_model(action_space="vpt-38", **kwargs) -> VJEPA2ACModel:
-    torch.manual_seed(0)
-    sizes = dict(
-        encoder_config=VJEPA2Config(
-            crop_size=32,
-            patch_size=16,
-            hidden_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.3,  # actions must move the features by more than rounding does
-        ),
-        action_space=make_processor(action_space).action_space,
-        pred_hidden_size=24,
-        pred_num_hidden_layers=2,
-        pred_num_attention_heads=2,
-        frames_per_clip=2 * STEPS,
-        initializer_range=0.3,
-    )
-    return VJEPA2ACModel(VJEPA2ACConfig(**{**sizes, **kwargs})).eval()
+    return responsive_model(make_processor(action_space).action_space, STEPS, WIDTH, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -1071,9 +1055,7 @@ def test_search_of_a_landscape_finds_the_lowest_point_of_a_fine_grid(model, proc
 
 @pytest.fixture
 def program(monkeypatch):
-    spec = importlib.util.spec_from_file_location("energy_landscape", ROOT / "examples" / "energy_landscape.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program("examples/energy_landscape.py")
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["energy_landscape.py", *map(str, arguments)])
