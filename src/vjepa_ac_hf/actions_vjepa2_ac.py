@@ -37,7 +37,7 @@ def wrap_degrees(degrees: Any) -> Any:
     """Angles modulo whole turns, in [-180, 180), without rounding.
 
     Args:
-        degrees: a tensor, whose type is kept; or numbers or an array, whose result is float64.
+        degrees: a tensor, float32 or float64, whose type is kept; or numbers or an array, whose result is float64.
     """
     rest = degrees.fmod(360.0) if hasattr(degrees, "fmod") else np.fmod(degrees, 360.0, dtype=np.float64)
     # Exact, where (degrees + 180) % 360 - 180 rounds: what is left of a turn, and that less half of it, are floats.

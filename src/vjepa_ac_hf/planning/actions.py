@@ -275,7 +275,7 @@ def vary_columns(actions: Tensor, chosen: Mapping[str, Tensor], *, pitch: float)
     Mouse movement and view change follow each other (yaw wraps; pitch stops at +-90); with a GUI open the view stands
     still and the mouse moves the cursor. A number key that is newly pressed is pressed instead of others, and selects
     its slot from the next step on. A chosen slot is held until a number key is pressed; one that is deselected gives
-    way to the slot before it (the first one to the second).
+    way to the slot before it (the first one to the second). View and mouse of later steps stay as recorded.
 
     Args:
         actions: `(H, 38)`, raw.
