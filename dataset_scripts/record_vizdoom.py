@@ -18,23 +18,22 @@ tubelet (8 ticks) cannot be guessed from the past, only read from the actions. S
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from vjepa_ac_hf.actions_vjepa2_ac import DEGREES_PER_PIXEL
 from vjepa_ac_hf.envs.doom import MOVES, RESOLUTIONS, WEAPON_KEYS, Walls
 from vjepa_ac_hf.envs.recording import VPTWriter
-from vjepa_ac_hf.envs.vizdoom_env import DEGREES_PER_COUNT, PRESSED_COLUMNS, VizDoomVPTEnv
+from vjepa_ac_hf.envs.vizdoom_env import PRESSED_COLUMNS, VizDoomVPTEnv
 from vjepa_ac_hf.recordings.shards import write_tar
-from vjepa_ac_hf.records import write_json
+from vjepa_ac_hf.records import claim_folder
 
 ATTEMPTS = 5
 # Map units (about 32 to a metre).
@@ -104,8 +103,8 @@ class Player:
         self._walk(self.walls.clearance(x, y, yaw))
         weapon = int(self.generator.choice(WEAPON_KEYS)) if self.generator.random() < 0.01 else None
         return (
-            round(self.turn_rate / DEGREES_PER_COUNT),
-            round(self.look_rate / DEGREES_PER_COUNT),
+            round(self.turn_rate / DEGREES_PER_PIXEL),
+            round(self.look_rate / DEGREES_PER_PIXEL),
             set(self.keys),
             weapon,
         )
@@ -176,24 +175,6 @@ def record_shard(
     return discarded
 
 
-def claim_folder(output: Path, arguments: dict[str, Any]) -> None:
-    """Note what the folder holds; refuse one that holds something else."""
-    output.mkdir(parents=True, exist_ok=True)
-    manifest = output / "recording.json"
-    if manifest.is_file():
-        found = json.loads(manifest.read_text())
-        found = {"pauses": 0.0, "weapon": False, **found}  # as all were before there were these flags
-        differing = [f"{k}: found {found.get(k)}, expected {v}" for k, v in arguments.items() if found.get(k) != v]
-        if differing:
-            raise SystemExit(
-                f"{manifest}: recorded with other arguments ({'; '.join(differing)}); choose another --output"
-            )
-        return
-    if any(output.glob("*.tar")):
-        raise SystemExit(f"{output}: holds shards but no recording.json; choose another --output")
-    write_json(manifest, arguments)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
@@ -213,7 +194,10 @@ def main() -> None:
         parser.error(f"--pauses must be at least 0 and below 1, found {arguments.pauses}")
     output = arguments.output.resolve()
     kept = ("recordings", "ticks", "seed", "resolution", "recordings_per_shard", "pauses", "weapon")
-    claim_folder(output, {k: getattr(arguments, k) for k in kept})
+    if any(output.glob("*.tar")) and not (output / "recording.json").is_file():
+        raise SystemExit(f"{output}: holds shards but no recording.json; choose another --output")
+    settings = {k: getattr(arguments, k) for k in kept}
+    claim_folder(output, settings, file="recording.json", defaults={"pauses": 0.0, "weapon": False})
 
     per_shard = arguments.recordings_per_shard
     shards = {

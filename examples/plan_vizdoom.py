@@ -9,8 +9,6 @@ OUT/success.png shows them.
 
 import argparse
 import io
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,10 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
-from vjepa_ac_hf.evaluation.figures import wilson
+from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
-from vjepa_ac_hf.records import versions, write_file, write_json
+from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
 
 AGENTS = ("planner", "random", "still", "oracle")
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
@@ -51,26 +49,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.episodes < 1:
         parser.error(f"--episodes must be at least 1, found {arguments.episodes}")
     return arguments
-
-
-def claim_output(output: Path, settings: dict[str, Any]) -> list[dict]:
-    """The episodes that are there already; refuses those of other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / "settings.json").is_file():
-        known = {"hold": 1, **json.loads((output / "settings.json").read_text())}
-        differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
-        if differing:
-            raise SystemExit(f"{output}: episodes of other arguments ({'; '.join(differing)}); choose another --output")
-    write_json(output / "settings.json", settings)
-    episodes = output / "episodes.jsonl"
-    if not episodes.is_file():
-        return []
-    lines = episodes.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        print(f"{episodes}: the last line is not complete, its episode is played again")
-        lines.pop()
-        write_file(episodes, "".join(lines).encode())
-    return [json.loads(line) for line in lines]
 
 
 class Planner:
@@ -145,25 +123,6 @@ def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -
     }
 
 
-def summarize(episodes: list[dict]) -> dict[str, Any]:
-    found = {}
-    for agent in AGENTS:
-        own = [e for e in episodes if e["agent"] == agent]
-        if not own:
-            continue
-        successes = sum(e["success"] for e in own)
-        found[agent] = {
-            "episodes": len(own),
-            "success_rate": successes / len(own),
-            "success_rate_ci95": wilson(successes, len(own)),
-            "start_degrees": float(np.mean([e["start_degrees"] for e in own])),
-            "final_degrees": float(np.mean([e["final_degrees"] for e in own])),
-            "final_degrees_median": float(np.median([e["final_degrees"] for e in own])),
-            "ended_early": sum(e["ended"] in ("death", "teleport") for e in own),
-        }
-    return found
-
-
 def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
     """Success rates with their intervals, and the share of episodes that end within a distance."""
     figure = new_figure(9, 3.6)
@@ -188,10 +147,10 @@ def main() -> None:
     arguments = parse_arguments()
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     settings = {name: getattr(arguments, name) for name in KEPT}
-    known = claim_output(arguments.output, settings)
-    done = {(e["agent"], e["seed"]) for e in known}
+    claim_folder(arguments.output, settings, defaults={"hold": 1})
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
+    episodes = ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed"))
     planner = Planner(arguments) if "planner" in arguments.agents else None
     env = GoalViewWrapper(
         ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
@@ -199,26 +158,16 @@ def main() -> None:
         hold=arguments.hold,
         max_steps=arguments.max_steps,
     )
-    with open(arguments.output / "episodes.jsonl", "a") as results:
+    with episodes:
         for agent, seed in tqdm(wanted, unit="episode"):
-            if (agent, seed) in done:
-                continue
-            line = play(env, agent, planner, seed)
-            results.write(json.dumps(line) + "\n")
-            results.flush()
-            os.fsync(results.fileno())
-            known.append(line)
+            if (agent, seed) not in episodes:
+                episodes.add(play(env, agent, planner, seed))
     env.close()
-    counted = [e for e in known if (e["agent"], e["seed"]) in set(wanted)]
-    agents = summarize(counted)
+    counted = episodes.select(wanted)
+    agents = summarize(counted, AGENTS)
     write_json(arguments.output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
     write_file(arguments.output / "success.png", draw(agents, counted))
-    for agent, figures in agents.items():
-        low, high = figures["success_rate_ci95"]
-        print(
-            f"{agent:8} {100 * figures['success_rate']:5.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
-            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees"
-        )
+    print(table(agents))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import os
 import sys
 import time
@@ -37,13 +36,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
 from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
 from vjepa_ac_hf.envs.doom import RESOLUTIONS
+from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GOAL_POOLINGS, GoalFeatures, SB3VectorEnv, Standardize
-from vjepa_ac_hf.envs.steps import turn_between
-from vjepa_ac_hf.evaluation.figures import wilson
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
-from vjepa_ac_hf.records import versions, weights_checksum, write_file, write_json
+from vjepa_ac_hf.records import claim_folder, versions, weights_checksum, write_file, write_json
 
 TRAINED = ("features", "pixels")
 AGENTS = (*TRAINED, "random", "oracle")
@@ -104,31 +103,8 @@ def claim_output(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
     """The settings; refuses a folder that has agents of others."""
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
     settings |= {"encoder": weights_checksum(model.encoder), "ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "settings.json"
-    if path.is_file():
-        known = json.loads(path.read_text())
-        differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
-        if differing:
-            raise SystemExit(f"{path}: agents of other arguments ({'; '.join(differing)}); choose another --output")
-    write_json(path, settings)
+    claim_folder(arguments.output, settings)
     return settings
-
-
-def read_lines(path: Path, most_steps: int | None = None) -> list[dict]:
-    """Lines of a file of results; drops a last line that is not complete, and steps that were not saved."""
-    whole = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    lines = [json.loads(line) for line in whole if line.endswith("\n")]
-    kept = [line for line in lines if most_steps is None or line["step"] <= most_steps]
-    if len(kept) < len(whole):
-        print(f"{path}: {len(whole) - len(kept)} lines of what was not saved are dropped, and played again")
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return kept
-
-
-def append_line(file: Any, line: dict) -> None:
-    file.write(json.dumps(line) + "\n")
-    file.flush()
 
 
 # ------------------------------------------------------------------------------------------------- environments
@@ -198,9 +174,9 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
 class Episodes(BaseCallback):
     """A line for every episode that ends."""
 
-    def __init__(self, file: Any, progress: tqdm):
+    def __init__(self, lines: ResultLines, progress: tqdm):
         super().__init__()
-        self.file, self.progress = file, progress
+        self.lines, self.progress = lines, progress
 
     def _on_step(self) -> bool:
         self.progress.update(self.training_env.num_envs)
@@ -212,7 +188,7 @@ class Episodes(BaseCallback):
                     "steps": int(info["episode"]["l"]),
                 }
                 line |= {"final_degrees": round(float(info["goal_degrees"]), 4), "ended": info["ended"]}
-                append_line(self.file, {**line, "return": round(float(info["episode"]["r"]), 4)})
+                self.lines.add({**line, "return": round(float(info["episode"]["r"]), 4)}, sync=False)
         return True
 
 
@@ -247,8 +223,10 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
     # Saved agents know their steps: there is no second record that could contradict them.
     ppo = PPO.load(saved, device=arguments.device) if saved.is_file() else None
     done = ppo.num_timesteps if ppo else 0
-    for name in (agent, f"{agent}_saves"):
-        read_lines(arguments.output / f"{name}.jsonl", done)
+    episodes, saves = (
+        ResultLines(arguments.output / f"{name}.jsonl", counts=lambda line: line["step"] <= done)
+        for name in (agent, f"{agent}_saves")
+    )
     if done > arguments.steps:
         raise SystemExit(f"{saved}: trained for {done} steps already, --steps is {arguments.steps}")
     if ppo and done == arguments.steps:
@@ -256,11 +234,7 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
         return ppo
     env = VecMonitor(make_env(agent, arguments, model, processor, arguments.num_envs))
     ppo = ppo or new_agent(agent, arguments, env)
-    with (
-        tqdm(total=arguments.steps, initial=done, unit="step", desc=agent) as progress,
-        open(arguments.output / f"{agent}.jsonl", "a") as episodes,
-        open(arguments.output / f"{agent}_saves.jsonl", "a") as saves,
-    ):
+    with tqdm(total=arguments.steps, initial=done, unit="step", desc=agent) as progress, episodes, saves:
         while done < arguments.steps:
             # All that is random begins anew, and new episodes begin: a run that was killed does the same from here on.
             ppo.set_env(env, force_reset=True)
@@ -268,9 +242,8 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
             began = time.perf_counter()
             ppo.learn(arguments.save_every, callback=Episodes(episodes, progress), reset_num_timesteps=False)
             seconds, done = time.perf_counter() - began, ppo.num_timesteps
-            append_line(saves, {"step": done, "seconds": round(seconds, 3)})
-            for file in (episodes, saves):
-                os.fsync(file.fileno())
+            saves.add({"step": done, "seconds": round(seconds, 3)})
+            episodes.sync()
             unfinished = arguments.output / f".{agent}.tmp.zip"
             ppo.save(unfinished)
             os.replace(unfinished, saved)
@@ -304,7 +277,7 @@ def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[An
     generator = np.random.default_rng(seed)
 
     def oracle(_: Any) -> int:
-        left = turn_between(env.get_attr("view")[0][0], float(env.get_attr("goal")[0].state[0]))
+        left = wrap_degrees(float(env.get_attr("goal")[0].state[0]) - env.get_attr("view")[0][0])
         return int(np.argmin(np.abs(np.array(TURNS) - left)))
 
     if ppo is not None:
@@ -314,16 +287,14 @@ def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[An
 
 def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any, processor: Any) -> list[dict]:
     """Episodes of all agents on the same goals."""
-    path = arguments.output / "evaluation.jsonl"
-    known = read_lines(path)
-    done = {(e["agent"], e["trained_steps"], e["seed"]) for e in known}
+    episodes = ResultLines(arguments.output / "evaluation.jsonl", key=("agent", "trained_steps", "seed"))
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
     agents = [a for a in AGENTS if a in trained or a not in TRAINED]
     wanted = [(a, trained[a].num_timesteps if a in trained else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
-    with open(path, "a") as results:
+    with episodes:
         for agent, steps, seed in tqdm(wanted, unit="episode", desc="evaluation"):
-            if (agent, steps, seed) in done:
+            if (agent, steps, seed) in episodes:
                 continue
             sees = "features" if agent == "features" else "pixels"
             if env is None or sees != current:
@@ -331,57 +302,32 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
                     env.close()
                 env, current = make_env(sees, arguments, model, processor, 1), sees
             line = {"agent": agent, "trained_steps": steps, "seed": seed}
-            known.append({**line, **play(env, seed, chooser(agent, env, trained.get(agent), seed))})
-            append_line(results, known[-1])
-            os.fsync(results.fileno())
+            episodes.add({**line, **play(env, seed, chooser(agent, env, trained.get(agent), seed))})
     if env is not None:
         env.close()
-    return [e for e in known if (e["agent"], e["trained_steps"], e["seed"]) in set(wanted)]
+    return episodes.select(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------ summary
 
 
-def rate_of(episodes: list[dict]) -> dict[str, Any]:
-    if not episodes:
-        return {"episodes": 0, "success_rate": None, "success_rate_ci95": None}
-    successes, count = sum(e["success"] for e in episodes), len(episodes)
-    return {"episodes": count, "success_rate": successes / count, "success_rate_ci95": wilson(successes, count)}
-
-
-def summarize(arguments: argparse.Namespace, evaluation: list[dict]) -> dict[str, Any]:
-    """Figures by agent: on the goals of the evaluation, and for the trained ones during the training."""
-    found: dict[str, Any] = {}
-    for agent in AGENTS:
-        own = [e for e in evaluation if e["agent"] == agent]
-        if not own:
-            continue
-        found[agent] = {
-            **rate_of(own),
-            "steps": float(np.mean([e["steps"] for e in own])),
-            "start_degrees": float(np.mean([e["start_degrees"] for e in own])),
-            "final_degrees": float(np.mean([e["final_degrees"] for e in own])),
-            "final_degrees_median": float(np.median([e["final_degrees"] for e in own])),
-            "return": float(np.mean([e["return"] for e in own])),
-            "ended_early": sum(e["ended"] in ("death", "teleport") for e in own),
+def add_training(arguments: argparse.Namespace, agents: dict[str, Any]) -> None:
+    """Figures of the training, for the agents that were trained."""
+    for agent in (agent for agent in TRAINED if agent in agents):
+        lines, saves = (ResultLines(arguments.output / f"{name}.jsonl").lines for name in (agent, f"{agent}_saves"))
+        seconds = sum(s["seconds"] for s in saves)
+        agents[agent]["training"] = {
+            "steps": arguments.steps,
+            "seconds": seconds,
+            "steps_per_second": arguments.steps / seconds,
+            "curve": [
+                {
+                    "step": s["step"],
+                    **success_rate([x for x in lines if 0 <= s["step"] - x["step"] < arguments.save_every]),
+                }
+                for s in saves
+            ],
         }
-        if agent in TRAINED:
-            lines = read_lines(arguments.output / f"{agent}.jsonl")
-            saves = read_lines(arguments.output / f"{agent}_saves.jsonl")
-            seconds = sum(s["seconds"] for s in saves)
-            found[agent]["training"] = {
-                "steps": arguments.steps,
-                "seconds": seconds,
-                "steps_per_second": arguments.steps / seconds,
-                "curve": [
-                    {
-                        "step": s["step"],
-                        **rate_of([x for x in lines if 0 <= s["step"] - x["step"] < arguments.save_every]),
-                    }
-                    for s in saves
-                ],
-            }
-    return found
 
 
 def draw(agents: dict[str, Any]) -> bytes:
@@ -455,19 +401,15 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     settings = claim_output(arguments, model)
     trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
-    agents = summarize(arguments, evaluate(arguments, trained, model, processor))
+    agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
+    add_training(arguments, agents)
     settings |= {"steps": arguments.steps}
     summary = {"settings": settings, "agents": agents, "command": " ".join(sys.argv), "versions": versions()}
     write_json(arguments.output / "summary.json", summary)
     picture = draw(agents)
     write_file(arguments.output / "success.png", picture)
     write_report(arguments.output, summary, picture)
-    for agent, figures in agents.items():
-        low, high = figures["success_rate_ci95"]
-        print(
-            f"{agent:8} {100 * figures['success_rate']:5.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
-            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees"
-        )
+    print(table(agents))
 
 
 if __name__ == "__main__":

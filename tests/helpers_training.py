@@ -56,11 +56,12 @@ def run(arguments: list[str], processes: int = 1, check: bool = True, **variable
     return result
 
 
-def load_program() -> ModuleType:
-    """`examples/train.py` as a module: a run without the seconds that a process takes to start."""
-    specification = importlib.util.spec_from_file_location("train_program", ROOT / "examples" / "train.py")
+def load_program(path: str = "examples/train.py") -> ModuleType:
+    """A program of the repository as a module: a run without the seconds that a process takes to start."""
+    name = f"{Path(path).stem}_program"
+    specification = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(specification)
-    sys.modules["train_program"] = module  # its dataclass is looked up there
+    sys.modules[name] = module  # dataclasses are looked up there
     specification.loader.exec_module(module)
     return module
 

@@ -1,6 +1,5 @@
 """The benchmark of the data side runs, and what it compares is the same work."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_data import make_lines, make_video, to_log, write_shard
+from helpers_training import load_program
 
 from vjepa_ac_hf import VJEPA2ACProcessor
 from vjepa_ac_hf.loading.clips import ClipCollator, load_action_statistics, load_clips
@@ -18,10 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def benchmark():
-    specification = importlib.util.spec_from_file_location("benchmark_data", ROOT / "benchmarks" / "data.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_program("benchmarks/data.py")
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers_models import responsive_model
+from helpers_training import load_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import VJEPA2Config
 
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor, records
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACModel, VJEPA2ACProcessor, records
 from vjepa_ac_hf.evaluation import (
     LatentPredictionMetric,
     RolloutTable,
@@ -57,27 +58,7 @@ def make_processor(**kwargs) -> VJEPA2ACProcessor:
 
 
 def make_model(action_space: str | list[str] = "vpt-13", **kwargs) -> VJEPA2ACModel:
-    torch.manual_seed(0)
-    columns = make_processor(action_space=action_space).action_space
-    encoder = VJEPA2Config(
-        crop_size=32,
-        patch_size=16,
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        # Not the usual 0.02: actions must move the features by more than rounding does.
-        initializer_range=0.3,
-    )
-    sizes = dict(
-        encoder_config=encoder,
-        action_space=columns,
-        pred_hidden_size=24,
-        pred_num_hidden_layers=2,
-        pred_num_attention_heads=2,
-        frames_per_clip=2 * STEPS,
-        initializer_range=0.3,
-    )
-    return VJEPA2ACModel(VJEPA2ACConfig(**{**sizes, **kwargs})).eval()
+    return responsive_model(make_processor(action_space=action_space).action_space, STEPS, WIDTH, **kwargs)
 
 
 def make_data(num_clips: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
@@ -885,9 +866,7 @@ def script(monkeypatch):
     # As for `python examples/evaluate.py`, with other spellings of the same folder.
     folder = ROOT / "examples"
     monkeypatch.setattr(sys, "path", [str(folder), f"{folder}/../examples", *sys.path])
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program("examples/evaluate.py")
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_models import golden_config
 from safetensors import safe_open
 from transformers import VJEPA2Config
 
@@ -31,28 +32,7 @@ def weights(tensors: dict, prefix: str = "") -> dict:
 @pytest.fixture(params=["ac_predictor_l1_auto2.safetensors", "ac_predictor_l2_auto4.safetensors"])
 def predictor_case(request):
     sizes, tensors = load(request.param)
-    encoder = VJEPA2Config(
-        crop_size=sizes["crop_size"],
-        patch_size=sizes["patch_size"],
-        hidden_size=sizes["hidden_size"],
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    config = VJEPA2ACConfig(
-        encoder_config=encoder,
-        action_dim=sizes["action_dim"],
-        state_dim=sizes["state_dim"],
-        pred_hidden_size=sizes["pred_hidden_size"],
-        pred_num_hidden_layers=sizes["pred_num_hidden_layers"],
-        pred_num_attention_heads=sizes["pred_num_attention_heads"],
-        pred_mlp_ratio=sizes["mlp_ratio"],
-        frames_per_clip=2 * sizes["num_tubelets"],
-        auto_steps=sizes["auto_steps"],
-        loss_type={1: "l1", 2: "mse"}[sizes["loss_exponent"]],
-        layer_norm_eps=sizes["layer_norm_eps"],
-        normalize_features=sizes["normalize"],
-    )
-    model = VJEPA2ACModel(config)
+    model = VJEPA2ACModel(golden_config(sizes))
     model.predictor.load_state_dict(convert_predictor_state_dict(weights(tensors)), strict=True)
     inputs = {
         "features": tensors["input.features"].unflatten(1, (sizes["num_tubelets"], -1)),

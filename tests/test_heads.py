@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_models import WITHOUT_PACKAGE
 from safetensors.torch import save_file
 from test_modeling import tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForVideoClassification, VJEPA2Config
@@ -439,16 +440,10 @@ def test_heads_start_from_a_saved_world_model_and_are_saved_whole(cls, source, t
     assert not any(p.requires_grad for p in again.vjepa2_ac.parameters())
 
 
-LOAD_ELSEWHERE = """
-import sys
+LOAD_ELSEWHERE = (
+    WITHOUT_PACKAGE
+    + """
 import torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vjepa_ac_hf":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocked())
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForVideoClassification
 
@@ -460,6 +455,7 @@ for auto, name in ((AutoModel, "idm"), (AutoModel, "anticipation"), (AutoModelFo
     assert torch.equal(output.to_tuple()[0], case["expected"]), name
     print("loaded", type(model).__name__, type(model).__module__.split(".")[0])
 """
+)
 
 
 def test_heads_load_without_the_package(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_models import WITHOUT_PACKAGE
 from test_modeling import random_inputs, tiny_model
 
 import vjepa_ac_hf
@@ -37,16 +38,10 @@ def test_shipped_files_import_only_what_is_there_too(path):
     assert not [line for line in path.read_text().splitlines() if line.strip().startswith("from . import")]
 
 
-LOAD_ELSEWHERE = """
-import sys
+LOAD_ELSEWHERE = (
+    WITHOUT_PACKAGE
+    + """
 import torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vjepa_ac_hf":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocked())
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -65,6 +60,7 @@ assert not any(p.requires_grad for p in model.encoder.parameters())
 model.save_pretrained(sys.argv[3])
 print("loaded", type(model).__module__.split(".")[0])
 """
+)
 
 
 def test_model_and_processor_load_without_the_package(tmp_path):

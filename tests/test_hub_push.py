@@ -4,7 +4,6 @@ The server is a local one, the client the unmodified `huggingface_hub` in the pr
 server's record says what happened, in which order and when.
 """
 
-import importlib.util
 import json
 import signal
 import socket
@@ -20,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers_training import write_workspace
+from helpers_training import load_program, write_workspace
 from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
@@ -418,16 +417,9 @@ def test_a_card_claims_no_figures_where_there_are_none(parts):
 # ---------------------------------------------------------------------------------------------------- programs
 
 
-def program(name: str):
-    specification = importlib.util.spec_from_file_location(f"{name}_program", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def run_push(monkeypatch, *flags) -> int:
     monkeypatch.setattr(sys, "argv", ["examples/push.py", *map(str, flags)])
-    return program("push").main()
+    return load_program("examples/push.py").main()
 
 
 @pytest.fixture
@@ -449,7 +441,7 @@ def test_training_goes_on_while_the_hub_hangs_and_the_push_is_made_up_for(
 
     monkeypatch.setattr(HubPusher, "submit", submit_and_see)
     monkeypatch.setattr(sys, "argv", list(map(str, tiny_run("--max_steps=4", "--hub_wait=0.5", "--hub_timeout=600"))))
-    assert program("train").main() == 3
+    assert load_program("examples/train.py").main() == 3
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert all(request.status == 0 for request in server.asked("preupload"))
     assert not server.commits and read_pending(out) == Push("org/world", 4, True)
@@ -470,7 +462,7 @@ def test_without_a_token_it_fails_before_training(server, tiny_run, tmp_path, mo
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(sys, "argv", list(map(str, tiny_run())))
     with pytest.raises(ValueError, match="--push_to_hub org/world: the Hub refuses it: .*no access token"):
-        program("train").main()
+        load_program("examples/train.py").main()
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
@@ -487,7 +479,7 @@ def test_a_run_without_network_is_pushed_from_elsewhere(server, tiny_run, tmp_pa
 
     monkeypatch.setattr(HubPusher, "submit", submit_and_push)
     monkeypatch.setattr(sys, "argv", list(map(str, tiny_run("--max_steps=3", "--hub_strategy=later"))))
-    assert program("train").main() == 0
+    assert load_program("examples/train.py").main() == 0
     assert "nothing was pushed, as --hub_strategy later asks" in capsys.readouterr().out
     assert [summary for _, summary, _ in server.commits] == ["Step 1"]
     assert read_pending(out) == Push("org/world", 3, True)
@@ -538,7 +530,7 @@ def test_the_hub_does_not_change_what_is_learnt(server, tiny_run, tmp_path, monk
     server.faults = [Fault("/commit/", times=1, status=500)]
     command = list(map(str, tiny_run("--max_steps=4")))
     monkeypatch.setattr(sys, "argv", command)
-    train = program("train")
+    train = load_program("examples/train.py")
     assert train.main() == 0
     out, alone = tmp_path / "out", tmp_path / "alone"
     monkeypatch.setattr(

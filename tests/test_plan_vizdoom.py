@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_modeling import tiny_model
-
-from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
+from helpers_models import save_world
 
 pytest.importorskip("vizdoom")
 
@@ -24,12 +22,7 @@ PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(action_space="vpt-13", action_dim=None).save_pretrained(folder)
-    actions = np.random.default_rng(0).normal(size=(50, len(ACTION_COLUMNS)))
-    statistics = ActionStatistics().update(actions)
-    VJEPA2ACProcessor(resolution=32, action_statistics=statistics.to_dict()).save_pretrained(folder)
-    return folder
+    return save_world(tmp_path_factory.mktemp("model"))
 
 
 def plan(monkeypatch, model, output, *flags):
@@ -145,9 +138,3 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
         controller.act(seen["frame"][None], seen["state"]), fresh.act(seen["frame"][None], seen["state"])
     )
     env.close()
-
-
-@pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)])
-def test_wilson(successes, low, high):
-    """Newcombe, Statistics in Medicine 17, 1998, has the formula; ten trials, by hand."""
-    assert PROGRAM["wilson"](successes, 10) == pytest.approx([low, high], abs=1e-4)

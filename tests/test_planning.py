@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
+from helpers_models import responsive_model
+from helpers_training import load_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import VJEPA2Config
 
-from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.planning import (
     CEM,
     MPPI,
@@ -39,6 +40,7 @@ from vjepa_ac_hf.planning import (
     summarize_landscapes,
     to_minerl_action,
     to_vpt_lines,
+    vary_columns,
 )
 from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
 from vjepa_ac_hf.recordings.log import parse_recording
@@ -61,24 +63,7 @@ def make_processor(action_space="vpt-38", **kwargs) -> VJEPA2ACProcessor:
 
 
 def make_model(action_space="vpt-38", **kwargs) -> VJEPA2ACModel:
-    torch.manual_seed(0)
-    sizes = dict(
-        encoder_config=VJEPA2Config(
-            crop_size=32,
-            patch_size=16,
-            hidden_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.3,  # actions must move the features by more than rounding does
-        ),
-        action_space=make_processor(action_space).action_space,
-        pred_hidden_size=24,
-        pred_num_hidden_layers=2,
-        pred_num_attention_heads=2,
-        frames_per_clip=2 * STEPS,
-        initializer_range=0.3,
-    )
-    return VJEPA2ACModel(VJEPA2ACConfig(**{**sizes, **kwargs})).eval()
+    return responsive_model(make_processor(action_space).action_space, STEPS, WIDTH, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -244,16 +229,6 @@ def test_bounds_of_mouse_and_view_hold_both():
     turned = SearchSpace(["mouse_dx"], fixed={"mouse_dx": 1300})  # 195 degrees to the right: 165 to the left
     action = turned.complete(turned.mode(turned.initial(1))[None], pitch=0, slot=0)[0, 0]
     assert action[:3].tolist() == pytest.approx([1300, 0, -165])
-
-
-def test_uncoupled_mouse_is_sampled_by_itself():
-    space = SearchSpace("vpt-13", statistics=STATISTICS, couple_mouse=False)
-    assert space.continuous == ["yaw_delta", "mouse_dx", "pitch_delta", "mouse_dy"]
-    decisions = space.sample(space.initial(3), 50, seeded())
-    actions = space.complete(decisions, pitch=88, slot=0)
-    torch.testing.assert_close(actions[..., :2], decisions[..., [1, 3]])
-    torch.testing.assert_close(actions[..., 2], decisions[..., 0])
-    assert ((88 + actions[..., 3].cumsum(-1)) <= 90 + 1e-9).all() and (actions[..., 3] != decisions[..., 2]).any()
 
 
 @pytest.mark.parametrize(
@@ -935,7 +910,7 @@ def test_landscape_equals_a_plain_loop(model, processor, columns):
                 degrees = min(degrees, 90 - float(context.states[-1, 1]))  # the context looks down by 84
                 changed[0, 3], changed[0, 1] = degrees, degrees / 0.15
             elif column == "hotbar.2" and value:
-                changed[0, AT["hotbar.4"]], changed[0, AT["hotbar.2"]] = 0, 1
+                changed[:, AT["hotbar.4"]], changed[:, AT["hotbar.2"]] = 0, 1  # no key selects another one later
             else:
                 changed[0, AT[column]] = value
         expected = imagined_by_hand(model, processor, context, changed)[-1]
@@ -944,6 +919,49 @@ def test_landscape_equals_a_plain_loop(model, processor, columns):
     true = imagined_by_hand(model, processor, context, actions)[-1]
     assert land.true_energy == pytest.approx(float((true - goal).abs().mean()), rel=1e-4)
     assert land.true == tuple(float(actions[0, AT[c]]) for c in columns)
+
+
+def assert_possible(cell: torch.Tensor, pitch: float) -> None:
+    """One slot, which number keys select; a view that stands still in a GUI, and else follows the mouse."""
+    for mouse, view in (("mouse_dx", "yaw_delta"), ("mouse_dy", "pitch_delta")):
+        turned, moved = float(cell[0, AT[view]]), 0.15 * float(cell[0, AT[mouse]])
+        if cell[0, AT["gui_open"]]:
+            assert turned == 0
+        else:
+            assert abs((turned - moved + 180) % 360 - 180) < 1e-9
+        assert -180 <= turned < 180 and (view == "yaw_delta" or abs(pitch + turned) <= 90)
+    slots = [[s for s in range(9) if step[AT[f"hotbar.{s}"]]] for step in cell]
+    keys = [[k for k in range(9) if step[AT[f"key.{k + 1}"]]] for step in cell]
+    assert all(len(held) == 1 for held in slots)
+    for before, pressed, now in zip(slots, keys, slots[1:], strict=False):
+        assert now[0] in pressed if pressed else now == before
+
+
+KINDS = [*MOVE, "key.w", "key.e", "key.2", "key.5", "hotbar.1", "hotbar.4", "gui_open"]
+
+
+@pytest.mark.parametrize("gui", [0, 1])
+def test_every_cell_of_a_landscape_is_a_possible_action(gui):
+    recorded = make_actions(4, seed=2)
+    recorded[0, AT["gui_open"]] = gui
+    recorded[0, 2:4] *= 1 - gui
+    recorded[0, [AT["key.2"], AT["key.6"]]] = recorded[1, AT["key.8"]] = 1
+    recorded[:, AT["hotbar.4"]] = 0
+    recorded[range(4), [AT[f"hotbar.{slot}"] for slot in (4, 1, 7, 7)]] = 1  # 6, then 2, then 8
+    assert_possible(recorded, 75.0)
+    for columns in itertools.combinations(KINDS, 2):
+        if all(c.startswith("hotbar") for c in columns) or columns in (tuple(MOVE[::2]), tuple(MOVE[1::2])):
+            continue  # refused by name
+        axes = [torch.tensor([-400.0, 0.0, 900.0] if c in MOVE else [0.0, 1.0]).double() for c in columns]
+        pairs = torch.cartesian_prod(*axes)
+        cells = vary_columns(recorded, dict(zip(columns, pairs.T, strict=True)), pitch=75.0)
+        for pair, cell in zip(pairs.tolist(), cells, strict=True):
+            assert_possible(cell, 75.0)
+            chosen = dict(zip(columns, pair, strict=True))
+            assert all(cell[0, AT[c]] == value for c, value in chosen.items() if c not in MOVE), chosen
+            if not set(columns) & set(MOVE) and all(recorded[0, AT[c]] == value for c, value in chosen.items()):
+                assert torch.equal(cell, recorded)
+            assert torch.equal(cell[1:, :4], recorded[1:, :4])
 
 
 def make_landscape(row: int, column: int, true=(1.0, 4.0)) -> Landscape:
@@ -1037,9 +1055,7 @@ def test_search_of_a_landscape_finds_the_lowest_point_of_a_fine_grid(model, proc
 
 @pytest.fixture
 def program(monkeypatch):
-    spec = importlib.util.spec_from_file_location("energy_landscape", ROOT / "examples" / "energy_landscape.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program("examples/energy_landscape.py")
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["energy_landscape.py", *map(str, arguments)])

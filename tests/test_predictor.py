@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_models import golden_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache, VJEPA2Config
 
-from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
+from vjepa_ac_hf import VJEPA2ACModel
 from vjepa_ac_hf.convert_vjepa2_ac_to_hf import convert_predictor_state_dict
 from vjepa_ac_hf.modeling_vjepa2_ac import (
     eager_frame_causal_attention,
@@ -53,27 +54,7 @@ def test_the_straightforward_implementation_is_the_official_one(name):
     with safe_open(ROOT / "tests" / "golden" / name, "pt") as file:
         sizes = json.loads(file.metadata()["config"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    config = VJEPA2ACConfig(
-        encoder_config=VJEPA2Config(
-            crop_size=sizes["crop_size"],
-            patch_size=sizes["patch_size"],
-            hidden_size=sizes["hidden_size"],
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        ),
-        action_dim=sizes["action_dim"],
-        state_dim=sizes["state_dim"],
-        pred_hidden_size=sizes["pred_hidden_size"],
-        pred_num_hidden_layers=sizes["pred_num_hidden_layers"],
-        pred_num_attention_heads=sizes["pred_num_attention_heads"],
-        pred_mlp_ratio=sizes["mlp_ratio"],
-        frames_per_clip=2 * sizes["num_tubelets"],
-        auto_steps=sizes["auto_steps"],
-        loss_type={1: "l1", 2: "mse"}[sizes["loss_exponent"]],
-        layer_norm_eps=sizes["layer_norm_eps"],
-        normalize_features=sizes["normalize"],
-    )
-    oracle = StraightforwardPredictor(config)
+    oracle = StraightforwardPredictor(golden_config(sizes))
     weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
     oracle.load_state_dict(convert_predictor_state_dict(weights), strict=True)
     features = tensors["input.features"].unflatten(1, (sizes["num_tubelets"], -1))

@@ -1,6 +1,8 @@
 """The processor: geometry, normalisation, statistics, integrated states; numbers against plain numpy."""
 
 import json
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, ActionStatistics, VJEPA2ACProcessor, resolve_action_space
-from vjepa_ac_hf.processing_vjepa2_ac import resize_frames
+from vjepa_ac_hf.processing_vjepa2_ac import add_view_changes, resize_frames, wrap_degrees
 
 STATISTICS = {
     "columns": ["mouse_dx", "mouse_dy", "yaw_delta", "pitch_delta"],
@@ -52,6 +54,35 @@ def test_actions_are_selected_and_standardised(space):
     selected = actions[..., [ACTION_COLUMNS.index(c) for c in resolve_action_space(space)]]
     torch.testing.assert_close(processor(actions=selected)["actions"], found)
     np.testing.assert_allclose(processor.denormalize_actions(found), selected, rtol=1e-5, atol=1e-5)
+
+
+EDGES = [0.0, 0.15, -1e-9, 90.0, 180.0, -180.0, 360.0, 540.0, -540.0, 1234.56, -98765.4321]
+EDGES += [math.nextafter(edge, side) for edge in EDGES for side in (-math.inf, math.inf)]
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.float32, torch.float64, torch.float32])
+def test_wrapped_angles_are_exact_and_half_open(kind):
+    if isinstance(kind, torch.dtype):
+        angles = torch.tensor(EDGES, dtype=kind)
+    else:
+        angles = np.array(EDGES, dtype=kind)
+    given = [float(x) for x in angles]
+    found = [wrap_degrees(x) for x in given] if kind is float else wrap_degrees(angles)
+    assert kind is float or str(found.dtype).removeprefix("torch.") == (
+        "float32" if kind is torch.float32 else "float64"
+    )
+    for angle, wrapped in zip(given, found, strict=True):
+        turns = (Fraction(angle) + 180) // 360  # exact arithmetic
+        assert Fraction(float(wrapped)) == Fraction(angle) - 360 * turns, angle
+        assert -180 <= wrapped < 180
+
+
+def test_view_changes_add_up_one_after_the_other():
+    view = torch.tensor([[170.0, 80.0], [0.0, 0.0]], dtype=torch.float64)
+    changes = torch.tensor([[[20.0, 30.0], [-5.0, -1.0]], [[-190.0, -100.0], [0.5, 2.0]]], dtype=torch.float64)
+    found = add_view_changes(view, changes).tolist()
+    assert found == [[[-170.0, 90.0], [-175.0, 89.0]], [[170.0, -90.0], [170.5, -88.0]]]
+    assert add_view_changes(view, changes[:, :0]).shape == (2, 0, 2)
 
 
 def test_states_wrap_in_degrees():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_models import WITHOUT_PACKAGE
 from helpers_training import write_workspace
 from hub_server import HubServer
 from huggingface_hub import DatasetCard
@@ -31,15 +32,10 @@ print("clips", len(clips), "columns", sorted(clips.column_names))
 """
 
 # For a process that cannot import this package.
-READ_BACK_WITHOUT_PACKAGE = """
-import sys, torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vjepa_ac_hf":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocked())
+READ_BACK_WITHOUT_PACKAGE = (
+    WITHOUT_PACKAGE
+    + """
+import torch
 from datasets import load_dataset
 from transformers import AutoModel, AutoProcessor
 
@@ -51,6 +47,7 @@ inputs = processor(videos=[frames], actions=[clip["actions"]], states=[clip["sta
 with torch.no_grad():
     print("loss", float(model(**inputs).loss))
 """
+)
 
 
 def environment(server: HubServer | str, folder: Path, token: str | None = "hf_test") -> dict[str, str]:

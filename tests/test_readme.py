@@ -65,14 +65,6 @@ def test_snippets_run(tmp_path, monkeypatch):
 
 
 def test_files_that_are_named_exist():
-    tree = README.split("## Files")[1]
-    for line in re.findall(r"```\n(.*?)```", tree, flags=re.DOTALL)[0].splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name
-            assert (ROOT / folder).exists(), folder
-        elif not line.startswith("   "):
-            assert (ROOT / folder / name).exists(), folder + name
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / link).exists(), link
     for program in re.findall(r"(?:examples|dataset_scripts)/\w+\.py", README):

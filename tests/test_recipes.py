@@ -1,6 +1,5 @@
 """Recipes, the command line, schedules, and the estimates of a dry run against independent counts."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers_training import load_program
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -129,9 +129,7 @@ def test_the_sources_of_the_numbers():
 @pytest.mark.parametrize("steps", [2500, 100])
 def test_what_the_demo_trains_with(monkeypatch, tmp_path, steps):
     """Recipe and flags together: the arguments that docs/LOG.md's figures of the demo were measured with."""
-    specification = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    demo = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(demo)
+    demo = load_program("examples/demo.py")
     commands = []
     monkeypatch.setattr(demo, "run", lambda title, program, *flags, launcher=(): commands.append((program, flags)))
     monkeypatch.setattr(demo, "show_result", lambda report: None)

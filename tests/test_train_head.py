@@ -1,7 +1,6 @@
 """examples/train_head.py in this process, on moving pictures with a tiny model; labels, groups and weights by hand."""
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
-from helpers_training import TINY
+from helpers_training import TINY, load_program
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -50,10 +49,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program():
-    specification = importlib.util.spec_from_file_location("train_head_program", ROOT / "examples" / "train_head.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_program("examples/train_head.py")
 
 
 @pytest.fixture

@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_modeling import tiny_model
-
-from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACProcessor
+from helpers_models import save_world
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("vizdoom")
@@ -37,12 +35,7 @@ SMALL += ["--max_steps", "8", "--steps", "32", "--eval_episodes", "2"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model(action_space="vpt-13", action_dim=None).save_pretrained(folder)
-    actions = np.random.default_rng(0).normal(size=(50, len(ACTION_COLUMNS)))
-    statistics = ActionStatistics().update(actions)
-    VJEPA2ACProcessor(resolution=32, action_statistics=statistics.to_dict()).save_pretrained(folder)
-    return folder
+    return save_world(tmp_path_factory.mktemp("model"))
 
 
 def flags(model, output, *more) -> list[str]:

@@ -1,7 +1,6 @@
 """Validation during training against loops in numpy, against examples/evaluate.py, and over two real processes."""
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers_clips import FEATURES, clip_row, write_clips
+from helpers_training import load_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import VJEPA2Config
@@ -225,7 +225,7 @@ def test_agrees_with_the_evaluation_program_to_the_digit(folder, accelerator, tm
     model, processor = make_model(), make_processor(folder)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    program = {name: load_program(name) for name in ("train", "evaluate")}
+    program = {name: load_program(f"examples/{name}.py") for name in ("train", "evaluate")}
     arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=10)
     _, source = program["train"].load_splits(arguments, processor)
     clips = ValidationSet(source, source, processor, accelerator, batch_size=4)
@@ -240,13 +240,6 @@ def test_agrees_with_the_evaluation_program_to_the_digit(folder, accelerator, tm
         assert found[f"validation_error_h{h['horizon']}"] == h["error"]
         assert found[f"validation_persistence_ratio_h{h['horizon']}"] == h["error_over_persistence"]
         assert found[f"validation_shuffled_ratio_h{h['horizon']}"] == h["shuffled_over_error"]
-
-
-def load_program(name: str):
-    specification = importlib.util.spec_from_file_location(f"{name}_program", ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 # --- several processes --------------------------------------------------------------------------------------------
@@ -363,7 +356,7 @@ def test_groups_without_columns_are_left_out():
 def test_one_clip_is_refused(folder, accelerator):
     arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=1)
     with pytest.raises(ValueError, match="2 are needed, found 19 with --eval_clips 1; --eval_every 0"):
-        load_program("train").load_splits(arguments, make_processor(folder))
+        load_program("examples/train.py").load_splits(arguments, make_processor(folder))
     source = load_clips(str(folder), "validation").select([0])
     with pytest.raises(ValueError, match="needs at least 2 clips, found 1"):
         ValidationSet(source, source, make_processor(folder), accelerator, batch_size=1)

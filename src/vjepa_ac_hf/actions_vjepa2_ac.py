@@ -6,6 +6,7 @@ Shipped to the Hub with the model: imports the standard library and numpy only.
 import difflib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,17 @@ ACTION_SPACES: dict[str, tuple[str, ...]] = {
     "vpt-36": tuple(c for c in ACTION_COLUMNS if c not in ("key.right.shift", "gui_open")),
     "vpt-38": ACTION_COLUMNS,
 }
+
+
+def wrap_degrees(degrees: Any) -> Any:
+    """Angles modulo whole turns, in [-180, 180), without rounding.
+
+    Args:
+        degrees: a tensor, float32 or float64, whose type is kept; or numbers or an array, whose result is float64.
+    """
+    rest = degrees.fmod(360.0) if hasattr(degrees, "fmod") else np.fmod(degrees, 360.0, dtype=np.float64)
+    # Exact, where (degrees + 180) % 360 - 180 rounds: what is left of a turn, and that less half of it, are floats.
+    return rest - 360.0 * (rest >= 180.0) + 360.0 * (rest < -180.0)
 
 
 def resolve_action_space(space: str | Sequence[str]) -> list[str]:

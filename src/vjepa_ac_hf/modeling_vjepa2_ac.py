@@ -596,12 +596,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         if context > 1:
             before = slice(0, context - 1)
             _, shared = self.predictor(features[:, before], actions[:, 0, before], states[:, 0, before])
-        per_candidate = batch * (features.shape[2] + CONDITIONING_TOKENS)
-        if max_batch_tokens is not None and max_batch_tokens < per_candidate:
-            raise ValueError(
-                f"max_batch_tokens must be at least {per_candidate}, a step of one candidate, found {max_batch_tokens}"
-            )
-        size = candidates if max_batch_tokens is None else max_batch_tokens // per_candidate
+        size = candidates if max_batch_tokens is None else self.candidates_at_once(max_batch_tokens, batch)
         parts = []
         for start in range(0, candidates, size):
             a, s = (t[:, start : start + size].flatten(0, 1) for t in (actions, states))
@@ -610,6 +605,19 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             rolled = self._continue_rollout(latest, None, a, s, context - 1, last_step, shared_context=shared)
             parts.append(rolled[:, 1:].unflatten(0, (batch, -1)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def candidates_at_once(self, max_batch_tokens: int, batch: int = 1) -> int:
+        """How many candidates of a batch of contexts hold `max_batch_tokens` tokens in a step.
+
+        Raises:
+            ValueError: not one.
+        """
+        per_candidate = batch * (self.config.grid_size**2 + CONDITIONING_TOKENS)
+        if max_batch_tokens < per_candidate:
+            raise ValueError(
+                f"max_batch_tokens must be at least {per_candidate}, a step of one candidate, found {max_batch_tokens}"
+            )
+        return max_batch_tokens // per_candidate
 
     def _continue_rollout(
         self,

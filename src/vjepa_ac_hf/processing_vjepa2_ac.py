@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, ActionStatistics, resolve_action_space
+from .actions_vjepa2_ac import (
+    ACTION_COLUMNS,
+    CONTINUOUS_COLUMNS,
+    ActionStatistics,
+    resolve_action_space,
+    wrap_degrees,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +30,22 @@ RESIZE_MODES = ("crop", "squash")
 YAW_SCALE, PITCH_SCALE = 180.0, 90.0
 
 
-def wrap_degrees(degrees: Tensor) -> Tensor:
-    """Angles modulo whole turns, in [-180, 180)."""
-    return torch.remainder(degrees + 180.0, 360.0) - 180.0
+def add_view_changes(view: Tensor, changes: Tensor) -> Tensor:
+    """Where view changes lead, one after the other: yaw wraps at +-180 degrees, pitch stops at +-90.
+
+    Args:
+        view: `(..., 2)`, yaw and pitch in degrees.
+        changes: `(..., M, 2)`, likewise, the first one from `view`.
+
+    Returns:
+        `(..., M, 2)`, degrees: the view after each change.
+    """
+    found = []
+    for change in changes.unbind(dim=-2):
+        yaw, pitch = (view + change).unbind(dim=-1)
+        view = torch.stack([wrap_degrees(yaw), pitch.clamp(-PITCH_SCALE, PITCH_SCALE)], dim=-1)
+        found.append(view)
+    return torch.stack(found, dim=-2) if found else changes
 
 
 def resize_frames(frames: Tensor, resolution: int, mode: str = "crop") -> Tensor:
@@ -275,16 +294,11 @@ class VJEPA2ACProcessor(ProcessorMixin):
             raise ValueError(f"states cannot be integrated: the action space lacks {missing}")
         raw = self.denormalize_actions(actions)
         at = [self.action_space.index(c) for c in ("yaw_delta", "pitch_delta")]
-        future = []
-        latest = self.denormalize_states(known[:, -1])
-        for change in raw[:, known.shape[1] - 1 :, at].unbind(dim=1):
-            latest = latest + change
-            latest = torch.stack([wrap_degrees(latest[:, 0]), latest[:, 1].clamp(-PITCH_SCALE, PITCH_SCALE)], dim=-1)
-            future.append(latest)
+        future = add_view_changes(self.denormalize_states(known[:, -1]), raw[:, known.shape[1] - 1 :, at])
         scale = torch.tensor([YAW_SCALE, PITCH_SCALE], dtype=torch.float64, device=known.device)
-        return torch.cat([known, *[(f / scale)[:, None].to(known.dtype) for f in future]], dim=1)
+        return torch.cat([known, (future / scale).to(known.dtype)], dim=1)
 
 
 VJEPA2ACProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["VJEPA2ACProcessor", "resize_frames", "wrap_degrees"]
+__all__ = ["VJEPA2ACProcessor", "add_view_changes", "resize_frames", "wrap_degrees"]

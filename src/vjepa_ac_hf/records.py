@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import zlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,30 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_file` for JSON; a value that is not a number of JSON (NaN) is an error."""
     write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], *, file: str = "settings.json", defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Make a folder for results of these settings, and write them there.
+
+    Args:
+        folder: may be there already, with the same settings.
+        settings: whatever the results depend on, for JSON.
+        file: name of the settings' file.
+        defaults: values of settings that files of before do not name.
+
+    Raises:
+        SystemExit: the folder holds results of other settings; the message has both values of each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file
+    if path.is_file():
+        known = {**(defaults or {}), **json.loads(path.read_text())}
+        differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
+        if differing:
+            raise SystemExit(f"{path}: made with other arguments ({'; '.join(differing)}); choose another --output")
+    write_json(path, settings)
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,11 @@
 """A first-person game with VPT's inputs, features of its frames for reinforcement learning (docs/environments.md).
 
 Importing registers `vjepa_ac_hf/VizDoomVPT-v0`, `vjepa_ac_hf/VizDoomVPTSteps-v0` and `vjepa_ac_hf/VizDoomVPTGoal-v0`
-with Gymnasium (extras "rl" and "vizdoom"). `vjepa_ac_hf.envs.sb3` has the features extractor for Stable-Baselines3.
-Open `vizdoom_env.py` first.
+with Gymnasium (extras "rl" and "vizdoom").
+
+`doom` starts the engine, `vizdoom_env` is the game tick by tick, `recording` writes play as recordings; `steps` makes
+one step of the model of eight ticks, `goals` a task of it; `features` puts the encoder's features in the frames' place,
+`sb3` hands them to Stable-Baselines3; `episodes` keeps what was played. Open `vizdoom_env.py` first.
 """
 
 try:

@@ -8,7 +8,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from .steps import ModelStepWrapper, raw_action, turn_between
+from ..actions_vjepa2_ac import wrap_degrees
+from .steps import ModelStepWrapper, raw_action
 
 _ATTEMPTS = 50
 
@@ -40,7 +41,7 @@ class GoalEpisode:
 
 def view_distance(state: np.ndarray, goal: np.ndarray) -> float:
     """Degrees between two views (yaw, pitch): the root of the squared differences, yaw circular."""
-    return math.hypot(turn_between(float(goal[0]), float(state[0])), float(state[1]) - float(goal[1]))
+    return math.hypot(wrap_degrees(float(state[0]) - float(goal[0])), float(state[1]) - float(goal[1]))
 
 
 class GoalViewWrapper(gymnasium.Wrapper):

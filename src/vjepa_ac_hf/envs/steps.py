@@ -4,7 +4,6 @@ Letters: F frames of a tubelet, Y, X pixels.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
 from ..recordings.clips import ClipSpec, aggregate_actions
 from ..recordings.log import parse_recording
-from .vizdoom_env import DEGREES_PER_COUNT, FPS, MOST_COUNTS, PRESSED_COLUMNS, VizDoomVPTEnv
+from .vizdoom_env import FPS, MOST_COUNTS, PRESSED_COLUMNS, VizDoomVPTEnv
 
 _PRESSED = slice(ACTION_COLUMNS.index(PRESSED_COLUMNS[0]), ACTION_COLUMNS.index(PRESSED_COLUMNS[-1]) + 1)
 _NUMBER_KEYS = [index for index, column in enumerate(PRESSED_COLUMNS) if column[4:].isdigit()]
@@ -35,8 +34,8 @@ def raw_action(*, turn: float = 0.0, look: float = 0.0, pressed: Sequence[str] =
         ValueError: a column that is no key or button.
     """
     action = np.zeros(len(ACTION_COLUMNS), dtype=np.float32)
-    counts = np.round(np.array([turn, look]) / DEGREES_PER_COUNT)
-    action[:2], action[2:4] = counts, counts * DEGREES_PER_COUNT
+    counts = np.round(np.array([turn, look]) / DEGREES_PER_PIXEL)
+    action[:2], action[2:4] = counts, counts * DEGREES_PER_PIXEL
     for column in pressed:
         if column not in PRESSED_COLUMNS:
             raise ValueError(f"pressed must be among {PRESSED_COLUMNS}, found {column!r}")
@@ -173,8 +172,3 @@ class DiscreteActions(gymnasium.ActionWrapper):
 
     def action(self, action: Any) -> np.ndarray:
         return self._table[int(action)]
-
-
-def turn_between(first: float, second: float) -> float:
-    """Degrees from one yaw to another, in [-180, 180)."""
-    return second - first - 360 * math.floor((second - first + 180) / 360)

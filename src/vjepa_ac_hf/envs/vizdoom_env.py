@@ -8,10 +8,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
 from .doom import MOVES, WEAPON_KEYS, begin_life, start_game
 
-DEGREES_PER_COUNT = 0.15
+DEGREES_PER_COUNT = DEGREES_PER_PIXEL  # the name of before 0.2
 TICS_PER_TICK = 2
 FPS = 20
 FIRST_START = datetime(2026, 1, 1)
@@ -130,7 +130,7 @@ class VizDoomVPTEnv(gymnasium.Env):
         """
         mouse, pressed = self._check(action)
         self.line = self._log_line(mouse, pressed)
-        turn, look = (counts * DEGREES_PER_COUNT / TICS_PER_TICK for counts in mouse)
+        turn, look = (counts * DEGREES_PER_PIXEL / TICS_PER_TICK for counts in mouse)
         buttons = [int(pressed[i]) for i in (*_MOVE_INDICES, *_WEAPON_INDICES)]
         self.game.make_action([turn, -look, *buttons], TICS_PER_TICK)
         before = self.position
@@ -171,9 +171,9 @@ class VizDoomVPTEnv(gymnasium.Env):
         if state is not None:  # None: the engine has ended the episode; the last frame stays
             x, y, z, angle, pitch, weapon, dead = state.game_variables
             # The engine's angle grows to the left, modulo 360.
-            self._yaw = -angle if begins else self._yaw + (self._angle - angle + 180) % 360 - 180
+            self._yaw = -angle if begins else self._yaw + float(wrap_degrees(self._angle - angle))
             self._angle, self.position = angle, np.array([x, y, z])
-            self._pitch = (pitch + 180) % 360 - 180
+            self._pitch = float(wrap_degrees(pitch))
             self._slot, self._dead = int(weapon) - 1, bool(dead)
             self._frame = state.screen_buffer
         else:

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
+from ..actions_vjepa2_ac import wrap_degrees
 from .metrics import evaluate  # the library, checked not to be a script of that name
 
 _CITATION = "Baker et al., Video PreTraining, arXiv 2206.11795; Assran et al., V-JEPA 2, arXiv 2506.09985"
@@ -17,7 +18,7 @@ _CITATION = "Baker et al., Video PreTraining, arXiv 2206.11795; Assran et al., V
 
 def wrap_difference(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Differences of angles in degrees, in [-180, 180)."""
-    return (predictions - references + 180.0) % 360.0 - 180.0
+    return wrap_degrees(predictions - references)
 
 
 def average_precision(scores: np.ndarray, references: np.ndarray) -> float | None:

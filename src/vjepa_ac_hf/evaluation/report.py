@@ -139,10 +139,14 @@ def _table(horizons: Sequence[Mapping[str, Any]]) -> str:
     return f"<table>{head}{body}</table>"
 
 
+def _interval(figures: Mapping[str, Any], name: str) -> Sequence[float] | None:
+    return None if figures["ci95"] is None else figures["ci95"][name]
+
+
 def _with_interval(figures: Mapping[str, Any], name: str) -> str:
     if figures[name] is None:
         return "–"
-    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    interval = _interval(figures, name)
     bounds = "" if interval is None else f"<small>{interval[0]:.4f} – {interval[1]:.4f}</small>"
     return f"{figures[name]:.4f}{bounds}"
 
@@ -177,7 +181,7 @@ def _side(figures: Mapping[str, Any], name: str, neutral: float) -> int | None:
     """-1 below, 1 above, 0 undecided (the interval holds `neutral`); None where there is no figure."""
     if figures[name] is None:
         return None
-    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    interval = _interval(figures, name)
     low, high = (figures[name], figures[name]) if interval is None else interval
     return 1 if low > neutral else -1 if high < neutral else 0
 
@@ -202,7 +206,7 @@ def _list(horizons: Sequence[int]) -> str:
 def _quote(figures: Mapping[str, Any], name: str) -> str:
     if figures[name] is None:
         return "an unknown number of"
-    interval = None if figures["ci95"] is None else figures["ci95"][name]
+    interval = _interval(figures, name)
     bounds = "" if interval is None else f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
     return f"{figures[name]:.3f}{bounds}"
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..actions_vjepa2_ac import wrap_degrees
 from ..modeling_vjepa2_ac import VJEPA2ACModel
-from ..processing_vjepa2_ac import VJEPA2ACProcessor, wrap_degrees
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from heapq import heappush, heappushpop
 
 import numpy as np
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
+from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
 from .columns import RowPlace
 
 _DX, _YAW, _PITCH = (ACTION_COLUMNS.index(name) for name in ("mouse_dx", "yaw_delta", "pitch_delta"))
@@ -53,8 +53,7 @@ def _idle(actions: np.ndarray) -> np.ndarray:
 
 def _disagreement(actions: np.ndarray) -> np.ndarray:
     """Degrees between the turn and what the mouse asked for, where no GUI is open at either end of the action."""
-    turn = actions[..., _YAW].astype(np.float64) - DEGREES_PER_PIXEL * actions[..., _DX]
-    turn = np.abs(turn - 360 * np.floor((turn + 180) / 360))
+    turn = np.abs(wrap_degrees(actions[..., _YAW].astype(np.float64) - DEGREES_PER_PIXEL * actions[..., _DX]))
     closed = actions[..., _GUI] == 0
     closed[..., :-1] &= closed[..., 1:]
     closed[..., -1] = False  # whether the GUI is open where the last action ends is not known

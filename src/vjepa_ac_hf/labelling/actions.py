@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL
+from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
 from ..configuration_heads_vjepa2_ac import HOTBAR_COLUMNS, VJEPA2ACInverseDynamicsConfig
 from ..modeling_heads_vjepa2_ac import VJEPA2ACActionHeadOutput, VJEPA2ACForInverseDynamics
 from ..planning.actions import COLUMN, VIEW_OF_MOUSE
-from ..processing_vjepa2_ac import VJEPA2ACProcessor, wrap_degrees
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..recordings.clips import ClipSpec
 from ..records import weights_checksum
 
@@ -178,7 +178,7 @@ class Labeller:
             elif mouse not in space and view in space:
                 pixels[:] = degrees / DEGREES_PER_PIXEL
         yaw = actions[..., COLUMN["yaw_delta"]]
-        yaw[:] = wrap_degrees(torch.from_numpy(yaw.copy())).numpy()
+        yaw[:] = wrap_degrees(yaw)
 
 
 def _check_pair(name: str, config: VJEPA2ACInverseDynamicsConfig, processor: VJEPA2ACProcessor) -> None:

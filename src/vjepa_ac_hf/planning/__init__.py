@@ -5,7 +5,7 @@ with the model, `control` replans as frames come in, `environments` turns action
 `landscape` looks at the energy over two columns. Open `planner.py` first.
 """
 
-from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view
+from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view, vary_columns
 from .control import Controller
 from .environments import VPTLog, to_minerl_action, to_vpt_lines
 from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
@@ -35,4 +35,5 @@ __all__ = [
     "summarize_landscapes",
     "to_minerl_action",
     "to_vpt_lines",
+    "vary_columns",
 ]

@@ -13,13 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL, resolve_action_space
-from ..processing_vjepa2_ac import PITCH_SCALE, wrap_degrees
+from ..actions_vjepa2_ac import (
+    ACTION_COLUMNS,
+    CONTINUOUS_COLUMNS,
+    DEGREES_PER_PIXEL,
+    resolve_action_space,
+    wrap_degrees,
+)
+from ..processing_vjepa2_ac import PITCH_SCALE, add_view_changes
 
 COLUMN = {name: index for index, name in enumerate(ACTION_COLUMNS)}
 NUM_SLOTS = 9
 NUMBER_KEYS = tuple(f"key.{i}" for i in range(1, NUM_SLOTS + 1))
 SLOTS = tuple(f"hotbar.{i}" for i in range(NUM_SLOTS))
+_NUMBER_KEYS = slice(COLUMN[NUMBER_KEYS[0]], COLUMN[NUMBER_KEYS[-1]] + 1)
+_SLOTS = slice(COLUMN[SLOTS[0]], COLUMN[SLOTS[-1]] + 1)
 VIEW_OF_MOUSE = {"mouse_dx": "yaw_delta", "mouse_dy": "pitch_delta"}
 MOUSE_OF_VIEW = {view: mouse for mouse, view in VIEW_OF_MOUSE.items()}
 
@@ -53,8 +61,9 @@ class SearchSpace:
     """The variables of a plan, their bounds, and the 38 action columns that follow from them.
 
     A *decision* is a vector of V continuous values, K zeros or ones, and the number key (0: none, 1 to 9).
-    Columns that depend on each other are not chosen independently: mouse movement follows from the view change, the
-    hotbar slot from the number keys pressed so far. Columns that the action space lacks are 0, unless they follow.
+    Columns that depend on each other are not chosen independently: mouse movement is the view change / 0.15 (with a GUI
+    open the view stands still, and the mouse moves the cursor as far), the hotbar slot follows from the number keys
+    pressed so far. Columns that the action space lacks are 0, unless they follow.
 
     Args:
         action_space: the model's, a name or a list of columns.
@@ -63,8 +72,6 @@ class SearchSpace:
         fixed: `{column: value}`, columns that are not searched, beside `DEFAULT_FIXED`.
         free: columns of `DEFAULT_FIXED` that are searched all the same.
         statistics: the processor's `action_statistics`, for default bounds.
-        couple_mouse: mouse movement is the view change / 0.15 (with a GUI open: the view stands still, and the mouse
-            moves the cursor as far). False: both are searched, independently.
         press_probability: that of a key or button, and of any number key, before anything is known.
 
     Raises:
@@ -79,11 +86,9 @@ class SearchSpace:
         fixed: Mapping[str, float] | None = None,
         free: Sequence[str] = (),
         statistics: Mapping | None = None,
-        couple_mouse: bool = True,
         press_probability: float = 0.25,
     ):
         self.columns = resolve_action_space(action_space)
-        self.couple_mouse = couple_mouse
         self.press_probability = press_probability
         if not 0 < press_probability < 1:
             raise ValueError(f"press_probability must be between 0 and 1, found {press_probability}")
@@ -153,13 +158,13 @@ class SearchSpace:
         found = {}
         for mouse, view in VIEW_OF_MOUSE.items():
             known = [c for c in (view, mouse) if c in self.columns]
-            coupled = self.couple_mouse or len(known) == 1
-            for variable in known[:1] if coupled else known:
-                partner = (VIEW_OF_MOUSE | MOUSE_OF_VIEW)[variable] if coupled else None
+            if known:  # the view, if the space has it; the mouse follows
+                variable, partner = known[0], mouse if known[0] == view else view
                 scale = DEGREES_PER_PIXEL if variable == view else 1 / DEGREES_PER_PIXEL
-                limits = {variable: given.get(variable, [])}
-                if partner is not None:
-                    limits[partner] = [(low * scale, high * scale) for low, high in given.get(partner, [])]
+                limits = {
+                    variable: given.get(variable, []),
+                    partner: [(low * scale, high * scale) for low, high in given.get(partner, [])],
+                }
                 found[variable] = _intersect(variable, limits, statistics)
         return found
 
@@ -256,41 +261,91 @@ class SearchSpace:
                 raw[..., COLUMN[name]] = value
         raw[..., [COLUMN[name] for name in self.keys]] = decisions[..., variables : variables + keys]
         raw[..., [COLUMN[name] for name in self.continuous]] = decisions[..., :variables]
-        self._move(raw, pitch)
-        self._select(raw, decisions[..., -1].long(), slot)
+        for mouse, view in VIEW_OF_MOUSE.items():
+            _follow_view(raw, view, pitch, by_mouse=mouse in self.continuous)
+        number = decisions[..., -1].long()
+        raw[..., _NUMBER_KEYS] = torch.nn.functional.one_hot(number, NUM_SLOTS + 1).double()[..., 1:]
+        _follow_slots(raw, number, torch.full_like(number[:, 0], slot))
         return raw
 
-    def _move(self, raw: Tensor, pitch: float) -> None:
-        """Mouse and view made to agree, in place."""
-        world = raw[..., COLUMN["gui_open"]] == 0
-        for mouse, view in VIEW_OF_MOUSE.items():
-            pixels, degrees = raw[..., COLUMN[mouse]], raw[..., COLUMN[view]]
-            if view not in self.continuous:
-                degrees.copy_(pixels * DEGREES_PER_PIXEL)
-            # An open GUI holds the view still; the mouse moves the cursor.
-            cursor = pixels.clone() if mouse in self.continuous else degrees / DEGREES_PER_PIXEL
-            degrees.masked_fill_(~world, 0)
-            if view == "yaw_delta":
-                degrees.copy_(wrap_degrees(degrees))
-            else:
-                wanted = degrees.clone()
-                clamp_pitch(degrees, pitch)
-                cut = (degrees != wanted) & world
-                if mouse not in self.continuous or view not in self.continuous:
-                    cursor = torch.where(cut, degrees / DEGREES_PER_PIXEL, cursor)
-            pixels.copy_(cursor)
 
-    @staticmethod
-    def _select(raw: Tensor, number: Tensor, slot: int) -> None:
-        """Number keys and the slots that they select, in place."""
-        current = torch.full_like(number[:, 0], slot)
-        for step in range(number.shape[1]):
-            raw[:, step, COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1] = torch.nn.functional.one_hot(
-                current, NUM_SLOTS
-            ).double()
-            pressed = torch.nn.functional.one_hot(number[:, step], NUM_SLOTS + 1).double()
-            raw[:, step, COLUMN[NUMBER_KEYS[0]] : COLUMN[NUMBER_KEYS[-1]] + 1] = pressed[:, 1:]
-            current = torch.where(number[:, step] > 0, number[:, step] - 1, current)
+def vary_columns(actions: Tensor, chosen: Mapping[str, Tensor], *, pitch: float) -> Tensor:
+    """Recorded actions with columns of the first step chosen, and what follows from them: as a player could have acted.
+
+    Mouse movement and view change follow each other (yaw wraps; pitch stops at +-90); with a GUI open the view stands
+    still and the mouse moves the cursor. A number key that is newly pressed is pressed instead of others, and selects
+    its slot from the next step on. A chosen slot is held until a number key is pressed; one that is deselected gives
+    way to the slot before it (the first one to the second). View and mouse of later steps stay as recorded.
+
+    Args:
+        actions: `(H, 38)`, raw.
+        chosen: `{column: (M,)}`, raw units.
+        pitch: degrees at the first step.
+
+    Returns:
+        `(M, H, 38)`, float64.
+    """
+    raw = actions.double().repeat(len(next(iter(chosen.values()))), 1, 1)
+    first = raw[:, :1]
+    for column, values in chosen.items():
+        first[:, 0, COLUMN[column]] = values
+    as_recorded = first[:, 0, COLUMN["gui_open"]] == actions[0, COLUMN["gui_open"]]
+    for mouse, view in VIEW_OF_MOUSE.items():
+        if mouse in chosen or view in chosen:
+            _follow_view(first, view, pitch, by_mouse=mouse in chosen)
+        elif not as_recorded.all():
+            moved = first[~as_recorded]
+            _follow_view(moved, view, pitch, by_mouse=True)
+            first[~as_recorded] = moved
+    if not chosen.keys().isdisjoint((*NUMBER_KEYS, *SLOTS)):
+        _choose_slots(raw, actions, chosen)
+    return raw
+
+
+def _choose_slots(raw: Tensor, actions: Tensor, chosen: Mapping[str, Tensor]) -> None:
+    """Number keys of the first step, and slots of all, made to agree with the chosen ones, in place."""
+    keys, recorded = [c for c in NUMBER_KEYS if c in chosen], actions[:, _SLOTS]
+    others = [COLUMN[c] for c in NUMBER_KEYS if c not in chosen]
+    for key in keys:
+        newly = (chosen[key] != 0) & (actions[0, COLUMN[key]] == 0)
+        raw[:, 0, others] *= (~newly).to(raw)[:, None]
+    slot = recorded[0].argmax().expand(len(raw)).clone()  # 0 where none is recorded
+    for column in SLOTS:
+        if column in chosen:
+            this = SLOTS.index(column)
+            slot[chosen[column] != 0] = this
+            slot[(chosen[column] == 0) & (slot == this)] = abs(this - 1)
+    pressed = raw[..., _NUMBER_KEYS] != 0
+    # Of several keys in a step, the one whose slot was recorded next; else the last one.
+    told = pressed & (torch.cat([recorded[1:], torch.zeros_like(recorded[:1])]) != 0)
+    order = torch.arange(1, NUM_SLOTS + 1) * pressed + NUM_SLOTS * told
+    number = torch.where(pressed.any(dim=-1), order.argmax(dim=-1) + 1, 0)
+    _follow_slots(raw, number, slot)
+
+
+def _follow_view(raw: Tensor, view: str, pitch: float, *, by_mouse: bool) -> None:
+    """A view change made to follow its mouse column, or the mouse the view, in raw actions `(M, H, 38)`, in place."""
+    world = raw[..., COLUMN["gui_open"]] == 0
+    pixels, degrees = raw[..., COLUMN[MOUSE_OF_VIEW[view]]], raw[..., COLUMN[view]]
+    if by_mouse:
+        degrees.copy_(pixels * DEGREES_PER_PIXEL)
+    # An open GUI holds the view still; the mouse moves the cursor.
+    cursor = pixels.clone() if by_mouse else degrees / DEGREES_PER_PIXEL
+    degrees.masked_fill_(~world, 0)
+    if view == "yaw_delta":
+        degrees.copy_(wrap_degrees(degrees))
+    else:
+        wanted = degrees.clone()
+        clamp_pitch(degrees, pitch)
+        cursor = torch.where((degrees != wanted) & world, degrees / DEGREES_PER_PIXEL, cursor)
+    pixels.copy_(cursor)
+
+
+def _follow_slots(raw: Tensor, number: Tensor, slot: Tensor) -> None:
+    """Slots of raw actions, in place: `slot` `(M,)`, then what the number keys `(M, H)` (0: none) select."""
+    for step in range(number.shape[1]):
+        raw[:, step, _SLOTS] = torch.nn.functional.one_hot(slot, NUM_SLOTS).to(raw)
+        slot = torch.where(number[:, step] > 0, number[:, step] - 1, slot)
 
 
 def _intersect(
@@ -339,10 +394,5 @@ def integrate_view(state: Tensor, actions: Tensor) -> Tensor:
         `(..., H + 1, 2)`, degrees, float64: yaw wrapped to [-180, 180), pitch clamped to [-90, 90].
     """
     changes = actions[..., [COLUMN["yaw_delta"], COLUMN["pitch_delta"]]].double()
-    latest = state.to(changes).expand(*changes.shape[:-2], 2)
-    found = []
-    for change in [None, *changes.unbind(dim=-2)]:
-        latest = latest if change is None else latest + change
-        latest = torch.stack([wrap_degrees(latest[..., 0]), latest[..., 1].clamp(-PITCH_SCALE, PITCH_SCALE)], dim=-1)
-        found.append(latest)
-    return torch.stack(found, dim=-2)
+    start = changes.new_zeros(*changes.shape[:-2], 1, 2)  # the first state is only wrapped and clamped
+    return add_view_changes(state.to(changes), torch.cat([start, changes], dim=-2))

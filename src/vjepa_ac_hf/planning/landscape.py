@@ -12,8 +12,7 @@ from torch import Tensor
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from ..evaluation.figures import session_weights
 from ..pages import new_figure
-from ..processing_vjepa2_ac import wrap_degrees
-from .actions import COLUMN, DEGREES_PER_PIXEL, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, clamp_pitch
+from .actions import COLUMN, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, vary_columns
 from .planner import Cost, Imagination
 from .search import CEM, MPPI, minimize
 
@@ -125,32 +124,6 @@ def check_columns(columns: Sequence[str], action_space: Sequence[str]) -> None:
         raise ValueError(f"only one slot is selected at a time: {columns[0]!r} and {columns[1]!r} cannot both vary")
 
 
-def set_column(actions: Tensor, column: str, values: Tensor, pitch: float) -> None:
-    """Set one column of the first step of raw actions `(M, H, 38)` in place, and what follows from it.
-
-    Mouse movement and view change follow each other while no GUI is open (yaw wraps; pitch, now `pitch` degrees, stops
-    at +-90); a slot that is selected deselects the others.
-    """
-    first = actions[:, 0]
-    if column in SLOTS:
-        slots = first[:, COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1]
-        slots.masked_fill_((values > 0)[:, None], 0)
-    first[:, COLUMN[column]] = values
-    view = VIEW_OF_MOUSE.get(column, column)
-    if view not in MOUSE_OF_VIEW:
-        return
-    world = first[:, COLUMN["gui_open"]] == 0
-    degrees = torch.where(world, values if column == view else values * DEGREES_PER_PIXEL, first[:, COLUMN[view]])
-    if view == "pitch_delta":
-        degrees = degrees[:, None].clone()
-        clamp_pitch(degrees, pitch)
-        degrees = degrees[:, 0]
-    pixels = degrees / DEGREES_PER_PIXEL
-    first[:, COLUMN[view]] = wrap_degrees(degrees) if view == "yaw_delta" else degrees
-    mouse = COLUMN[MOUSE_OF_VIEW[view]]
-    first[:, mouse] = torch.where(world, pixels, first[:, mouse])
-
-
 def energy_landscape(
     imagination: Imagination,
     actions: Tensor,
@@ -159,7 +132,8 @@ def energy_landscape(
     columns: Sequence[str] = ("yaw_delta", "pitch_delta"),
     values: tuple[np.ndarray, np.ndarray],
 ) -> Landscape:
-    """Energy of the recorded actions with two columns of the first imagined one replaced by every pair of values.
+    """Energy of the recorded actions with two columns of the first imagined one replaced by every pair of values, and
+    what follows from them (`vary_columns`): every cell is an action that a player could have taken.
 
     Args:
         imagination: model and context.
@@ -185,11 +159,8 @@ def energy_landscape(
         raise ValueError(f"actions must be raw, (steps, {len(ACTION_COLUMNS)}), found {tuple(actions.shape)}")
     actions = actions.double()
     pairs = torch.cartesian_prod(*(torch.as_tensor(points, dtype=torch.float64) for points in values))
-    candidates = actions.repeat(len(pairs), 1, 1)
-    pitch = float(imagination.context.states[-1, 1])
-    # What other columns mean depends on the GUI: it is set first.
-    for axis in sorted(range(2), key=lambda axis: columns[axis] != "gui_open"):
-        set_column(candidates, columns[axis], pairs[:, axis], pitch)
+    chosen = {column: pairs[:, axis] for axis, column in enumerate(columns)}
+    candidates = vary_columns(actions, chosen, pitch=float(imagination.context.states[-1, 1]))
     energies = imagination.costs(torch.cat([actions[None], candidates]), cost)
     return Landscape(
         columns=(columns[0], columns[1]),
@@ -223,10 +194,8 @@ def search_landscape(
     space, pitch = SearchSpace(list(columns), bounds=ranges), float(imagination.context.states[-1, 1])
 
     def costs(decisions: Tensor) -> Tensor:
-        candidates = actions.double().repeat(len(decisions), 1, 1)
-        for at, column in enumerate(space.continuous):
-            set_column(candidates, column, decisions[:, 0, at], pitch)
-        return imagination.costs(candidates, cost)
+        chosen = {column: decisions[:, 0, at] for at, column in enumerate(space.continuous)}
+        return imagination.costs(vary_columns(actions, chosen, pitch=pitch), cost)
 
     return minimize(costs, space, space.initial(1), method=method, generator=generator).cost
 

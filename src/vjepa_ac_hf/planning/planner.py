@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation.clips import check_model_and_processor
-from ..modeling_vjepa2_ac import CONDITIONING_TOKENS, VJEPA2ACModel
+from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import PITCH_SCALE, VJEPA2ACProcessor
 from .actions import COLUMN, NUM_SLOTS, NUMBER_KEYS, SLOTS, SearchSpace, integrate_view
 from .environments import to_minerl_action, to_vpt_lines
@@ -268,8 +268,8 @@ class Imagination:
         model: a `VJEPA2ACModel`.
         processor: its processor.
         context: of `encode_context`.
-        max_batch_tokens: how many tokens (candidates x (N + 2)) go through the predictor at once. Candidates beyond
-            that go in parts; the context is run once for each part, and imagined features are kept for one part only.
+        max_batch_tokens: as `VJEPA2ACModel.rollout` has it. Candidates beyond that go in parts; the context is run once
+            for each part, and imagined features are kept for one part only.
 
     Raises:
         ValueError: too few tokens for one candidate.
@@ -283,13 +283,8 @@ class Imagination:
         *,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ):
-        tokens = model.config.grid_size**2 + CONDITIONING_TOKENS
-        if max_batch_tokens < tokens:
-            raise ValueError(
-                f"max_batch_tokens must be at least {tokens}, a step of one candidate, found {max_batch_tokens}"
-            )
         self.model, self.processor, self.context = model, processor, context
-        self.candidates_at_once = max_batch_tokens // tokens
+        self.candidates_at_once = model.candidates_at_once(max_batch_tokens)
 
     @torch.no_grad()
     def rollout(self, actions: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..actions_vjepa2_ac import wrap_degrees
 from .log import Recording, RecordingError, parse_recording
 from .shards import RecordingPair
 from .video import VideoError, VideoReader
@@ -462,17 +463,13 @@ def sample_windows(num_pairs: int, options: AlignmentOptions) -> list[tuple[int,
 
 def yaw_changes(recording: Recording) -> np.ndarray:
     """float64 (n - 1,): circular yaw change in degrees from line t to t + 1; NaN with a GUI open and in fast turns."""
-    change = _circular(np.diff(recording.yaw))
+    change = wrap_degrees(np.diff(recording.yaw))
     gui = recording.gui_open[:-1] | recording.gui_open[1:]
     return np.where(gui | _fast_turns(recording), np.nan, change)
 
 
 def _fast_turns(recording: Recording) -> np.ndarray:
-    return np.abs(_circular(np.diff(recording.yaw))) > LARGEST_TURN
-
-
-def _circular(degrees: np.ndarray) -> np.ndarray:
-    return (degrees + 180.0) % 360.0 - 180.0
+    return np.abs(wrap_degrees(np.diff(recording.yaw))) > LARGEST_TURN
 
 
 def _near(flags: np.ndarray, distance: int) -> np.ndarray:

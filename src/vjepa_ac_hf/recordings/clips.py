@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, wrap_degrees
 from .log import FIRST_PRESSED, NUM_SLOTS, PRESSED_COLUMNS, Recording
 
 _FIRST_HOTBAR = ACTION_COLUMNS.index("hotbar.0")
@@ -110,8 +110,7 @@ def aggregate_actions(recording: Recording, starts: np.ndarray, spec: ClipSpec) 
     actions = np.zeros((*first.shape, len(ACTION_COLUMNS)), dtype=np.float32)
     actions[..., 0] = recording.mouse_dx[ticks].sum(axis=-1)
     actions[..., 1] = recording.mouse_dy[ticks].sum(axis=-1)
-    turn = recording.yaw[last] - recording.yaw[first]
-    actions[..., 2] = turn - 360 * np.floor((turn + 180) / 360)
+    actions[..., 2] = wrap_degrees(recording.yaw[last] - recording.yaw[first])
     # Just under 180 in float64 may round to 180 in float32: the interval stays half open.
     actions[..., 2][actions[..., 2] >= 180] = -180
     actions[..., 3] = recording.pitch[last] - recording.pitch[first]
