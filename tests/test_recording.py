@@ -176,9 +176,3 @@ def test_session(name, session):
 def test_recorder_version():
     assert recorder_version_of("6.8/a.mp4") == "6.8" and recorder_version_of("x/data/5.7/a.mp4") == "5.7"
     assert recorder_version_of("a.mp4") is None and recorder_version_of("data/v6.8/a.mp4") is None
-
-
-def test_trim():
-    recording = parse_recording(to_log(make_lines(30)), "a").trim(28)
-    assert recording.num_ticks == len(recording.pressed) == len(recording.cursor_x) == 28
-    assert recording.repairs["trimmed"] == 2

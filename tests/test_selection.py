@@ -107,7 +107,7 @@ def test_every_left_out_clip_is_counted_once(shard):
     capped, skipped = select_recordings(shards, Selection(max_clips_per_session=2))
     assert not any(skipped.values())
     rows, report = build(capped, **options)
-    assert len(rows) == 2 and [k for k, n in report.skipped_clips.items() if not n] == ["unsure"]
+    assert len(rows) == 2 and [k for k, n in report.skipped_clips.items() if not n] == ["missing_frames", "unsure"]
     assert sum(report.skipped_clips.values()) == len(ALL_STARTS) - 2
     # The cap keeps, of the clips that are left, those that come first by hash, in order of time.
     rest = starts_of(build(shards, **options)[0])
@@ -127,7 +127,7 @@ def test_the_report_of_a_recording_counts_its_repairs_and_ticks(shard):
     assert (entry.recording, entry.session, entry.shard, entry.ticks) == (NAME, "silly-s0", "shard-000000.tar", TICKS)
     assert entry.gui_ticks == sum(line["isGuiOpen"] for line in lines)
     assert entry.repairs["null_mouse"] == sum(line["mouse"] is None for line in lines) > 0
-    assert "mouse_scaled" not in entry.repairs and "trimmed" not in entry.repairs
+    assert "mouse_scaled" not in entry.repairs and "frames_timed" not in entry.repairs
     assert {**dict.fromkeys(REPAIRS, 0), **entry.repairs} == report.repairs
     again = BuildReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
@@ -258,18 +258,6 @@ def test_what_cannot_be_used_as_logged_is_an_error_where_its_repair_is_off(repai
         parse_recording(to_log(lines), "a", skip_repairs=[repair])
 
 
-def test_lengths_that_differ_are_rejected_where_trimming_is_off(tmp_path):
-    (tmp_path / f"{NAME}.jsonl").write_bytes(to_log(make_lines(130)))
-    (tmp_path / f"{NAME}.mp4").write_bytes(make_video(128))
-    shards = list_shards([str(path) for path in sorted(tmp_path.iterdir())])
-    _, report = build(shards)
-    assert report.per_recording[0].repairs["trimmed"] == 2 and report.per_recording[0].ticks == 128
-    rows, report = build(shards, skip_repairs=("trimmed",))
-    assert rows == [] and "128 frames, 130 log lines, and the repair 'trimmed' is switched off" in (
-        report.rejected[0].reason
-    )
-
-
 # ------------------------------------------------------------------------------------------------------ bad options
 
 
@@ -291,7 +279,12 @@ def test_options_out_of_range_are_refused_before_any_file_is_read(options, messa
 
 
 def test_a_builders_configuration_gives_options_and_selection():
-    config = VPTTubeletsConfig(skip_repairs=["trimmed", "null_mouse", "trimmed"], exclude=["b", "a"], clip_fraction=0.5)
+    config = VPTTubeletsConfig(
+        skip_repairs=["stuck_attack", "null_mouse", "stuck_attack"], exclude=["b", "a"], clip_fraction=0.5
+    )
     assert options_from(vars(config)) == config.build_options
-    assert config.build_options.skip_repairs == ("null_mouse", "trimmed") and config.build_options.clip_fraction == 0.5
+    assert (
+        config.build_options.skip_repairs == ("null_mouse", "stuck_attack")
+        and config.build_options.clip_fraction == 0.5
+    )
     assert selection_from(vars(config)) == config.selection == Selection(exclude=("a", "b"))

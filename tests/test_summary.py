@@ -171,7 +171,7 @@ def hand_report():
         {"recording": "a-2", "session": "a", "shard": "x.tar", "split": "train", "ticks": 18000, "gui_ticks": 0}
         | {"clips": 0, "repairs": {}, "skipped_clips": {"max_gui_fraction": 4}},
         {"recording": "b-1", "session": "b", "shard": "y.tar", "split": "validation", "ticks": 18000, "gui_ticks": 9000}
-        | {"clips": 4, "repairs": {"null_mouse": 1, "trimmed": 2}, "skipped_clips": {}},
+        | {"clips": 4, "repairs": {"null_mouse": 1, "frames_timed": 2}, "skipped_clips": {}},
     ]
     actions = np.zeros((7, 7, 38), np.float32)
     actions[:2, 0, 13] = 1  # w in 2 of 49 actions
@@ -186,7 +186,7 @@ def hand_report():
             {"recording": "c-3", "shard": "y.tar", "reason": "missing .mp4"},
             {"recording": None, "shard": "z.tar", "reason": "unreadable tar: damaged; all of it is lost"},
         ],
-        "repairs": {"null_mouse": 6, "trimmed": 2, "stuck_attack": 0},
+        "repairs": {"null_mouse": 6, "frames_timed": 2, "stuck_attack": 0},
         "skipped_clips": {"max_gui_fraction": 6},
         "skipped_recordings": {"exclude": 2},
         "other_files": 1,

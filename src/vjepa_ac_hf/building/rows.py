@@ -20,8 +20,6 @@ from .selection import CLIP_SELECTIONS, RECORDING_SELECTIONS, BuildOptions, sele
 
 logger = logging.getLogger(__name__)
 
-# Frames and lines, or frame rates, that differ by a larger share do not belong together.
-_TOLERANCE = 0.05
 # Frames in full size that are held at once.
 _FRAMES_AT_ONCE = 16
 
@@ -33,7 +31,7 @@ class RecordingReport:
     Attributes:
         recording, session, shard: where it comes from.
         split: the split its clips are in; None where splits are made elsewhere.
-        ticks: of log and video together, after trimming.
+        ticks: lines of the log.
         gui_ticks: those with a GUI open.
         clips: rows built.
         repairs: ticks touched, by repair; those that touched none are left out.
@@ -204,11 +202,13 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
         pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version, skip_repairs=options.skip_repairs
     )
     reader = VideoReader(pair.video, f"{name}.mp4")
-    recording = _match_video(recording, reader, options)
+    frames_of_ticks = _match_video(recording, reader, options)
     starts = clip_starts(recording.num_ticks, spec)
     if not len(starts):
         raise RecordingError(f"{name}: too short: one clip needs {spec.span} ticks, found {recording.num_ticks}")
-    starts, skipped = select_clips(recording, name, starts, options, pair.entry.max_clips)
+    starts, skipped = select_clips(
+        recording, name, starts, options, pair.entry.max_clips, has_frame=frames_of_ticks >= 0
+    )
     actions = aggregate_actions(recording, starts, spec)
     states = clip_states(recording, starts, spec)
     rows = [
@@ -221,33 +221,27 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
             "start_tick": int(start),
         }
         for index, (start, frames) in enumerate(
-            zip(starts, _clip_frames(reader, recording, starts, options), strict=True)
+            zip(starts, _clip_frames(reader, recording, starts, frames_of_ticks, options), strict=True)
         )
     ]
     return recording, rows, skipped
 
 
-def _match_video(recording: Recording, reader: VideoReader, options: BuildOptions) -> Recording:
-    """Check that log and video belong together; cut the log to the shorter of both."""
-    spec = options.clip
-    check_frame_rate(reader, spec.native_fps)
-    lines, frames = recording.num_ticks, reader.num_frames
-    if abs(lines - frames) > _TOLERANCE * max(lines, frames):
+def _match_video(recording: Recording, reader: VideoReader, options: BuildOptions) -> np.ndarray:
+    """The frame of each tick, int64 (ticks,), -1 for ticks without one, which are counted as a repair."""
+    check_frame_rate(reader, options.clip.native_fps)
+    frames = reader.frames_of_ticks(recording.num_ticks, options.clip.native_fps)
+    missing = recording.repairs["frames_timed"] = int((frames < 0).sum())
+    if missing and "frames_timed" in options.skip_repairs:
         raise VideoError(
-            f"{reader.name}: lengths differ by more than {_TOLERANCE:.0%}: {frames} frames, {lines} log lines"
+            f"{reader.name}: {missing} of {recording.num_ticks} ticks have no frame, and the repair 'frames_timed' is "
+            "switched off"
         )
-    if lines == frames:
-        return recording
-    if "trimmed" in options.skip_repairs:
-        raise VideoError(
-            f"{reader.name}: lengths differ: {frames} frames, {lines} log lines, and the repair 'trimmed' is switched "
-            "off"
-        )
-    return recording.trim(frames)
+    return frames
 
 
 def _clip_frames(
-    reader: VideoReader, recording: Recording, starts: np.ndarray, options: BuildOptions
+    reader: VideoReader, recording: Recording, starts: np.ndarray, frames_of_ticks: np.ndarray, options: BuildOptions
 ) -> Iterator[torch.Tensor]:
     """Frames uint8 (frames_per_clip, 3, resolution, resolution) of each clip, in one pass over the video.
 
@@ -262,13 +256,15 @@ def _clip_frames(
             chunk: list[int] = []
             while waiting and waiting[0] <= clip[-1] and len(chunk) < _FRAMES_AT_ONCE:
                 chunk.append(waiting.popleft())
-            held.update(zip(chunk, _resized_frames(reader, recording, chunk, options), strict=True))
+            frames = reader.frames(frames_of_ticks[chunk].tolist())
+            held.update(zip(chunk, _resized_frames(frames, recording, chunk, options), strict=True))
         yield torch.stack([held[tick] for tick in clip])
         held = {tick: frame for tick, frame in held.items() if tick > clip[0]}
 
 
-def _resized_frames(reader: VideoReader, recording: Recording, ticks: list[int], options: BuildOptions) -> torch.Tensor:
-    frames = reader.frames(ticks)
+def _resized_frames(
+    frames: torch.Tensor, recording: Recording, ticks: list[int], options: BuildOptions
+) -> torch.Tensor:
     if options.draw_cursor:
         for frame, tick in zip(frames, ticks, strict=True):
             x, y = recording.cursor_x[tick], recording.cursor_y[tick]

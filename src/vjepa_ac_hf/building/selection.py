@@ -7,14 +7,21 @@ from typing import Any
 import numpy as np
 
 from ..processing_vjepa2_ac import RESIZE_MODES
-from ..recordings.clips import ClipSpec
+from ..recordings.clips import ClipSpec, frame_ticks
 from ..recordings.log import Recording, check_repairs
 from ..recordings.shards import Shard
 from ..recordings.splits import session_share
 
 # What leaves out clips of a recording, in the order in which it is asked, and the options for whole recordings. Clips
-# with unsure ticks are always left out, the others as options say.
-CLIP_SELECTIONS = ("unsure", "max_gui_fraction", "min_action_fraction", "clip_fraction", "max_clips_per_session")
+# that lack a frame or have unsure ticks are always left out, the others as options say.
+CLIP_SELECTIONS = (
+    "missing_frames",
+    "unsure",
+    "max_gui_fraction",
+    "min_action_fraction",
+    "clip_fraction",
+    "max_clips_per_session",
+)
 RECORDING_SELECTIONS = ("exclude", "session_fraction", "max_clips_per_session")
 
 
@@ -150,9 +157,24 @@ def _share_of(limit: int | None, place: int, parts: int) -> int | None:
 
 
 def select_clips(
-    recording: Recording, name: str, starts: np.ndarray, options: BuildOptions, max_clips: int | None
+    recording: Recording,
+    name: str,
+    starts: np.ndarray,
+    options: BuildOptions,
+    max_clips: int | None,
+    *,
+    has_frame: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Starts of the clips to keep, in order of time, and how many each of `CLIP_SELECTIONS` has left out."""
+    """Starts of the clips to keep, in order of time, and how many each of `CLIP_SELECTIONS` has left out.
+
+    Args:
+        recording: a parsed recording.
+        name: its id.
+        starts: (clips,) first ticks of all clips.
+        options: what to leave out.
+        max_clips: how many to keep at most; None keeps all.
+        has_frame: bool (ticks,), whether the video shows a tick.
+    """
     span = np.arange(options.clip.span)
     acted = np.arange(options.clip.ticks_per_tubelet * (options.clip.num_tubelets - 1))
     skipped = dict.fromkeys(CLIP_SELECTIONS, 0)
@@ -162,6 +184,7 @@ def select_clips(
         skipped[option] = int((~wanted).sum())
         starts = starts[wanted]
 
+    keep("missing_frames", has_frame[starts[:, None] + np.array(frame_ticks(0, options.clip))].all(axis=1))
     keep("unsure", np.logical_not(recording.unsure[starts[:, None] + acted].any(axis=1)))
     if options.max_gui_fraction is not None:
         keep("max_gui_fraction", recording.gui_open[starts[:, None] + span].mean(axis=1) <= options.max_gui_fraction)

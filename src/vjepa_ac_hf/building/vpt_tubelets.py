@@ -27,6 +27,7 @@ _SOURCES = (
     "../recordings/log.py",
     "../recordings/clips.py",
     "../recordings/mp4.py",
+    "../recordings/timing.py",
     "../recordings/video.py",
     "../recordings/shards.py",
     "../recordings/splits.py",

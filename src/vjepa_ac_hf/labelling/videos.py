@@ -99,6 +99,7 @@ def open_video(labeller: Labeller, files: LabelFiles) -> VideoReader:
         raise LabelError(
             f"{files.video}: too short: two tubelets (one action) need {needed} frames, found {reader.num_frames}"
         )
+    reader.check_even(spec.native_fps)
     if reader.num_frames > MOST_TICKS:
         raise LabelError(
             f"{files.video}: too long: the builder reads logs of at most {MOST_TICKS} ticks, found "

@@ -50,7 +50,6 @@ MIN_PAIRS, MIN_TURNING_PAIRS, TURNING_DEGREES = 60, 20, 0.5
 MIN_SUPPORT, MIN_CORRELATION = 0.95, 0.3
 # Pictures compared at once; frames decoded at once, which lie in memory in full size.
 _FRAMES_AT_ONCE, _FRAMES_DECODED = 64, 16
-_LENGTH_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,8 @@ def _phase_correlation(tiles: torch.Tensor) -> torch.Tensor:
     return -((column + width // 2) % width - width // 2 + fraction.clamp(-0.5, 0.5))
 
 
-def grey_pictures(video: VideoReader, start: int, end: int) -> torch.Tensor:
-    """Frames start .. end - 1 as uint8 (end - start, `PICTURE_HEIGHT`, `PICTURE_WIDTH`).
+def grey_pictures(video: VideoReader, frames: Sequence[int]) -> torch.Tensor:
+    """Frames as uint8 (n, `PICTURE_HEIGHT`, `PICTURE_WIDTH`).
 
     The green channel, which is most of the brightness, by means over areas.
 
@@ -224,8 +223,8 @@ def grey_pictures(video: VideoReader, start: int, end: int) -> torch.Tensor:
         VideoError: a frame that does not exist or cannot be decoded.
     """
     pictures = []
-    for first in range(start, end, _FRAMES_DECODED):
-        green = video.frames(range(first, min(first + _FRAMES_DECODED, end)))[:, 1:2]
+    for first in range(0, len(frames), _FRAMES_DECODED):
+        green = video.frames(frames[first : first + _FRAMES_DECODED])[:, 1:2]
         small = torch.nn.functional.interpolate(green.float(), (PICTURE_HEIGHT, PICTURE_WIDTH), mode="area")
         pictures.append(small[:, 0].round().to(torch.uint8))
     return torch.cat(pictures)
@@ -392,33 +391,41 @@ def _check(pair: RecordingPair, options: AlignmentOptions) -> dict[str, Any]:
     name = pair.entry.recording_id
     recording = parse_recording(pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version)
     video = VideoReader(pair.video, f"{name}.mp4")
-    lines, frames = recording.num_ticks, video.num_frames
-    if abs(lines - frames) > _LENGTH_TOLERANCE * max(lines, frames):
-        raise VideoError(
-            f"{name}.mp4: lengths differ by more than {_LENGTH_TOLERANCE:.0%}: {frames} frames, {lines} log lines"
-        )
-    num_pairs = min(lines, frames) - 1
-    if num_pairs < 1:
-        raise VideoError(f"{name}.mp4: expected at least 2 frames, found {frames} frames, {lines} log lines")
-    windows = sample_windows(num_pairs, options)
-    shift, cause = decode_shifts(video, windows, num_pairs)
-    return {**assess(recording, shift, cause, windows, options), "lines": lines, "frames": frames}
+    lines = recording.num_ticks
+    frames_of_ticks = video.frames_of_ticks(lines, video.frame_rate)
+    if lines < 2:
+        raise RecordingError(f"{name}: too short: expected at least 2 log lines, found {lines}")
+    windows = sample_windows(lines - 1, options)
+    shift, cause = decode_shifts(video, windows, frames_of_ticks)
+    return {**assess(recording, shift, cause, windows, options), "lines": lines, "frames": video.num_frames}
 
 
 def decode_shifts(
-    video: VideoReader, windows: Sequence[tuple[int, int]], num_pairs: int
+    video: VideoReader, windows: Sequence[tuple[int, int]], frames_of_ticks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`picture_shifts` of the frame pairs in `windows`: shift float64 and cause str (num_pairs,); others are "unread".
+    """`picture_shifts` from each tick in `windows` to the next: shift float64 and cause str, both (ticks - 1,).
+
+    Ticks outside are "unread"; where one of both has no frame, the cause is "missing".
+
+    Args:
+        video: the recording's.
+        windows: (first, after last) pair of ticks of each.
+        frames_of_ticks: int64 (ticks,), see `VideoReader.frames_of_ticks`.
 
     Raises:
         VideoError: a frame that cannot be decoded.
     """
+    num_pairs, frames = len(frames_of_ticks) - 1, np.maximum.accumulate(frames_of_ticks)
+    missing = (frames_of_ticks[:-1] < 0) | (frames_of_ticks[1:] < 0)
     shift, cause = np.full(num_pairs, np.nan), np.full(num_pairs, "unread", dtype="<U11")
     for start, end in windows:
         for first in range(start, end, _FRAMES_AT_ONCE):
             last = min(first + _FRAMES_AT_ONCE, end)
-            shift[first:last], cause[first:last] = picture_shifts(grey_pictures(video, first, last + 1))
-    return shift, cause
+            shift[first:last], cause[first:last] = picture_shifts(
+                grey_pictures(video, frames[first : last + 1].tolist())
+            )
+    cause[missing & (cause != "unread")] = "missing"
+    return np.where(missing, np.nan, shift), cause
 
 
 def assess(
@@ -433,7 +440,7 @@ def assess(
     yaw_change = yaw_changes(recording)[:num_pairs]
     # Which frames show the GUI is known from the log alone, whose lag is not known: any lag looked at is allowed for.
     near_gui = _near(recording.gui_open, options.max_lag)[:num_pairs]
-    cause = np.where(near_gui & (cause != "unread"), "gui", cause)
+    cause = np.where(near_gui & ~np.isin(cause, ("unread", "missing")), "gui", cause)
     shift = np.where(near_gui, np.nan, shift)
     whole = estimate_lag(shift, yaw_change, options.max_lag)
     parts = []
@@ -442,7 +449,7 @@ def assess(
         inside[start:end] = shift[start:end]
         parts.append((start, end, estimate_lag(inside, yaw_change, options.max_lag)))
     verdict, reason = judge(whole, [part for _, _, part in parts], options)
-    excluded = {name: int((cause == name).sum()) for name in ("gui", "dark", "static", "disagreeing")}
+    excluded = {name: int((cause == name).sum()) for name in ("gui", "missing", "dark", "static", "disagreeing")}
     excluded["fast_turns"] = int(_fast_turns(recording).sum())
     return {
         "verdict": verdict,

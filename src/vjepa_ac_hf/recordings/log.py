@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +22,7 @@ REPAIRS: tuple[str, ...] = (
     "stuck_attack",
     "hotbar_injected",
     "mouse_scaled",
-    "trimmed",
+    "frames_timed",
 )
 
 # Recorder versions that logged GUI mouse movement at another scale (VPT's contractor data, arXiv 2206.11795).
@@ -128,13 +127,6 @@ class Recording:
         """bool (n,): the mouse moved, or a key or button was down during the tick, after repairs."""
         return (self.mouse_dx != 0) | (self.mouse_dy != 0) | self.pressed.any(axis=1)
 
-    def trim(self, num_frames: int) -> "Recording":
-        """The recording cut to its video's length; `repairs["trimmed"]` is the difference in ticks."""
-        rows: dict[str, Any] = {
-            field: value[:num_frames] for field, value in vars(self).items() if isinstance(value, np.ndarray)
-        }
-        return replace(self, **rows, repairs={**self.repairs, "trimmed": abs(self.num_ticks - num_frames)})
-
 
 def recording_id_of(name: str) -> str:
     """`6.8/<name>.mp4` -> `<name>`: file name without folders and without `.mp4`, `.jsonl`."""
@@ -178,7 +170,7 @@ def parse_recording(
         name: the recording's name, for messages and for its session; folders and suffix may be part of it.
         recorder_version: such as "6.8"; None takes it from a folder in `name`, where there is one.
         skip_repairs: names of `REPAIRS` not to be done: values stay as logged, and what cannot be used as logged
-            (`null_mouse`, `null_keyboard`, `unknown_buttons`) is an error. `trimmed` concerns the video, not the log.
+            (`null_mouse`, `null_keyboard`, `unknown_buttons`) is an error. `frames_timed` concerns the video alone.
 
     Returns:
         Recording: arrays per tick, repaired, with the number of ticks every repair touched.

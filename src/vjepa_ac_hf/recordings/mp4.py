@@ -3,7 +3,7 @@
 FFmpeg goes by content, not by name: a playlist called `.mp4` makes it open the files and addresses that are listed
 there. And it makes tables as long as a header says, out of a file of a few hundred bytes. So the file must be an mp4
 file from its first byte, whole, with all of its data in itself, and with tables of sensible lengths. Whether the video
-can be decoded is for the decoder to find out.
+can be decoded is for the decoder to find out. The same tables say when each picture is shown, without decoding any.
 """
 
 import os
@@ -12,6 +12,8 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
+
+import numpy as np
 
 # Five minutes of video have 6,000 samples, as many per table, and an index of some 100 kB.
 MOST_SAMPLES = 2**20  # entries of all tables of one kind: tracks and fragments add up
@@ -24,11 +26,14 @@ _LARGEST_FILE_TYPE = 4096
 _CHECKED_BOXES = re.compile(rb"stsz|stz2|stts|ctts|trun|elst|cmov|dref")
 
 
-def check_mp4(file: BinaryIO) -> None:
+def check_mp4(file: BinaryIO) -> bytes:
     """Check that a file is an mp4 file that FFmpeg can be given.
 
     Args:
         file: opened for reading, at any place; where it is afterwards is not defined.
+
+    Returns:
+        What is in its index, the moov box, for `sample_times`; empty where it has none.
 
     Raises:
         ValueError: another format, a truncated file, data kept in other files, or lengths beyond the limits of this
@@ -37,11 +42,80 @@ def check_mp4(file: BinaryIO) -> None:
     Source: ISO/IEC 14496-12 (boxes and tables).
     """
     counts: Counter[str] = Counter()
+    index = b""
     for kind, content in _index_boxes(file):
         for match in _CHECKED_BOXES.finditer(content):
             _check_box(match[0].decode(), content, match.end(), counts)
         if kind == b"ftyp" and len(content) > _LARGEST_FILE_TYPE:
             raise ValueError(f"ftyp box: expected at most {_LARGEST_FILE_TYPE} bytes, found {len(content)}")
+        if kind == b"moov" and not index:  # FFmpeg reads the first
+            index = content[16 if content[:4] == b"\0\0\0\1" else 8 :]
+    return index
+
+
+def sample_times(index: bytes) -> np.ndarray | None:
+    """When the pictures of a video are shown, as the tables of its index say, edit lists left aside.
+
+    Args:
+        index: of a file that has passed `check_mp4`, which returns it.
+
+    Returns:
+        float64 (n,), seconds from the first of them, increasing: whatever the order in which pictures are stored (as
+        with B-frames). None where tables do not say: fragmented files, several video tracks or none.
+
+    Raises:
+        ValueError: times of decoding that go backwards.
+
+    Source: ISO/IEC 14496-12 (stts: differences between times of decoding; ctts: from there to those of showing).
+    """
+    tracks = [
+        track for kind, track in _boxes(index) if kind == b"trak" and _part(track, b"mdia", b"hdlr")[8:12] == b"vide"
+    ]
+    if len(tracks) != 1 or _part(index, b"mvex"):
+        return None
+    header = _part(tracks[0], b"mdia", b"mdhd")
+    start = 20 if header[:1] == b"\1" else 12  # version 1 has dates of 8 bytes
+    time_scale = int.from_bytes(header[start : start + 4], "big")
+    durations = _run_lengths(_part(tracks[0], b"mdia", b"minf", b"stbl", b"stts"))
+    if not time_scale or not len(durations):
+        return None
+    if (durations < 0).any():
+        sample = int((durations < 0).argmax())
+        raise ValueError(
+            f"time stamps go backwards: picture {sample + 1} is to be decoded {-durations[sample] / time_scale:g} s "
+            f"before picture {sample}"
+        )
+    offsets = _run_lengths(_part(tracks[0], b"mdia", b"minf", b"stbl", b"ctts"))[: len(durations)]
+    shown = np.cumsum(durations) - durations
+    shown[: len(offsets)] += offsets
+    shown.sort()
+    return (shown - shown[0]) / time_scale
+
+
+def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Type and content of the boxes that fill a box; ends where they do not."""
+    start = 0
+    while start + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, start)
+        if not 8 <= size <= len(content) - start:
+            return
+        yield kind, content[start + 8 : start + size]
+        start += size
+
+
+def _part(content: bytes, *path: bytes) -> bytes:
+    """Content of the first box at a path of types; empty where there is none."""
+    for kind in path:
+        content = next((inner for found, inner in _boxes(content) if found == kind), b"")
+    return content
+
+
+def _run_lengths(table: bytes) -> np.ndarray:
+    """int64 (n,): the values of an stts or ctts table, a run of length and value after the other."""
+    count = int.from_bytes(table[4:8], "big")
+    runs = table[8 : 8 + 8 * count]
+    lengths, values = np.frombuffer(runs[: len(runs) // 8 * 8], dtype=">u4").reshape(-1, 2).T
+    return np.repeat(values.astype(np.uint32).view(np.int32).astype(np.int64), lengths)
 
 
 def _index_boxes(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:

@@ -9,9 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from .mp4 import check_mp4
+from .mp4 import check_mp4, sample_times
+from .timing import GRID_TOLERANCE, even_ticks, frame_rate, frames_of_ticks
 
 # How clips are stored, chosen by measurement (docs/LOG.md, "How clips are stored"): at 256x256, 40.0 dB PSNR in 126 kB
 # per 16-frame clip on first-person play. Without arithmetic coding and deblocking (`fastdecode`) a clip decodes in half
@@ -43,9 +45,13 @@ class VideoReader:
         source: a path, or the file's bytes.
         name: what messages call the video.
 
+    Attributes:
+        num_frames: how many there are.
+        frame_rate: frames a second where none is missing.
+
     Raises:
         VideoError: an empty, truncated or corrupt file, one of another format than mp4 or beyond the limits of
-            `mp4` and `LARGEST_PICTURE`; a file without frames or frame rate.
+            `mp4` and `LARGEST_PICTURE`; a file without frames or frame rate, or whose time stamps go backwards.
     """
 
     def __init__(self, source: bytes | str | Path, name: str) -> None:
@@ -57,7 +63,7 @@ class VideoReader:
             if size == 0:
                 raise VideoError(f"{name}: empty video file: expected an mp4 video, found 0 bytes")
             with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-                check_mp4(file)
+                times = sample_times(check_mp4(file))
             # Absolute: FFmpeg takes what comes before a colon in a relative path for a protocol.
             self._decoder = VideoDecoder(
                 source if isinstance(source, bytes) else os.path.abspath(source), seek_mode="exact"
@@ -71,8 +77,13 @@ class VideoReader:
             raise VideoError(
                 f"{name}: picture too large: expected at most {LARGEST_PICTURE} pixels, found {width}x{height}"
             )
-        self.num_frames = self._decoder.metadata.num_frames or 0
-        self.frame_rate = self._decoder.metadata.average_fps or 0.0
+        metadata = self._decoder.metadata
+        self.num_frames = metadata.num_frames or 0
+        self._start = metadata.begin_stream_seconds_from_content or 0.0
+        # Where an edit list leaves pictures out, tables do not say which.
+        self._times = times if times is not None and len(times) == self.num_frames else None
+        known = None if self._times is None else frame_rate(self._times)
+        self.frame_rate = known or metadata.average_fps or 0.0
         if self.num_frames == 0 or self.frame_rate <= 0:
             raise VideoError(
                 f"{name}: expected frames at a known rate, found {self.num_frames} frames at {self.frame_rate} FPS"
@@ -85,15 +96,56 @@ class VideoReader:
         again from the last key frame.
 
         Raises:
-            VideoError: a frame that does not exist or cannot be decoded.
+            VideoError: a frame that does not exist, cannot be decoded, or is shown at another time than the file's
+                tables say.
         """
         try:
-            return self._decoder.get_frames_at(list(indices)).data
+            found = self._decoder.get_frames_at(list(indices))
         except (RuntimeError, ValueError, IndexError) as error:
             raise VideoError(
                 f"{self.name}: cannot decode: frames {indices[0]} to {indices[-1]} of {self.num_frames}: "
                 f"{_cause(error)}"
             ) from error
+        if self._times is not None:
+            shown, expected = found.pts_seconds.numpy(), self._start + self._times[list(indices)]
+            late = np.abs(shown - expected) * self.frame_rate > GRID_TOLERANCE
+            if late.any():
+                wrong = int(late.argmax())
+                raise VideoError(
+                    f"{self.name}: time stamps: frame {indices[wrong]} is shown at {shown[wrong]:.3f} s, expected "
+                    f"{expected[wrong]:.3f} s"
+                )
+        return found.data
+
+    def frames_of_ticks(self, num_ticks: int, fps: float) -> np.ndarray:
+        """The frame of each tick of a log, int64 (num_ticks,), -1 for ticks without one: see `timing.frames_of_ticks`.
+
+        Nothing is decoded. Where the file's tables do not tell the time stamps, frames are taken to be evenly spaced,
+        and `frames` compares with that.
+
+        Raises:
+            VideoError: frames cannot be told to belong to the log's ticks.
+        """
+        if self._times is None:
+            self._times = np.arange(self.num_frames) / fps
+        try:
+            return frames_of_ticks(self._start + self._times, num_ticks, fps)
+        except ValueError as error:
+            raise VideoError(f"{self.name}: {error}") from error
+
+    def check_even(self, fps: float) -> None:
+        """Refuse a video without a log whose frames are not evenly spaced: frame t must be tick t.
+
+        Raises:
+            VideoError: how many ticks are missing.
+        """
+        if self._times is None:
+            self._times = np.arange(self.num_frames) / fps
+        if even_ticks(self._times) is None:
+            raise VideoError(
+                f"{self.name}: time stamps: expected evenly spaced frames, found {self.num_frames} frames in "
+                f"{self._times[-1] * fps + 1:.0f} ticks; encode the video again at a constant {fps:g} FPS"
+            )
 
 
 def _cause(error: Exception) -> str:
@@ -139,6 +191,6 @@ def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
 
 
 def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
-    """Refuse a video whose average frame rate differs by more than 5 % from that of recordings."""
+    """Refuse a video whose frame rate (missing frames left aside) differs by more than 5 % from that of recordings."""
     if abs(reader.frame_rate - native_fps) > 0.05 * native_fps:
         raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")
