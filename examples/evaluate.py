@@ -58,7 +58,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device).eval()
     clip_data.check_model_and_processor(model, processor)
-    dataset = load_clips(args.dataset, args.split)
+    dataset = load_clips(args.dataset, args.split, streaming=True)  # read in order, twice: no copy is worth it
     clip_data.check_columns(dataset)
     return model, processor, dataset.select(clip_data.spread(len(dataset), args.max_clips))
 

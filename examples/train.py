@@ -28,7 +28,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
-from datasets import get_dataset_split_names
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import VJEPA2Config
@@ -42,6 +41,7 @@ from vjepa_ac_hf.loading.clips import (
     clip_frame_rate,
     load_action_statistics,
     load_clips,
+    split_files,
 )
 from vjepa_ac_hf.loading.feature_cache import cache_features
 from vjepa_ac_hf.loading.loader import ClipLoader
@@ -119,10 +119,10 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     check_clips(train, processor, f"{arguments.dataset}, split train")
     if not arguments.eval_every:
         return train, None
-    if "validation" not in get_dataset_split_names(arguments.dataset):
+    if "validation" not in split_files(arguments.dataset):
         logger.warning("%s has no validation split: nothing is validated during training", arguments.dataset)
         return train, None
-    validation = load_clips(arguments.dataset, "validation")
+    validation = load_clips(arguments.dataset, "validation", streaming=arguments.streaming)
     check_clips(validation, processor, f"{arguments.dataset}, split validation")
     if min(len(validation), arguments.eval_clips) < 2:
         raise ValueError(

@@ -180,7 +180,8 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
                 f"{arguments.resize_mode!r}"
             )
     else:
-        pixels = {"fps": clip_frame_rate(load_clips(arguments.dataset, "train"), f"{arguments.dataset}, split train")}
+        clips = load_clips(arguments.dataset, "train", streaming=True)
+        pixels = {"fps": clip_frame_rate(clips, f"{arguments.dataset}, split train")}
     return VJEPA2ACProcessor(
         **pixels,
         resolution=config.encoder_config.crop_size,

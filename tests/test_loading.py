@@ -178,6 +178,68 @@ def test_stream_rows_equal_random_access(dataset):
         assert ours["states"].tolist() == theirs["states"] and ours["session_id"] == theirs["session_id"]
 
 
+def test_rows_read_where_they_lie_equal_random_access(dataset):
+    """Any rows, in any of the ways in which they are asked for."""
+    stream, table = clips_of(dataset, "stream"), clips_of(dataset, "table")
+    chosen = [25, 0, 7, 7, 13, 14, 2]
+    rows, expected = stream.select(chosen), table.select(chosen)
+    assert rows.column_names == list(COLUMNS) and len(rows) == 7
+    assert rows.features["actions"] == expected.features["actions"]
+    assert [clip_name(row) for row in rows] == [clip_name(row) for row in expected]
+    assert [row["video"]["bytes"] for row in rows] == [row["video"]["bytes"] for row in expected]
+    assert clip_name(rows[-1]) == clip_name(expected[-1])
+    assert [clip_name(row) for row in rows.__getitems__([3, 0, 3])] == [clip_name(expected[i]) for i in (3, 0, 3)]
+    for index in (slice(1, 5), slice(None), [4, 0]):
+        assert rows[index]["start_tick"] == expected[index]["start_tick"]
+        assert [a.tolist() for a in rows[index]["actions"]] == expected[index]["actions"]
+    light = rows.select([6, 1]).select_columns(["states", "recording_id"])
+    assert light.column_names == ["states", "recording_id"] and set(light[0]) == {"states", "recording_id"}
+    assert [row["recording_id"] for row in light] == [expected[i]["recording_id"] for i in (6, 1)]
+    with pytest.raises(IndexError):
+        rows[7]
+
+
+def test_rows_in_order_read_every_row_group_once(dataset, monkeypatch):
+    stream, read = clips_of(dataset, "stream"), []
+    whole = ParquetClips.read_group
+    monkeypatch.setattr(
+        ParquetClips, "read_group", lambda clips, g, columns: read.append(g) or whole(clips, g, columns)
+    )
+    rows = stream.select(range(26))
+    for start in range(0, 26, 2):  # batches that end within row groups
+        assert len(rows[start : start + 2]["start_tick"]) == 2 and len(rows._groups) <= 2
+    assert sorted(read) == list(range(9))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    return tmp_path / "datasets-cache"
+
+
+def test_streams_write_nothing(processor, tmp_path, datasets_cache):
+    """Training and validation clips, read whole."""
+    write_clips(tmp_path / "clips", train=9, validation=6)
+    train = load_clips(str(tmp_path / "clips"), "train", streaming=True)
+    validation = load_clips(str(tmp_path / "clips"), "validation", streaming=True).select([5, 1, 3])
+    names = [name for batch in islice(iter(ClipLoader(train, processor, 3)), 3) for name in batch["clips"]]
+    assert len(set(names)) == 9 and len(list(validation)) == 3
+    assert [path for path in datasets_cache.rglob("*") if path.is_file()] == []
+
+
+def test_a_copy_is_of_one_split_and_announced_before_it_is_made(tmp_path, datasets_cache, caplog):
+    folder = write_clips(tmp_path / "clips", train=9, validation=6)
+    file = next((folder / "data").glob("validation-*"))
+    assert len(load_clips(str(folder), "validation")) == 6
+    (message,) = [message for message in caplog.messages if "copying" in message]
+    assert message.startswith(f"{folder}, split validation: copying {file.stat().st_size / 1e9:.3g} GB (1 files) from ")
+    assert f"from {folder / 'data'} to {datasets_cache}" in message
+    assert [path.name for path in datasets_cache.rglob("*.arrow")] == ["clips-validation.arrow"]
+    caplog.clear()
+    assert len(load_clips(str(folder), "validation")) == 6 and "copying" not in caplog.text  # the copy is there
+    assert len(load_clips(str(folder), "train")) == 9 and "split train: copying" in caplog.text
+
+
 class Files(BaseHTTPRequestHandler):
     """Serves a folder by ranges and notes them: `server.ranges` has (file, first byte, length)."""
 

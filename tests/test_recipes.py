@@ -55,6 +55,21 @@ def dry_run(train_program, monkeypatch, tmp_path, *flags: str) -> dict:
 # ------------------------------------------------------------------------------------------------- recipes
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_full_size_recipes_copy_no_data_set(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    assert values["streaming"] == (not recipe.stem.startswith("tiny")), "tiny ones cache features, which needs a copy"
+
+
+def test_a_feature_cache_on_the_command_line_takes_the_place_of_a_recipes_stream(capsys, tmp_path):
+    recipe = f"--config={ROOT / 'examples' / 'configs' / 'vitl16-vpt13.yaml'}"
+    assert parse(recipe).streaming and not parse(recipe, "--cache_features=x").streaming
+    assert "needs random access" in refusal(capsys, recipe, "--cache_features=x", "--streaming")
+    both = tmp_path / "both.yaml"
+    both.write_text("streaming: true\ncache_features: x\n")
+    assert "needs random access" in refusal(capsys, f"--config={both}")
+
+
 def encoder_parameters(width: int, layers: int, inner: int, patch: int = 16) -> int:
     """V-JEPA 2's encoder by hand: patches of 2 x 16 x 16 pixels, four projections, an MLP and two norms a layer."""
     layer = 4 * (width * width + width) + (width * inner + inner) + (inner * width + width) + 2 * 2 * width

@@ -143,6 +143,15 @@ def test_cached_features_equal_encoding(workspace, reference, train_here):
         )
 
 
+def test_streaming_validates_and_copies_nothing(workspace, train_here, monkeypatch, tmp_path):
+    """As the full-size recipes run: Parquet is read where it lies, in validation too."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    output = workspace / "streamed_here"
+    train_here(command(workspace, output, "--streaming", "--shuffle_buffer=8", "--max_steps=2", "--eval_every=1"))
+    assert len(losses(output)) == 2 and all(row["validation_loss"] > 0 for row in metrics(output))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.slow
 def test_streaming_trains_in_bfloat16(workspace):
     output = workspace / "streamed"

@@ -1,21 +1,29 @@
 """Reading a built data set of clips: columns checked, videos decoded, batches made for the model."""
 
 import json
+import logging
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Video, get_dataset_split_names, load_dataset, load_dataset_builder
+from datasets import Dataset, Video, load_dataset, load_dataset_builder
+from datasets.data_files import DataFilesDict
+from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from .quantization import restore_features
-from .streaming import ParquetClips
+from .streaming import ClipRows, ParquetClips
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "start_tick")
 _RATE_TOLERANCE = 0.01  # of mp4's time stamps
@@ -27,23 +35,33 @@ def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset 
     Args:
         dataset: folder or repository of a built data set.
         split: its name.
-        streaming: read the Parquet files where they lie; otherwise `load_dataset` copies them into its Arrow cache
-            once, for random access.
+        streaming: read the Parquet files where they lie; otherwise those of this split are copied into the Arrow cache
+            of `datasets` once, for random access. A warning says how much, from where and to where before it begins.
 
     Raises:
-        ValueError: an unknown split, missing columns, or (streaming) files that are not Parquet, with what was found.
+        ValueError: an unknown split, missing columns, or files that are not Parquet, with what was found.
     """
-    splits = get_dataset_split_names(dataset)
+    splits = split_files(dataset)
     if split not in splits:
-        raise ValueError(f"{dataset}: no split {split!r}, found {splits}")
+        raise ValueError(f"{dataset}: no split {split!r}, found {list(splits)}")
+    files = splits[split]
+    others = [file for file in files if not file.endswith(".parquet")]
+    if others:
+        raise ValueError(f"{dataset}, split {split}: clips are read from .parquet files, found {others[0]}")
     if streaming:
-        files = [str(file) for file in (load_dataset_builder(dataset).config.data_files or {})[split]]
-        others = [file for file in files if not file.endswith(".parquet")]
-        if others:
-            raise ValueError(f"{dataset}, split {split}: a stream is read from .parquet files, found {others[0]}")
-        return ParquetClips(files, COLUMNS)
-    clips = load_dataset(dataset, split=split)
-    assert not isinstance(clips, DatasetDict)
+        return ParquetClips([str(file) for file in files], COLUMNS)
+    # `load_dataset` would copy all splits.
+    builder = Parquet(data_files=DataFilesDict({split: files}), dataset_name=Path(dataset).name)
+    if not os.path.exists(builder.cache_dir):
+        size = sum(_size(file) for file in files)
+        logger.warning(
+            "%s, split %s: copying %.3g GB (%d files) from %s to %s, for random access; a stream (--streaming) copies "
+            "nothing",
+            *(dataset, split, size / 1e9, len(files), os.path.dirname(files[0]), builder.cache_dir),
+        )
+    builder.download_and_prepare()
+    clips = builder.as_dataset(split)
+    assert isinstance(clips, Dataset)
     missing = [c for c in COLUMNS if c not in (clips.features or {})]
     if missing:
         raise ValueError(
@@ -52,7 +70,18 @@ def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset 
     return clips.cast_column("video", Video(decode=False))
 
 
-def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, name: str) -> None:
+def split_files(dataset: str) -> DataFilesDict:
+    """Files of a data set (folder or Hub repository) by split."""
+    with tempfile.TemporaryDirectory() as unused:  # the builder's lock: nothing comes into the cache of `datasets`
+        return load_dataset_builder(dataset, cache_dir=unused).config.data_files or DataFilesDict()
+
+
+def _size(file: str) -> int:
+    filesystem, path = fsspec.core.url_to_fs(file)
+    return filesystem.size(path) or 0
+
+
+def check_clips(clips: Dataset | ParquetClips | ClipRows, processor: VJEPA2ACProcessor, name: str) -> None:
     """Compare a data set's shapes with the processor's, before any expensive work; decodes one clip.
 
     Raises:
@@ -77,7 +106,7 @@ def check_clips(clips: Dataset | ParquetClips, processor: VJEPA2ACProcessor, nam
         )
 
 
-def clip_frame_rate(clips: Dataset | ParquetClips, name: str) -> float:
+def clip_frame_rate(clips: Dataset | ParquetClips | ClipRows, name: str) -> float:
     """Frames a second of a data set's clips, by its first one; an int where it is whole.
 
     Raises:
@@ -88,7 +117,7 @@ def clip_frame_rate(clips: Dataset | ParquetClips, name: str) -> float:
     return round(rate) if math.isclose(rate, round(rate), rel_tol=_RATE_TOLERANCE) else rate
 
 
-def _first(clips: Dataset | ParquetClips, name: str) -> dict[str, Any]:
+def _first(clips: Dataset | ParquetClips | ClipRows, name: str) -> dict[str, Any]:
     first = next(iter(clips), None)
     if first is None:
         raise ValueError(f"{name}: holds no clips")

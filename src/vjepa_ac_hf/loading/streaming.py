@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Features
 from tqdm.auto import tqdm
 
@@ -20,6 +21,7 @@ from .order import ClipOrder
 logger = logging.getLogger(__name__)
 
 _READ_ERRORS = (OSError, pa.ArrowException)
+_ROWS_AT_ONCE = 64  # of an iteration over `ClipRows`; their row groups are held together
 
 
 class ParquetClips:
@@ -78,8 +80,16 @@ class ParquetClips:
         for group in range(len(self.group_sizes)):
             yield from self.read_group(group)
 
-    def read_group(self, group: int) -> list[dict[str, Any]]:
-        """Rows of a row group: video `{"bytes", "path"}`, actions and states as arrays.
+    @property
+    def column_names(self) -> list[str]:
+        return self.columns
+
+    def select(self, rows: Sequence[int]) -> "ClipRows":
+        """Some of the clips, by number, with random access: each is read from its file when it is asked for."""
+        return ClipRows(self, rows, self.columns)
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Rows of a row group: video `{"bytes", "path"}`, actions and states as arrays; some of the columns, or all.
 
         Raises:
             OSError: the file cannot be read, or holds something else than when it was opened.
@@ -89,10 +99,74 @@ class ParquetClips:
         try:
             with _open(self.files[file]) as source:
                 # Pre-buffering joins the columns of a row group into one read.
-                table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(number, self.columns)
+                table = pq.ParquetFile(source, metadata=footer, pre_buffer=True).read_row_group(
+                    number, self.columns if columns is None else list(columns)
+                )
         except _READ_ERRORS as error:
             raise OSError(f"{self.files[file]}, row group {number}: cannot be read: {error}") from error
         return table_rows(table, self.features)
+
+
+class ClipRows(torch.utils.data.Dataset):
+    """Some of a data set's clips, with random access to the Parquet files where they lie, as `datasets.Dataset` has it.
+
+    For what reads few clips, or all of them in order: a row costs the reading of its row group. Row groups of the last
+    batch are kept for the next one; nothing is written to disk.
+
+    Args:
+        clips: the files.
+        rows: numbers of clips.
+        columns: what rows have.
+        threads: row groups read at a time.
+    """
+
+    def __init__(
+        self, clips: ParquetClips, rows: Sequence[int] | np.ndarray, columns: Sequence[str], *, threads: int = 16
+    ):
+        self.clips, self.column_names, self.threads = clips, list(columns), threads
+        self.rows = np.asarray(rows, dtype=np.int64)
+        self._first_clips = np.cumsum(clips.group_sizes) - clips.group_sizes
+        self._groups: dict[int, list[dict[str, Any]]] = {}
+
+    @property
+    def features(self) -> Features:
+        return Features({name: self.clips.features[name] for name in self.column_names})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": {}}
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row; with a slice or a list of indices, the columns of these rows."""
+        if isinstance(index, int | np.integer):
+            return self.__getitems__([int(index)])[0]
+        indices = np.arange(len(self))[index].tolist()
+        rows = self.__getitems__(indices)
+        return {name: [row[name] for row in rows] for name in self.column_names}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows, as a `DataLoader` asks for a batch; each row group is read once."""
+        numbers = self.rows[np.asarray(indices, dtype=np.int64)]
+        groups = (np.searchsorted(self._first_clips, numbers, side="right") - 1).tolist()
+        held = {group: self._groups[group] for group in groups if group in self._groups}
+        missing = [group for group in dict.fromkeys(groups) if group not in held]
+        with ThreadPoolExecutor(self.threads) as pool:
+            read = pool.map(lambda group: self.clips.read_group(group, self.column_names), missing)
+            held.update(zip(missing, read, strict=True))
+        self._groups = held
+        return [held[g][n - self._first_clips[g]] for g, n in zip(groups, numbers, strict=True)]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self.__getitems__(range(start, min(start + _ROWS_AT_ONCE, len(self))))
+
+    def select(self, indices: Sequence[int]) -> "ClipRows":
+        return ClipRows(self.clips, self.rows[np.asarray(indices, dtype=np.int64)], self.column_names)
+
+    def select_columns(self, columns: Sequence[str]) -> "ClipRows":
+        return ClipRows(self.clips, self.rows, columns)
 
 
 class GroupReader:

@@ -65,7 +65,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", help="built data set: a folder or a Hub repository (needed)")
-    _switch(data, "streaming", "read the training split as a stream")
+    _switch(data, "streaming", "read the Parquet files where they lie, copying nothing")
     data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
     data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
@@ -185,10 +185,13 @@ def parse_arguments(description: str, command_line: list[str] | None = None) -> 
     global batch.
     """
     parser = build_parser(description)
-    config = parser.parse_known_args(command_line)[0].config
-    if config is not None:
+    given = parser.parse_known_args(command_line)[0]
+    if given.config is not None:
         try:
-            parser.set_defaults(**load_recipe(config, parser))
+            recipe = load_recipe(given.config, parser)
+            if given.cache_features and not given.streaming:
+                recipe["streaming"] = False  # another way of reading, which the command line has chosen
+            parser.set_defaults(**recipe)
         except ValueError as error:
             parser.error(str(error))
     arguments = parser.parse_args(command_line)

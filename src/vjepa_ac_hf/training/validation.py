@@ -23,6 +23,7 @@ from ..evaluation.clips import read_records
 from ..evaluation.figures import BOOTSTRAP_DRAWS, aggregate_rows, table_rows
 from ..loading.clips import ClipCollator
 from ..loading.loader import worker_options
+from ..loading.streaming import ClipRows
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 
@@ -55,7 +56,7 @@ class ValidationSet:
 
     Args:
         clips: rows for `ClipCollator`: `source`, or `source` with cached features.
-        source: the clips with their videos, cast to `datasets.Video(decode=False)`.
+        source: the clips with their videos, left encoded.
         processor: makes the tensors.
         accelerator: its process number and device.
         batch_size: clips in a batch.
@@ -69,7 +70,7 @@ class ValidationSet:
     def __init__(
         self,
         clips: Any,
-        source: Dataset,
+        source: Dataset | ClipRows,
         processor: VJEPA2ACProcessor,
         accelerator: Accelerator,
         *,
