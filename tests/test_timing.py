@@ -359,5 +359,8 @@ def test_alignment_compares_the_frames_of_ticks(uneven):
 def test_videos_without_a_log_must_be_even():
     with pytest.raises(VideoError, match="found 1160 frames in 1200 ticks; encode the video again at a constant 20"):
         VideoReader(DATA / "uneven-frames.mp4", "x").check_even(20)
+    late = timed(numbered(range(70)), [(70, UNIT)], edits=uint32(0, 2, 50, 2**32 - 1, 65536, 3500, 0, 65536))
+    with pytest.raises(VideoError, match=r"the first frame is shown at 0.05 s, one tick late: .*, beginning at 0"):
+        VideoReader(late, "x").check_even(20)
     VideoReader(make_video(70), "x").check_even(20)
     VideoReader(numbered(range(70), bf="3", preset="veryfast"), "x").check_even(20)

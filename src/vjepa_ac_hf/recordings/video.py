@@ -134,10 +134,10 @@ class VideoReader:
             raise VideoError(f"{self.name}: {error}") from error
 
     def check_even(self, fps: float) -> None:
-        """Refuse a video without a log whose frames are not evenly spaced: frame t must be tick t.
+        """Refuse a video without a log whose frames are not one a tick, as a build would with its log.
 
         Raises:
-            VideoError: how many ticks are missing.
+            VideoError: frames are unevenly spaced, or begin one tick late.
         """
         if self._times is None:
             self._times = np.arange(self.num_frames) / fps
@@ -145,6 +145,11 @@ class VideoReader:
             raise VideoError(
                 f"{self.name}: time stamps: expected evenly spaced frames, found {self.num_frames} frames in "
                 f"{self._times[-1] * fps + 1:.0f} ticks; encode the video again at a constant {fps:g} FPS"
+            )
+        if round(self._start * fps) == 1:
+            raise VideoError(
+                f"{self.name}: time stamps: the first frame is shown at {self._start:g} s, one tick late: it may be "
+                "the second; encode the video again, beginning at 0"
             )
 
 
