@@ -217,6 +217,11 @@ def test_times_that_are_refused(times, num_ticks, reason):
         frames_of_ticks(times, num_ticks, 20)
 
 
+def test_two_frames_are_even_at_any_rate():
+    """But not at that of ticks: the second of two lines has no frame, the last frame is there."""
+    assert frames_of_ticks(np.array([0, 2]) / 20, 2, 20).tolist() == [0, -1]
+
+
 # ------------------------------------------------------------------------------------------- containers
 
 

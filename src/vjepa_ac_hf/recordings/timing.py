@@ -2,16 +2,17 @@
 
 import numpy as np
 
-# How far from its tick, in ticks, a frame may be shown.
+# How far from its tick, in ticks, a frame may be shown, and by what share a rate of evenly spaced frames may be off.
 GRID_TOLERANCE = 0.25
+RATE_TOLERANCE = 0.05
 
 
 def frames_of_ticks(times: np.ndarray, num_ticks: int, fps: float) -> np.ndarray:
     """The frame that shows each tick, from when frames are shown.
 
     Recorders write N + 1 frames for N lines, the last one twice; N frames are as good. Where such frames are evenly
-    spaced, frame t shows tick t. Otherwise a frame that is shown t seconds after the first one shows tick
-    `round(t * fps)`, and the last frame must show the last tick or the one after: only then do gaps in the times
+    spaced at about `fps`, frame t shows tick t. Otherwise a frame that is shown t seconds after the first one shows
+    tick `round(t * fps)`, and the last frame must show the last tick or the one after: only then do gaps in the times
     account for the frames that are missing.
 
     Args:
@@ -27,7 +28,7 @@ def frames_of_ticks(times: np.ndarray, num_ticks: int, fps: float) -> np.ndarray
             that differ in a way that times do not account for.
     """
     lengths = f"{len(times)} frames, {num_ticks} log lines (N lines have N or N + 1 frames)"
-    ticks = even_ticks(times)
+    ticks = even_ticks(times, fps)
     if ticks is None or len(times) - num_ticks not in (0, 1):
         ticks = _grid_ticks(times, fps, lengths)
     last = int(ticks[-1])
@@ -46,12 +47,12 @@ def frames_of_ticks(times: np.ndarray, num_ticks: int, fps: float) -> np.ndarray
     return frames
 
 
-def even_ticks(times: np.ndarray) -> np.ndarray | None:
-    """0, 1, ..., n - 1, int64 (n,), where frames are evenly spaced at whatever rate, else None."""
+def even_ticks(times: np.ndarray, fps: float) -> np.ndarray | None:
+    """0, 1, ..., n - 1, int64 (n,), where frames are evenly spaced at a rate near `fps`, else None."""
     ticks = np.arange(len(times))
     if len(times) > 1:
         rate = (len(times) - 1) / max(times[-1] - times[0], 1e-9)
-        if np.abs((times - times[0]) * rate - ticks).max() > GRID_TOLERANCE:
+        if abs(rate - fps) > RATE_TOLERANCE * fps or np.abs((times - times[0]) * rate - ticks).max() > GRID_TOLERANCE:
             return None
     return ticks
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .mp4 import check_mp4, sample_times
-from .timing import GRID_TOLERANCE, even_ticks, frame_rate, frames_of_ticks
+from .timing import GRID_TOLERANCE, RATE_TOLERANCE, even_ticks, frame_rate, frames_of_ticks
 
 # How clips are stored, chosen by measurement (docs/LOG.md, "How clips are stored"): at 256x256, 40.0 dB PSNR in 126 kB
 # per 16-frame clip on first-person play. Without arithmetic coding and deblocking (`fastdecode`) a clip decodes in half
@@ -141,7 +141,7 @@ class VideoReader:
         """
         if self._times is None:
             self._times = np.arange(self.num_frames) / fps
-        if even_ticks(self._times) is None:
+        if even_ticks(self._times, fps) is None:
             raise VideoError(
                 f"{self.name}: time stamps: expected evenly spaced frames, found {self.num_frames} frames in "
                 f"{self._times[-1] * fps + 1:.0f} ticks; encode the video again at a constant {fps:g} FPS"
@@ -197,5 +197,5 @@ def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
 
 def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
     """Refuse a video whose frame rate (missing frames left aside) differs by more than 5 % from that of recordings."""
-    if abs(reader.frame_rate - native_fps) > 0.05 * native_fps:
+    if abs(reader.frame_rate - native_fps) > RATE_TOLERANCE * native_fps:
         raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")
