@@ -14,22 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
-from vjepa_ac_hf.labelling import (
-    KEY_DECISIONS,
-    LabelError,
-    LabelFiles,
-    Labeller,
-    find_videos,
-    label_files,
-    label_video,
-)
-from vjepa_ac_hf.labelling.files import SettingsError
-from vjepa_ac_hf.recordings.video import VideoError
-from vjepa_ac_hf.records import versions, write_json
-
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
@@ -49,13 +33,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--keys",
-        choices=KEY_DECISIONS,
+        choices=("likelier", "balanced"),
         default="likelier",
         help="pressed where likelier than not, or (balanced) than the key's own rate (default likelier)",
     )
     parser.add_argument("--native_fps", type=float, default=20.0, help="frames a second of the videos (default 20)")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at once (default 8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
@@ -63,6 +47,25 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.report is None:
         arguments.report = (arguments.output or Path()) / "label_report.json"
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import torch
+from tqdm.auto import tqdm
+
+from vjepa_ac_hf.labelling import (
+    LabelError,
+    LabelFiles,
+    Labeller,
+    find_videos,
+    label_files,
+    label_video,
+)
+from vjepa_ac_hf.labelling.files import SettingsError
+from vjepa_ac_hf.recordings.video import VideoError
+from vjepa_ac_hf.records import versions, write_json
 
 
 def refuse_other_settings(files: list[LabelFiles], settings: dict[str, Any]) -> None:
@@ -117,7 +120,7 @@ def main() -> int:
         files = label_files(find_videos(arguments.videos), arguments.output)
         labeller = Labeller.from_pretrained(
             arguments.model,
-            device=arguments.device,
+            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=arguments.dtype,
             native_fps=arguments.native_fps,
             min_confidence=arguments.min_confidence,

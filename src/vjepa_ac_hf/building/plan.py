@@ -24,10 +24,11 @@ from ..recordings.shards import (
 )
 from ..recordings.splits import validation_set
 from ..records import write_file
+from .code import code_hash
 from .rows import BuildReport, iter_clips, listing_report
 from .selection import BuildOptions, Selection, select_recordings
 from .tasks import BUILD_FOLDER, Plan, Stamp, Task, read_marker, stamp_of
-from .vpt_tubelets import code_hash, split_shards
+from .vpt_tubelets import split_shards
 
 # Loose recordings of a folder are built in groups of this many, each like a shard.
 RECORDINGS_PER_TASK = 32
