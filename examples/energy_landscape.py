@@ -6,8 +6,6 @@ python examples/energy_landscape.py --model out --dataset data/tubelets --output
 import argparse
 import io
 import logging
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +85,7 @@ from vjepa_ac_hf.planning import (
 )
 from vjepa_ac_hf.planning.landscape import check_columns, search_landscape
 from vjepa_ac_hf.planning.planner import check_horizon, check_planning, encode_goal
-from vjepa_ac_hf.records import versions, write_file, write_json
+from vjepa_ac_hf.records import command_line, versions, write_file, write_json
 
 RECORDED = ("model", "dataset", "split", "context_steps", "horizon", "min_change", "goal", "seed")
 
@@ -201,7 +199,7 @@ def main() -> None:
         write_file(args.output / "landscapes.png", picture.getvalue())
     record = {
         "summary": summary,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "versions": versions(),
         **{name: getattr(args, name) for name in RECORDED},
         "landscapes": [{"clip": name, **land.to_dict()} for name, land in zip(names, landscapes, strict=True)],

@@ -5,7 +5,6 @@ python examples/evaluate.py --model out --dataset data/tubelets --output report
 
 import argparse
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.records import versions
+from vjepa_ac_hf.records import command_line, versions
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -142,7 +141,7 @@ def main() -> None:
         "sessions": len(set(records.sessions)),
         "loss_type": model.config.loss_type,
         "encoding": model.config.encoding,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "versions": versions(),
         "context_steps": args.context_steps,
         "seconds_per_step": processor.tubelet_size / processor.fps,

@@ -65,7 +65,7 @@ from vjepa_ac_hf.labelling import (
 )
 from vjepa_ac_hf.labelling.files import SettingsError
 from vjepa_ac_hf.recordings.video import VideoError
-from vjepa_ac_hf.records import versions, write_json
+from vjepa_ac_hf.records import command_line, versions, write_json
 
 
 def refuse_other_settings(files: list[LabelFiles], settings: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def report(arguments: argparse.Namespace, labeller: Labeller, entries: list[dict
         "model": labeller.name,
         "settings": labeller.settings,
         "videos": entries,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
 

@@ -130,7 +130,7 @@ from vjepa_ac_hf.evaluation.head_report import write_head_report
 from vjepa_ac_hf.loading.clips import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
 from vjepa_ac_hf.loading.feature_cache import cache_features
 from vjepa_ac_hf.loading.loader import ClipLoader
-from vjepa_ac_hf.records import versions, weights_checksum, write_json
+from vjepa_ac_hf.records import command_line, versions, weights_checksum, write_json
 from vjepa_ac_hf.training.checkpoints import (
     find_checkpoint,
     get_random_state,
@@ -343,7 +343,7 @@ def save_all(arguments, model, processor, figures, clips) -> None:
     """Figures, report, and the head with its card."""
     record = {"task": arguments.task, "dataset": arguments.dataset, "training_clips": clips, **figures}
     record |= {"world_model": arguments.model or arguments.encoder, "features_from": arguments.features_from}
-    record |= {"command": " ".join(sys.argv), "versions": versions()}
+    record |= {"command": command_line(), "versions": versions()}
     write_json(arguments.output_dir / "metrics.json", record)
     write_head_report(arguments.output_dir, record)
     data = ModelCardData(library_name="transformers", license="apache-2.0", tags=["vjepa2", "vpt", "vjepa-ac-hf"])

@@ -19,7 +19,6 @@ import base64
 import html
 import io
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +86,7 @@ from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make
 from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
-from vjepa_ac_hf.records import claim_folder, versions, weights_checksum, write_file, write_json
+from vjepa_ac_hf.records import claim_folder, command_line, versions, weights_checksum, write_file, write_json
 
 TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
 EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
@@ -409,7 +408,7 @@ def main() -> None:
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)
     settings |= {"steps": arguments.steps}
-    summary = {"settings": settings, "agents": agents, "command": " ".join(sys.argv), "versions": versions()}
+    summary = {"settings": settings, "agents": agents, "command": command_line(), "versions": versions()}
     write_json(arguments.output / "summary.json", summary)
     picture = draw(agents)
     write_file(arguments.output / "success.png", picture)

@@ -11,9 +11,10 @@ import argparse
 import ast
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+
+from .. import __version__
 
 HERE = Path(__file__).resolve().parent
 # A wheel has the programs beside this file (pyproject.toml), a clone at its root.
@@ -52,7 +53,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help="one of the above")
-    parser.add_argument("--version", action="version", version=f"vjepa-ac-hf {version('vjepa-ac-hf')}")
+    parser.add_argument("--version", action="version", version=f"vjepa-ac-hf {__version__}")
     parser.add_argument("--names", action="version", version=" ".join(PROGRAMS), help="show the programs' names alone")
     name, arguments = parser.parse_args(sys.argv[1:2]).program, sys.argv[2:]
     file, launcher = ROOT / PROGRAMS[name][0], {}
