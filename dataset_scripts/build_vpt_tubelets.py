@@ -102,6 +102,7 @@ if __name__ == "__main__":
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vjepa_ac_hf.building.local import run_local
 from vjepa_ac_hf.building.merging import check_finished, merge, push_dataset
@@ -187,7 +188,7 @@ def run_tasks(plan: Plan, waiting: list[Task], arguments: argparse.Namespace) ->
         remove_dead_temporaries(output)
         total = sum(task.num_recordings for task in plan.tasks)
         begun = total - sum(task.num_recordings for task in waiting)
-        with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar:
+        with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar, logging_redirect_tqdm():
             failures = run_local(waiting, output, plan.key, arguments.num_proc, bar)
         check_finished([task.name for task in unfinished(plan.tasks, output)], plan, failures)
         return
@@ -234,7 +235,8 @@ def build(arguments: argparse.Namespace) -> int:
             return 0
 
     report = merge(plan, output)
-    print(f"{report.summary()}; {num_finished} of {len(plan.tasks)} shards were finished before; {output}")
+    before = f"; {num_finished} of {len(plan.tasks)} shards were finished before" if num_finished else ""
+    print(f"{report.summary()}{before}; {output}")
     if arguments.push_to_hub:
         push_dataset(output, arguments.push_to_hub)
         print(f"pushed to {arguments.push_to_hub}")

@@ -5,11 +5,12 @@
 For every NAME.mp4 (20 frames a second, any size) NAME.jsonl appears beside it, or in --output: a VPT log, from which
 the builder cuts clips as from any other. NAME.confidence.parquet has a row an action. What is below --min_confidence,
 and the end of the video, is marked unsure, and the builder makes no clips of it. Complete labels are skipped, and a
-run that was killed goes on in the middle of its video. The report (label_report.json in --output, or in the working
-directory) lists what was done, skipped and failed. Exit status 0 only when no video has failed.
+run that was killed goes on in the middle of its video. The report, label_report.json in --output or else in the folder
+that all videos are below, lists what was done, skipped and failed. Exit status 0 only when no video has failed.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="trained inverse dynamics head: folder or Hub repository")
     parser.add_argument("--videos", nargs="+", required=True, help="files, folders (with those below), patterns")
     parser.add_argument("--output", type=Path, help="folder for labels and report (default: beside each video)")
-    parser.add_argument("--report", type=Path, help="JSON file (default: label_report.json in --output or here)")
+    parser.add_argument(
+        "--report", type=Path, help="JSON file (default: label_report.json in --output, or above all videos)"
+    )
     parser.add_argument(
         "--min_confidence", type=float, default=0.0, help="mark ticks unsure below this, 0 to 1 (default 0: none)"
     )
@@ -44,8 +47,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, found {arguments.batch_size}")
-    if arguments.report is None:
-        arguments.report = (arguments.output or Path()) / "label_report.json"
     return arguments
 
 
@@ -130,6 +131,9 @@ def main() -> int:
         refuse_other_settings(files, labeller.settings)
     except ValueError as error:
         raise SystemExit(f"label_videos.py: {error}") from error
+    if arguments.report is None:
+        above = os.path.commonpath([file.video.resolve().parent for file in files])
+        arguments.report = (arguments.output or Path(above)) / "label_report.json"
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     try:
         for file in tqdm(files, unit="video"):

@@ -39,6 +39,7 @@ from accelerate.utils import set_seed
 from datasets import get_dataset_split_names
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
@@ -401,7 +402,7 @@ def main() -> int:
     if arguments.dry_run:
         show_dry_run(arguments)
         return 0
-    with StopSignals() as stop:
+    with StopSignals() as stop, logging_redirect_tqdm():
         try:
             return run_program(arguments, stop)
         finally:

@@ -121,6 +121,7 @@ from accelerate.utils import set_seed
 from huggingface_hub import ModelCard, ModelCardData
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import VJEPA2Config
 from transformers.utils import cached_file
 
@@ -371,7 +372,8 @@ def main() -> None:
         f"{type(model).__name__}: {sum(p.numel() for p in model.head.parameters()):,} parameters over "
         f"{sum(p.numel() for p in model.vjepa2_ac.parameters()):,}; {len(splits[0]):,} training clips"
     )
-    figures = train(arguments, accelerator, model, processor, splits, labels)
+    with logging_redirect_tqdm():
+        figures = train(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
         save_all(arguments, model, processor, figures, len(splits[0]))
     end_processes(accelerator)
