@@ -1,7 +1,6 @@
 """The README's snippets run as they stand, and what it says about files is true."""
 
 import json
-import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_snippets_run(tmp_path, monkeypatch, caplog):
     assert names["told"]["yaw_delta"].shape == (1, 7) and names["ahead"].binary_logits.shape[:3] == (1, 8, 2)
     assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
     assert not any(tick["drop"] for tick in names["found"].to_minerl())
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING and r.name.startswith("vjepa_ac_hf")]
+    assert not [record for record in caplog.records if "split" in record.getMessage()]  # nobody has asked for one
 
 
 def test_files_that_are_named_exist():

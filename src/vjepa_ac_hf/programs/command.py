@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from .. import __version__
+import vjepa_ac_hf
 
 HERE = Path(__file__).resolve().parent
 # A wheel has the programs beside this file (pyproject.toml), a clone at its root.
@@ -53,7 +53,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help="one of the above")
-    parser.add_argument("--version", action="version", version=f"vjepa-ac-hf {__version__}")
+    parser.add_argument("--version", action="version", version=f"vjepa-ac-hf {vjepa_ac_hf.__version__}")
     parser.add_argument("--names", action="version", version=" ".join(PROGRAMS), help="show the programs' names alone")
     name, arguments = parser.parse_args(sys.argv[1:2]).program, sys.argv[2:]
     file, launcher = ROOT / PROGRAMS[name][0], {}
