@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=f"vjepa-ac-hf {vjepa_ac_hf.__version__}")
     parser.add_argument("--names", action="version", version=" ".join(PROGRAMS), help="show the programs' names alone")
     name, arguments = parser.parse_args(sys.argv[1:2]).program, sys.argv[2:]
-    file, launcher = ROOT / PROGRAMS[name][0], {}
+    file = ROOT / PROGRAMS[name][0]
+    launcher: dict[str, str] = {}
     if name in IN_PROCESSES:
         launcher, arguments = split_launcher_flags(name, arguments)
     sys.argv = [f"vjepa-ac {name}", *arguments]
