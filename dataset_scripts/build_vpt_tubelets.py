@@ -18,19 +18,16 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from vjepa_ac_hf.building.local import run_local
-from vjepa_ac_hf.building.merging import check_finished, merge, push_dataset
-from vjepa_ac_hf.building.plan import check_output, describe_plan, make_plan
-from vjepa_ac_hf.building.selection import BuildOptions, options_from, selection_from
-from vjepa_ac_hf.building.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
-from vjepa_ac_hf.processing_vjepa2_ac import RESIZE_MODES
-from vjepa_ac_hf.recordings.clips import ClipSpec
-from vjepa_ac_hf.recordings.log import REPAIRS, recording_id_of
-from vjepa_ac_hf.recordings.shards import find_files
-from vjepa_ac_hf.records import write_json
+# What the package offers, without importing it (tests/test_programs.py holds both equal).
+REPAIRS = (
+    "null_mouse",
+    "null_keyboard",
+    "unknown_buttons",
+    "stuck_attack",
+    "hotbar_injected",
+    "mouse_scaled",
+    "trimmed",
+)
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -81,14 +78,13 @@ def add_executor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("clips").add_argument
-    clip, build = ClipSpec(), BuildOptions()
-    add("--native_fps", type=float, default=clip.native_fps, help="default: %(default)s")
-    add("--fps", type=float, default=clip.fps, help="frames per second of clips (default: %(default)s)")
-    add("--frames_per_clip", type=int, default=clip.frames_per_clip, help="default: %(default)s")
-    add("--tubelet_size", type=int, default=clip.tubelet_size, help="frames (default: %(default)s)")
+    add("--native_fps", type=float, default=20, help="default: %(default)s")
+    add("--fps", type=float, default=5, help="frames per second of clips (default: %(default)s)")
+    add("--frames_per_clip", type=int, default=16, help="default: %(default)s")
+    add("--tubelet_size", type=int, default=2, help="frames (default: %(default)s)")
     add("--clip_stride", type=int, help="ticks between clip starts (default: no frame in two clips)")
-    add("--resolution", type=int, default=build.resolution, help="pixels (default: %(default)s)")
-    add("--resize_mode", choices=RESIZE_MODES, default=build.resize_mode, help="default: %(default)s")
+    add("--resolution", type=int, default=256, help="pixels (default: %(default)s)")
+    add("--resize_mode", choices=("crop", "squash"), default="crop", help="default: %(default)s")
     add("--draw_cursor", action="store_true", help="paint the cursor into frames with a GUI open")
     add("--skip_repairs", nargs="+", default=[], metavar="NAME", help=f"not to be done, of: {', '.join(REPAIRS)}")
     add("--exclude", type=Path, metavar="FILE", help="recording ids to leave out, one a line (# begins a comment)")
@@ -99,6 +95,23 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip_fraction", type=float, help="share of clips to keep, by a stable hash")
     add("--validation_fraction", type=float, help="share of sessions (default: 0.05 where no split is empty)")
     add("--validation_sessions", nargs="+", metavar="SESSION", help="their names, instead of a share")
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vjepa_ac_hf.building.local import run_local
+from vjepa_ac_hf.building.merging import check_finished, merge, push_dataset
+from vjepa_ac_hf.building.plan import check_output, describe_plan, make_plan
+from vjepa_ac_hf.building.selection import options_from, selection_from
+from vjepa_ac_hf.building.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
+from vjepa_ac_hf.recordings.log import recording_id_of
+from vjepa_ac_hf.recordings.shards import find_files
+from vjepa_ac_hf.records import write_json
 
 
 def read_exclude(file: Path | None) -> list[str]:
@@ -175,7 +188,7 @@ def run_tasks(plan: Plan, waiting: list[Task], arguments: argparse.Namespace) ->
         remove_dead_temporaries(output)
         total = sum(task.num_recordings for task in plan.tasks)
         begun = total - sum(task.num_recordings for task in waiting)
-        with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar:
+        with tqdm(total=total, initial=begun, desc="building", unit="recording") as bar, logging_redirect_tqdm():
             failures = run_local(waiting, output, plan.key, arguments.num_proc, bar)
         check_finished([task.name for task in unfinished(plan.tasks, output)], plan, failures)
         return
@@ -222,7 +235,8 @@ def build(arguments: argparse.Namespace) -> int:
             return 0
 
     report = merge(plan, output)
-    print(f"{report.summary()}; {num_finished} of {len(plan.tasks)} shards were finished before; {output}")
+    before = f"; {num_finished} of {len(plan.tasks)} shards were finished before" if num_finished else ""
+    print(f"{report.summary()}{before}; {output}")
     if arguments.push_to_hub:
         push_dataset(output, arguments.push_to_hub)
         print(f"pushed to {arguments.push_to_hub}")

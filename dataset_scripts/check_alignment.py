@@ -32,6 +32,32 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
+    add("--output", type=Path, required=True, help="folder of the results")
+    add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
+    add("--limit", type=int, help="check this many recordings at most, spread evenly over all")
+    add("--max_lag", type=int, default=10, help="largest lag tried, ticks (default: %(default)s)")
+    add("--max_ticks", type=int, default=1600, help="frames read per recording (default: %(default)s)")
+    add("--num_windows", type=int, default=4, help="in so many windows (default: %(default)s)")
+    add("--flag_over", type=int, default=0, help="largest lag in step, ticks (default: %(default)s)")
+    add("--fail_on_flagged", action="store_true", help="exit status 2 when any recording is flagged")
+    arguments = parser.parse_args()
+    for name in ("num_proc", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, found {value}")
+    return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -58,29 +84,6 @@ from vjepa_ac_hf.records import write_file, write_json
 # What a process is given at once. A compressed tar is given whole: every opening reads it from the start.
 _RECORDINGS_PER_TASK = 4
 _MOST_CURVES = 48
-
-
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, defaults = parser.add_argument, AlignmentOptions()
-    add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
-    add("--output", type=Path, required=True, help="folder of the results")
-    add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
-    add("--limit", type=int, help="check this many recordings at most, spread evenly over all")
-    add("--max_lag", type=int, default=defaults.max_lag, help="largest lag tried, ticks (default: %(default)s)")
-    add("--max_ticks", type=int, default=defaults.max_ticks, help="frames read per recording (default: %(default)s)")
-    add("--num_windows", type=int, default=defaults.num_windows, help="in so many windows (default: %(default)s)")
-    add("--flag_over", type=int, default=defaults.flag_over, help="largest lag in step, ticks (default: %(default)s)")
-    add("--fail_on_flagged", action="store_true", help="exit status 2 when any recording is flagged")
-    arguments = parser.parse_args()
-    for name in ("num_proc", "limit"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, found {value}")
-    return arguments
 
 
 # ---------------------------------------------------------------------------------------------------- checking

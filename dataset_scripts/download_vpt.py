@@ -16,6 +16,28 @@ import signal
 import sys
 from pathlib import Path
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--index", required=True, help="index file: path, http(s) URL, or hf://datasets/ORG/NAME[@revision][/folder]")
+    add("--output", type=Path, required=True, help="folder of the recordings")
+    add("--limit", type=int, metavar="N", help="the first N of those that pass the other filters")
+    add("--match", metavar="PATTERN", help='glob on the relpath without suffix, such as "*/silly-*"; * matches / too')
+    add("--recorder_version", nargs="+", metavar="V", help="only recordings below a folder of this name, such as 6.8")
+    add("--no_options", action="store_true", help="leave out -options.json")
+    add("--num_workers", type=int, default=8, help="recordings at a time (default: %(default)s)")
+    add("--max_retries", type=int, default=8, help="a file, without progress (default: %(default)s)")
+    add("--timeout", type=float, default=60.0, help="seconds without a byte (default: %(default)s)")
+    add("--retry_rejected", action="store_true", help="download again what an earlier run rejected")
+    add("--allow_missing", action="store_true", help="exit 0 although the server lacks recordings (404)")
+    add("--allow_rejected", action="store_true", help="exit 0 although recordings are rejected")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
 import httpx2
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,25 +54,6 @@ from vjepa_ac_hf.downloading.transfer import TransferOptions
 from vjepa_ac_hf.records import write_json
 
 INTERRUPTED = 130
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options, transfer = DownloadOptions(), TransferOptions()
-    add = parser.add_argument
-    add("--index", required=True, help="index file: path, http(s) URL, or hf://datasets/ORG/NAME[@revision][/folder]")
-    add("--output", type=Path, required=True, help="folder of the recordings")
-    add("--limit", type=int, metavar="N", help="the first N of those that pass the other filters")
-    add("--match", metavar="PATTERN", help='glob on the relpath without suffix, such as "*/silly-*"; * matches / too')
-    add("--recorder_version", nargs="+", metavar="V", help="only recordings below a folder of this name, such as 6.8")
-    add("--no_options", action="store_true", help="leave out -options.json")
-    add("--num_workers", type=int, default=options.num_workers, help="recordings at a time (default: %(default)s)")
-    add("--max_retries", type=int, default=transfer.max_retries, help="a file, without progress (default: %(default)s)")
-    add("--timeout", type=float, default=transfer.read_timeout, help="seconds without a byte (default: %(default)s)")
-    add("--retry_rejected", action="store_true", help="download again what an earlier run rejected")
-    add("--allow_missing", action="store_true", help="exit 0 although the server lacks recordings (404)")
-    add("--allow_rejected", action="store_true", help="exit 0 although recordings are rejected")
-    return parser.parse_args()
 
 
 def download_options(arguments: argparse.Namespace) -> DownloadOptions:

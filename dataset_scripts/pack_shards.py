@@ -12,11 +12,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tqdm import tqdm
-
-from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
-from vjepa_ac_hf.records import write_json
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,6 +24,15 @@ def parse_arguments() -> argparse.Namespace:
     if not arguments.input.is_dir():
         parser.error(f"--input: no such folder: {arguments.input}")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+from tqdm import tqdm
+
+from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
+from vjepa_ac_hf.records import write_json
 
 
 def find_recordings(folder: Path) -> tuple[list[str], list[dict[str, str]]]:

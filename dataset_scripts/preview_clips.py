@@ -16,19 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace, action_array
-from vjepa_ac_hf.inspection.events import Candidate, Choice, ClipChooser
-from vjepa_ac_hf.inspection.preview import PreviewClip, compare_with_log, cut_log, write_preview
-from vjepa_ac_hf.loading.clips import COLUMNS, clip_name, decode_clip
-from vjepa_ac_hf.recordings.clips import ClipSpec
-from vjepa_ac_hf.recordings.log import Recording, parse_recording
-from vjepa_ac_hf.recordings.shards import Rejection, Shard, find_files, list_shards, read_pairs
-
-SCANNED = ("actions", "recording_id", "session_id", "start_tick")
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,6 +37,23 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, found {value}")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import numpy as np
+from tqdm import tqdm
+
+from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace, action_array
+from vjepa_ac_hf.inspection.events import Candidate, Choice, ClipChooser
+from vjepa_ac_hf.inspection.preview import PreviewClip, compare_with_log, cut_log, write_preview
+from vjepa_ac_hf.loading.clips import COLUMNS, clip_name, decode_clip
+from vjepa_ac_hf.recordings.clips import ClipSpec
+from vjepa_ac_hf.recordings.log import Recording, parse_recording
+from vjepa_ac_hf.recordings.shards import Rejection, Shard, find_files, list_shards, read_pairs
+
+SCANNED = ("actions", "recording_id", "session_id", "start_tick")
 
 
 # ------------------------------------------------------------------------------------------------------ choice

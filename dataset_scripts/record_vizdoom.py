@@ -24,12 +24,39 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timedelta
 from pathlib import Path
 
+# What the package offers, without importing it (tests/test_programs.py holds both equal).
+RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
+    parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a session each")
+    parser.add_argument("--ticks", type=int, default=1200, help="ticks (frames, log lines) a recording")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same recordings")
+    parser.add_argument("--resolution", choices=RESOLUTIONS, default="640x360", help="of the video")
+    parser.add_argument("--recordings_per_shard", type=int, default=8)
+    parser.add_argument("--pauses", type=float, default=0.0, help="how often the view rests, 0 to below 1 (default 0)")
+    parser.add_argument("--weapon", action="store_true", help="draw the weapon that is held")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    for name in ("recordings", "ticks", "recordings_per_shard", "num_proc"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    if not 0 <= arguments.pauses < 1:
+        parser.error(f"--pauses must be at least 0 and below 1, found {arguments.pauses}")
+    return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from vjepa_ac_hf.actions_vjepa2_ac import DEGREES_PER_PIXEL
-from vjepa_ac_hf.envs.doom import MOVES, RESOLUTIONS, WEAPON_KEYS, Walls
+from vjepa_ac_hf.envs.doom import MOVES, WEAPON_KEYS, Walls
 from vjepa_ac_hf.envs.recording import VPTWriter
 from vjepa_ac_hf.envs.vizdoom_env import PRESSED_COLUMNS, VizDoomVPTEnv
 from vjepa_ac_hf.recordings.shards import write_tar
@@ -176,22 +203,7 @@ def record_shard(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
-    parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a session each")
-    parser.add_argument("--ticks", type=int, default=1200, help="ticks (frames, log lines) a recording")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same recordings")
-    parser.add_argument("--resolution", choices=RESOLUTIONS, default="640x360", help="of the video")
-    parser.add_argument("--recordings_per_shard", type=int, default=8)
-    parser.add_argument("--pauses", type=float, default=0.0, help="how often the view rests, 0 to below 1 (default 0)")
-    parser.add_argument("--weapon", action="store_true", help="draw the weapon that is held")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes")
-    arguments = parser.parse_args()
-    for name in ("recordings", "ticks", "recordings_per_shard", "num_proc"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
-    if not 0 <= arguments.pauses < 1:
-        parser.error(f"--pauses must be at least 0 and below 1, found {arguments.pauses}")
+    arguments = parse_arguments()
     output = arguments.output.resolve()
     kept = ("recordings", "ticks", "seed", "resolution", "recordings_per_shard", "pauses", "weapon")
     if any(output.glob("*.tar")) and not (output / "recording.json").is_file():

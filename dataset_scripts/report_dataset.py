@@ -14,6 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", required=True, metavar="DIR_OR_REPO", help="folder or Hub repository of a built data set")
+    add("--output", type=Path, required=True, help="folder of the report")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
 from tqdm import tqdm
 
 from vjepa_ac_hf.inspection.columns import ClipFiles, action_array
@@ -30,14 +42,6 @@ class SplitContents:
     recordings: set[str] = field(default_factory=set)
     sessions: set[str] = field(default_factory=set)
     histograms: ActionHistograms = field(default_factory=ActionHistograms)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", required=True, metavar="DIR_OR_REPO", help="folder or Hub repository of a built data set")
-    add("--output", type=Path, required=True, help="folder of the report")
-    return parser.parse_args()
 
 
 def read_contents(clips: ClipFiles) -> dict[str, SplitContents]:

@@ -6,36 +6,9 @@ python examples/energy_landscape.py --model out --dataset data/tubelets --output
 import argparse
 import io
 import logging
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
-
-import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from vjepa_ac_hf.evaluation import clips as clip_data
-from vjepa_ac_hf.loading.clips import clip_name, decode_clip, load_clips
-from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.planning import (
-    CEM,
-    GoalCost,
-    Imagination,
-    encode_context,
-    energy_landscape,
-    landscape_figure,
-    summarize_landscapes,
-)
-from vjepa_ac_hf.planning.landscape import check_columns, search_landscape
-from vjepa_ac_hf.planning.planner import MAX_BATCH_TOKENS, check_horizon, check_planning, encode_goal
-from vjepa_ac_hf.records import versions, write_file, write_json
-
-RECORDED = ("model", "dataset", "split", "context_steps", "horizon", "min_change", "goal", "seed")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,14 +51,43 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="search both columns too: the cost that a plan reaches")
     parser.add_argument("--num_pictures", type=int, default=6, help="landscapes to draw")
-    parser.add_argument("--max_batch_tokens", type=int, default=MAX_BATCH_TOKENS, help="tokens at once: bounds memory")
+    parser.add_argument("--max_batch_tokens", type=int, default=16384, help="tokens at once: bounds memory")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--device", help="where to compute (default: cuda where there is one)")
     args = parser.parse_args()
     for name, least in (("max_clips", 1), ("cells", 2), ("num_pictures", 0), ("context_steps", 1), ("horizon", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, found {getattr(args, name)}")
     return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
+from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.loading.clips import clip_name, decode_clip, load_clips
+from vjepa_ac_hf.pages import new_figure
+from vjepa_ac_hf.planning import (
+    CEM,
+    GoalCost,
+    Imagination,
+    encode_context,
+    energy_landscape,
+    landscape_figure,
+    summarize_landscapes,
+)
+from vjepa_ac_hf.planning.landscape import check_columns, search_landscape
+from vjepa_ac_hf.planning.planner import check_horizon, check_planning, encode_goal
+from vjepa_ac_hf.records import command_line, versions, write_file, write_json
+
+RECORDED = ("model", "dataset", "split", "context_steps", "horizon", "min_change", "goal", "seed")
 
 
 def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
@@ -141,6 +143,7 @@ def grid_values(column: str, given: list[float] | None, cells: int, processor: A
 def main() -> None:
     # --- arguments, model, data: everything that can be wrong is found out here -------------------------------
     args = parse_arguments()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     processor = AutoProcessor.from_pretrained(args.model)
@@ -196,7 +199,7 @@ def main() -> None:
         write_file(args.output / "landscapes.png", picture.getvalue())
     record = {
         "summary": summary,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "versions": versions(),
         **{name: getattr(args, name) for name in RECORDED},
         "landscapes": [{"clip": name, **land.to_dict()} for name, land in zip(names, landscapes, strict=True)],

@@ -3,30 +3,14 @@
 python examples/evaluate.py --model out --dataset data/tubelets --output report
 """
 
+import argparse
+import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 # As a script's own folder comes first on Python's path, `import evaluate` would find this file, not the library.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
-
-import argparse
-import logging
-import shlex
-from typing import Any
-
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
-
-import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
-from vjepa_ac_hf.evaluation import clips as clip_data
-from vjepa_ac_hf.evaluation.pictures import picture_clips
-from vjepa_ac_hf.evaluation.report import write_metrics, write_report
-from vjepa_ac_hf.evaluation.rollouts import check_protocol
-from vjepa_ac_hf.loading.clips import decode_clip, load_clips
-from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.records import versions
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,13 +28,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles and of the bootstrap")
     parser.add_argument("--max_clips", type=int, help="evaluate this many clips, evenly spaced (default: all)")
     parser.add_argument("--num_pictures", type=int, default=4, help="clips to show in the report")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--device", help="where to compute (default: cuda where there is one)")
     args = parser.parse_args()
     for name, least in (("batch_size", 1), ("max_clips", 2), ("num_pictures", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, found {value}")
     return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
+from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.pictures import picture_clips
+from vjepa_ac_hf.evaluation.report import write_metrics, write_report
+from vjepa_ac_hf.evaluation.rollouts import check_protocol
+from vjepa_ac_hf.loading.clips import decode_clip, load_clips
+from vjepa_ac_hf.pages import new_figure
+from vjepa_ac_hf.records import command_line, versions
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -106,6 +108,7 @@ def print_table(horizons: list[dict[str, Any]]) -> None:
 def main() -> None:
     # --- arguments, model, data: everything that can be wrong is found out here -------------------------------
     args = parse_arguments()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     model, processor, dataset = load(args)
@@ -138,7 +141,7 @@ def main() -> None:
         "sessions": len(set(records.sessions)),
         "loss_type": model.config.loss_type,
         "encoding": model.config.encoding,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "versions": versions(),
         "context_steps": args.context_steps,
         "seconds_per_step": processor.tubelet_size / processor.fps,

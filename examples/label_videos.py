@@ -5,30 +5,15 @@
 For every NAME.mp4 (20 frames a second, any size) NAME.jsonl appears beside it, or in --output: a VPT log, from which
 the builder cuts clips as from any other. NAME.confidence.parquet has a row an action. What is below --min_confidence,
 and the end of the video, is marked unsure, and the builder makes no clips of it. Complete labels are skipped, and a
-run that was killed goes on in the middle of its video. The report (label_report.json in --output, or in the working
-directory) lists what was done, skipped and failed. Exit status 0 only when no video has failed.
+run that was killed goes on in the middle of its video. The report, label_report.json in --output or else in the folder
+that all videos are below, lists what was done, skipped and failed. Exit status 0 only when no video has failed.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-from tqdm.auto import tqdm
-
-from vjepa_ac_hf.labelling import (
-    KEY_DECISIONS,
-    LabelError,
-    LabelFiles,
-    Labeller,
-    find_videos,
-    label_files,
-    label_video,
-)
-from vjepa_ac_hf.labelling.files import SettingsError
-from vjepa_ac_hf.recordings.video import VideoError
-from vjepa_ac_hf.records import versions, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +22,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="trained inverse dynamics head: folder or Hub repository")
     parser.add_argument("--videos", nargs="+", required=True, help="files, folders (with those below), patterns")
     parser.add_argument("--output", type=Path, help="folder for labels and report (default: beside each video)")
-    parser.add_argument("--report", type=Path, help="JSON file (default: label_report.json in --output or here)")
+    parser.add_argument(
+        "--report", type=Path, help="JSON file (default: label_report.json in --output, or above all videos)"
+    )
     parser.add_argument(
         "--min_confidence", type=float, default=0.0, help="mark ticks unsure below this, 0 to 1 (default 0: none)"
     )
@@ -49,20 +36,37 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--keys",
-        choices=KEY_DECISIONS,
+        choices=("likelier", "balanced"),
         default="likelier",
         help="pressed where likelier than not, or (balanced) than the key's own rate (default likelier)",
     )
     parser.add_argument("--native_fps", type=float, default=20.0, help="frames a second of the videos (default 20)")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at once (default 8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch_size must be at least 1, found {arguments.batch_size}")
-    if arguments.report is None:
-        arguments.report = (arguments.output or Path()) / "label_report.json"
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import torch
+from tqdm.auto import tqdm
+
+from vjepa_ac_hf.labelling import (
+    LabelError,
+    LabelFiles,
+    Labeller,
+    find_videos,
+    label_files,
+    label_video,
+)
+from vjepa_ac_hf.labelling.files import SettingsError
+from vjepa_ac_hf.recordings.video import VideoError
+from vjepa_ac_hf.records import command_line, versions, write_json
 
 
 def refuse_other_settings(files: list[LabelFiles], settings: dict[str, Any]) -> None:
@@ -105,7 +109,7 @@ def report(arguments: argparse.Namespace, labeller: Labeller, entries: list[dict
         "model": labeller.name,
         "settings": labeller.settings,
         "videos": entries,
-        "command": " ".join(sys.argv),
+        "command": command_line(),
         "versions": versions(),
     }
 
@@ -117,7 +121,7 @@ def main() -> int:
         files = label_files(find_videos(arguments.videos), arguments.output)
         labeller = Labeller.from_pretrained(
             arguments.model,
-            device=arguments.device,
+            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=arguments.dtype,
             native_fps=arguments.native_fps,
             min_confidence=arguments.min_confidence,
@@ -127,6 +131,9 @@ def main() -> int:
         refuse_other_settings(files, labeller.settings)
     except ValueError as error:
         raise SystemExit(f"label_videos.py: {error}") from error
+    if arguments.report is None:
+        above = os.path.commonpath([file.video.resolve().parent for file in files])
+        arguments.report = (arguments.output or Path(above)) / "label_report.json"
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     try:
         for file in tqdm(files, unit="video"):

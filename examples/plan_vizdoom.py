@@ -12,22 +12,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
-
-import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
-from vjepa_ac_hf.envs.doom import RESOLUTIONS
-from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
-from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
-from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
-
 AGENTS = ("planner", "random", "still", "oracle")
-LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
-KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
+# What the package offers, without importing it (tests/test_programs.py holds both equal).
+RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +36,25 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.episodes < 1:
         parser.error(f"--episodes must be at least 1, found {arguments.episodes}")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
+from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
+from vjepa_ac_hf.pages import new_figure
+from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
+from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
+
+LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
+KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
 
 
 class Planner:

@@ -16,13 +16,6 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from vjepa_ac_hf.hub.cards import RunDescription
-from vjepa_ac_hf.hub.push import HUB_FOLDER, HubPusher, Push, prepare_repository, read_pending
-from vjepa_ac_hf.records import write_file, write_json
-from vjepa_ac_hf.training.run_log import MetricsLog
-
-MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +28,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hub_wait", type=float, default=1800.0, help="seconds after which to give up")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+from vjepa_ac_hf.hub.cards import RunDescription
+from vjepa_ac_hf.hub.push import HUB_FOLDER, HubPusher, Push, prepare_repository, read_pending
+from vjepa_ac_hf.records import write_file, write_json
+from vjepa_ac_hf.training.run_log import MetricsLog
+
+MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "model_card.md"
 
 
 def find_push(arguments: argparse.Namespace) -> Push:

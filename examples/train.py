@@ -23,6 +23,14 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
+from vjepa_ac_hf.training.arguments import parse_arguments
+
+RECIPES = Path(__file__).resolve().parent / "configs"
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_arguments(__doc__, recipes=RECIPES)
+
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
@@ -30,6 +38,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
@@ -46,7 +55,6 @@ from vjepa_ac_hf.loading.clips import (
 from vjepa_ac_hf.loading.feature_cache import cache_features
 from vjepa_ac_hf.loading.loader import ClipLoader
 from vjepa_ac_hf.records import versions, weights_checksum
-from vjepa_ac_hf.training.arguments import parse_arguments
 from vjepa_ac_hf.training.checkpoints import (
     find_checkpoint,
     get_random_state,
@@ -390,11 +398,11 @@ def show_dry_run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    arguments = parse_arguments(__doc__)
+    arguments = parse_arguments(__doc__, recipes=RECIPES)
     if arguments.dry_run:
         show_dry_run(arguments)
         return 0
-    with StopSignals() as stop:
+    with StopSignals() as stop, logging_redirect_tqdm():
         try:
             return run_program(arguments, stop)
         finally:

@@ -20,56 +20,15 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from huggingface_hub import ModelCard, ModelCardData
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
-from transformers import VJEPA2Config
-from transformers.utils import cached_file
-
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
-from vjepa_ac_hf.evaluation.clips import spread
-from vjepa_ac_hf.evaluation.head_report import write_head_report
-from vjepa_ac_hf.loading.clips import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
-from vjepa_ac_hf.loading.feature_cache import CACHE_DTYPES, cache_features
-from vjepa_ac_hf.loading.loader import ClipLoader
-from vjepa_ac_hf.records import versions, weights_checksum, write_json
-from vjepa_ac_hf.training.checkpoints import (
-    find_checkpoint,
-    get_random_state,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-)
-from vjepa_ac_hf.training.distributed import end_processes, from_main
-from vjepa_ac_hf.training.heads import (
-    TASKS,
-    ClipLabels,
-    evaluate_head,
-    fit_key_thresholds,
-    fit_pos_weight,
-    head_inputs,
-    head_parameter_groups,
-    headline,
-    read_labels,
-    save_head,
-)
-from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
-from vjepa_ac_hf.training.presets import build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
-
-CLIPS_FOR_THRESHOLDS = 1024
-
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=sorted(TASKS))
+    parser.add_argument(
+        "--task", required=True, choices=("action_anticipation", "inverse_dynamics", "video_classification")
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, help="built data set: a folder or a Hub repository")
     data.add_argument("--action_space", default="vpt-36", help="vpt-13, vpt-36, vpt-38, or columns by commas")
@@ -82,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument(
         "--cache_features", default="auto", help="folder (auto: OUT/features), or none: encode every time"
     )
-    data.add_argument("--cache_dtype", choices=CACHE_DTYPES, default="bfloat16")
+    data.add_argument("--cache_dtype", choices=("bfloat16", "int8", "float32"), default="bfloat16")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="world model: repository or folder")
@@ -152,6 +111,53 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         arguments.cache_features = str(arguments.output_dir / "features")
     return arguments
 
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from huggingface_hub import ModelCard, ModelCardData
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import VJEPA2Config
+from transformers.utils import cached_file
+
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.evaluation.clips import spread
+from vjepa_ac_hf.evaluation.head_report import write_head_report
+from vjepa_ac_hf.loading.clips import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
+from vjepa_ac_hf.loading.feature_cache import cache_features
+from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.records import command_line, versions, weights_checksum, write_json
+from vjepa_ac_hf.training.checkpoints import (
+    find_checkpoint,
+    get_random_state,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+from vjepa_ac_hf.training.distributed import end_processes, from_main
+from vjepa_ac_hf.training.heads import (
+    TASKS,
+    ClipLabels,
+    evaluate_head,
+    fit_key_thresholds,
+    fit_pos_weight,
+    head_inputs,
+    head_parameter_groups,
+    headline,
+    read_labels,
+    save_head,
+)
+from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
+from vjepa_ac_hf.training.presets import build_config
+from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
+
+CLIPS_FOR_THRESHOLDS = 1024
 
 # ------------------------------------------------------------------------------------------------ data and model
 
@@ -339,7 +345,7 @@ def save_all(arguments, model, processor, figures, clips) -> None:
     """Figures, report, and the head with its card."""
     record = {"task": arguments.task, "dataset": arguments.dataset, "training_clips": clips, **figures}
     record |= {"world_model": arguments.model or arguments.encoder, "features_from": arguments.features_from}
-    record |= {"command": " ".join(sys.argv), "versions": versions()}
+    record |= {"command": command_line(), "versions": versions()}
     write_json(arguments.output_dir / "metrics.json", record)
     write_head_report(arguments.output_dir, record)
     data = ModelCardData(library_name="transformers", license="apache-2.0", tags=["vjepa2", "vpt", "vjepa-ac-hf"])
@@ -367,7 +373,8 @@ def main() -> None:
         f"{type(model).__name__}: {sum(p.numel() for p in model.head.parameters()):,} parameters over "
         f"{sum(p.numel() for p in model.vjepa2_ac.parameters()):,}; {len(splits[0]):,} training clips"
     )
-    figures = train(arguments, accelerator, model, processor, splits, labels)
+    with logging_redirect_tqdm():
+        figures = train(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
         save_all(arguments, model, processor, figures, len(splits[0]))
     end_processes(accelerator)

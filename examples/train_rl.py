@@ -19,48 +19,16 @@ import base64
 import html
 import io
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
-
-import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
-from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
-from vjepa_ac_hf.envs.doom import RESOLUTIONS
-from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
-from vjepa_ac_hf.envs.sb3 import GOAL_POOLINGS, GoalFeatures, SB3VectorEnv, Standardize
-from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
-from vjepa_ac_hf.records import claim_folder, versions, weights_checksum, write_file, write_json
-
 TRAINED = ("features", "pixels")
 AGENTS = (*TRAINED, "random", "oracle")
-TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
-EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
-# For both agents: Stable-Baselines3's, but a horizon for short episodes, some exploration, and half the epochs.
-PPO_SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-4,
-    "n_epochs": 5,
-    "gamma": 0.9,
-    "gae_lambda": 0.9,
-    "ent_coef": 0.01,
-}
-HIDDEN_SIZES = [128, 128]
-KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "num_envs", "rollout")
-KEPT += ("batch_size", "save_every")
-
-# ---------------------------------------------------------------------------------------------------- arguments
+# What the package offers, without importing it (tests/test_programs.py holds both equal).
+RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
+GOAL_POOLINGS = ("similarity", "mean", "none")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,6 +65,42 @@ def parse_arguments() -> argparse.Namespace:
             f"{arguments.save_every} and {update}"
         )
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
+from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
+from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
+from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
+from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
+from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
+from vjepa_ac_hf.records import claim_folder, command_line, versions, weights_checksum, write_file, write_json
+
+TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
+EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
+# For both agents: Stable-Baselines3's, but a horizon for short episodes, some exploration, and half the epochs.
+PPO_SETTINGS: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "n_epochs": 5,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "ent_coef": 0.01,
+}
+HIDDEN_SIZES = [128, 128]
+KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "num_envs", "rollout")
+KEPT += ("batch_size", "save_every")
 
 
 def claim_output(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -404,7 +408,7 @@ def main() -> None:
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)
     settings |= {"steps": arguments.steps}
-    summary = {"settings": settings, "agents": agents, "command": " ".join(sys.argv), "versions": versions()}
+    summary = {"settings": settings, "agents": agents, "command": command_line(), "versions": versions()}
     write_json(arguments.output / "summary.json", summary)
     picture = draw(agents)
     write_file(arguments.output / "success.png", picture)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,28 @@ from helpers_training import load_program
 from vjepa_ac_hf import VJEPA2ACProcessor
 from vjepa_ac_hf.loading.clips import ClipCollator, load_action_statistics, load_clips
 
-ROOT = Path(__file__).resolve().parents[1]
+HELP = ("--help", "pack --help", "pack --no_such_flag")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
     return load_program("benchmarks/data.py")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_starting_gives_ratios_to_the_reference(tmp_path, monkeypatch):
+    startup = load_program("benchmarks/startup.py")
+    monkeypatch.setattr(startup, "PROGRAMS", {"pack": ()})
+    monkeypatch.setattr(startup, "IMPORTS", {})
+    monkeypatch.setattr(sys, "argv", ["startup.py", "--output", str(tmp_path / "out.json"), "--repeats", "1"])
+    startup.main()
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert set(figures) == {startup.REFERENCE, *(f"vjepa-ac {a}" for a in HELP)}
+    assert figures[startup.REFERENCE]["ratio"] == 1
+    for row in figures.values():
+        assert row["ratio"] == pytest.approx(row["median_s"] / figures[startup.REFERENCE]["median_s"])
+    with pytest.raises(SystemExit, match="exit status 0, expected 2"):
+        startup.seconds(["-c", ""], 2)
 
 
 @pytest.mark.slow

@@ -483,6 +483,8 @@ def test_program_labels_skips_and_says_what_it_did(saved, tmp_path):
     labelled = contents(plays)
     for path in plays.glob("*"):
         path.unlink() if path.is_file() else None
+    assert run(saved, "--videos", plays, "--min_confidence", half) == 0
+    (plays / "deep" / "label_report.json").unlink()  # in the nearest folder above all videos
     assert run(saved, *flags, "--batch_size", 3) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["skipped"] == 2 and report["unsure_ticks"] == unsure

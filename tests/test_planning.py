@@ -197,7 +197,8 @@ def test_sampled_actions_keep_bounds_and_follow_from_the_decisions(
 def test_what_is_free_and_what_is_not():
     space = SearchSpace("vpt-38", statistics=STATISTICS)
     assert space.continuous == ["yaw_delta", "pitch_delta"]
-    assert [c for c in ACTION_COLUMNS[13:28] if c not in space.keys] == ["key.e", "key.escape", "key.right.shift"]
+    fixed = ["key.q", "key.e", "key.escape", "key.right.shift"]
+    assert [c for c in ACTION_COLUMNS[13:28] if c not in space.keys] == fixed
     assert space.numbers == list(range(10)) and "gui_open" not in space.keys
     torch.testing.assert_close(space.low, torch.tensor([0.3 - 36, 0.5 - 18], dtype=torch.float64))
     torch.testing.assert_close(space.high, torch.tensor([0.3 + 36, 0.5 + 18], dtype=torch.float64))
@@ -738,7 +739,7 @@ def aggregate(lines, steps, spec):
 @given(seed=st.integers(0, 10_000), pitch=st.floats(-90, 90), slot=st.integers(0, 8), steps=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_ticks_aggregate_to_the_same_actions(seed, pitch, slot, steps):
-    free = ["key.e", "key.escape", "key.right.shift"]
+    free = ["key.q", "key.e", "key.escape", "key.right.shift"]
     space = SearchSpace("vpt-38", statistics=STATISTICS, free=free)
     # A step more, in which nothing is pressed: the last view is only known from the tick after it.
     decisions = space.sample(space.initial(steps + 1), 1, seeded(seed))

@@ -39,7 +39,7 @@ def save_heads(folder: Path, statistics: dict) -> None:
         processor.save_pretrained(folder / name)
 
 
-def test_snippets_run(tmp_path, monkeypatch):
+def test_snippets_run(tmp_path, monkeypatch, caplog):
     recording = sorted((ROOT / "tests" / "data").glob("*.mp4")) + sorted((ROOT / "tests" / "data").glob("*.jsonl"))
     (tmp_path / "demo" / "shards").mkdir(parents=True)
     write_tar(tmp_path / "demo" / "shards" / "shard-000000.tar", [(path.name, path) for path in recording])
@@ -62,6 +62,8 @@ def test_snippets_run(tmp_path, monkeypatch):
     assert not names["future"].equal(names["imagined"])
     assert names["told"]["yaw_delta"].shape == (1, 7) and names["ahead"].binary_logits.shape[:3] == (1, 8, 2)
     assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
+    assert not any(tick["drop"] for tick in names["found"].to_minerl())
+    assert not [record for record in caplog.records if "split" in record.getMessage()]  # nobody has asked for one
 
 
 def test_files_that_are_named_exist():

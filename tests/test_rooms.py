@@ -18,10 +18,12 @@ LAYERS = (
     {"building", "evaluation"},
     {"envs", "planning", "training"},
     {"hub", "labelling"},
+    {"programs"},
 )
 LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# Names of before: `__init__` registers everything, `data` leads to where things are now.
-OUTSIDE = {"__init__", "data"}
+# `__init__` has the names that users import, `registration` has the libraries find them, `data` leads from names of
+# before to where things are now.
+OUTSIDE = {"__init__", "registration", "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

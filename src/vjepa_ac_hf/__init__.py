@@ -1,38 +1,31 @@
 """Action-conditioned V-JEPA 2 world models from VPT recordings, in the Hugging Face ecosystem.
 
-Importing registers the model with transformers' Auto classes and the builder `vpt_tubelets` with datasets.
+Importing registers the model with transformers' Auto classes and the builder `vpt_tubelets` with datasets, without
+importing either (registration.py); the names below are imported when they are asked for.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification, AutoProcessor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .actions_vjepa2_ac import ACTION_COLUMNS, ACTION_SPACES, ActionStatistics, resolve_action_space
-from .building.vpt_tubelets import register as _register_builder
-from .configuration_heads_vjepa2_ac import (
-    VJEPA2ACActionAnticipationConfig,
-    VJEPA2ACInverseDynamicsConfig,
-    VJEPA2ACVideoClassificationConfig,
-)
-from .configuration_vjepa2_ac import VJEPA2ACConfig
-from .modeling_heads_vjepa2_ac import (
-    VJEPA2ACForActionAnticipation,
-    VJEPA2ACForInverseDynamics,
-    VJEPA2ACForVideoClassification,
-)
-from .modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACOutput
-from .processing_vjepa2_ac import VJEPA2ACProcessor
+from .registration import register as _register
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .actions_vjepa2_ac import ACTION_COLUMNS, ACTION_SPACES, ActionStatistics, resolve_action_space
+    from .configuration_heads_vjepa2_ac import (
+        VJEPA2ACActionAnticipationConfig,
+        VJEPA2ACInverseDynamicsConfig,
+        VJEPA2ACVideoClassificationConfig,
+    )
+    from .configuration_vjepa2_ac import VJEPA2ACConfig
+    from .modeling_heads_vjepa2_ac import (
+        VJEPA2ACForActionAnticipation,
+        VJEPA2ACForInverseDynamics,
+        VJEPA2ACForVideoClassification,
+    )
+    from .modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACOutput
+    from .processing_vjepa2_ac import VJEPA2ACProcessor
 
-AutoConfig.register(VJEPA2ACConfig.model_type, VJEPA2ACConfig, exist_ok=True)
-AutoModel.register(VJEPA2ACConfig, VJEPA2ACModel, exist_ok=True)
-AutoProcessor.register(VJEPA2ACConfig, VJEPA2ACProcessor, exist_ok=True)
-for _head in (VJEPA2ACForInverseDynamics, VJEPA2ACForActionAnticipation, VJEPA2ACForVideoClassification):
-    _auto = AutoModelForVideoClassification if _head is VJEPA2ACForVideoClassification else AutoModel
-    AutoConfig.register(_head.config_class.model_type, _head.config_class, exist_ok=True)
-    _auto.register(_head.config_class, _head, exist_ok=True)
-    AutoProcessor.register(_head.config_class, VJEPA2ACProcessor, exist_ok=True)
-_register_builder()
-
+__version__ = "0.2.0"
 __all__ = [
     "ACTION_COLUMNS",
     "ACTION_SPACES",
@@ -49,3 +42,24 @@ __all__ = [
     "VJEPA2ACVideoClassificationConfig",
     "resolve_action_space",
 ]
+# Files that travel to the Hub, each after those that it imports: a name is the first one's that has it.
+_FILES = ("actions", "configuration", "configuration_heads", "processing", "modeling", "modeling_heads")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = next(
+        getattr(module, name)
+        for file in _FILES
+        if hasattr(module := import_module(f".{file}_vjepa2_ac", __name__), name)
+    )
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

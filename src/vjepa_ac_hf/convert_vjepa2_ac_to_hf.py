@@ -13,6 +13,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="official .pt file")
+    parser.add_argument("--output", required=True, help="folder for config.json and model.safetensors")
+    parser.add_argument("--crop_size", type=int, default=256, help="frame size in pixels")
+    parser.add_argument("--encoder_heads", type=int, default=16, help="attention heads of the encoder (ViT-g: 22)")
+    parser.add_argument("--predictor_heads", type=int, default=16, help="attention heads of the predictor")
+    parser.add_argument("--frames_per_clip", type=int, default=16)
+    parser.add_argument("--loss_type", choices=("l1", "mse"), default="l1")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
 import torch
 from torch import Tensor
 from transformers import VJEPA2Config
@@ -167,15 +183,7 @@ def convert_checkpoint(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="official .pt file")
-    parser.add_argument("--output", required=True, help="folder for config.json and model.safetensors")
-    parser.add_argument("--crop_size", type=int, default=256, help="frame size in pixels")
-    parser.add_argument("--encoder_heads", type=int, default=16, help="attention heads of the encoder (ViT-g: 22)")
-    parser.add_argument("--predictor_heads", type=int, default=16, help="attention heads of the predictor")
-    parser.add_argument("--frames_per_clip", type=int, default=16)
-    parser.add_argument("--loss_type", choices=("l1", "mse"), default="l1")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO)
     model = convert_checkpoint(
         arguments.checkpoint,

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shlex
+import sys
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -49,6 +51,12 @@ def claim_folder(
         if differing:
             raise SystemExit(f"{path}: made with other arguments ({'; '.join(differing)}); choose another --output")
     write_json(path, settings)
+
+
+def command_line() -> str:
+    """What started this program, as one would type it again."""
+    program, *flags = sys.argv
+    return " ".join([program if program.startswith("vjepa-ac ") else f"python {program}", shlex.join(flags)])
 
 
 def versions() -> dict[str, str]:

@@ -13,8 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -133,6 +135,9 @@ def _run_workers(
                 if isinstance(message, tuple):
                     progress(*message)
                     continue
+                if isinstance(message, logging.LogRecord):  # told here, where the progress bar is
+                    logging.getLogger(message.name).handle(message)
+                    continue
                 if message is not None:
                     failures[worker.task.name] = _reason(message)
                     logger.error("%s is not built: %s", worker.task.name, _reason(message))
@@ -153,9 +158,18 @@ def _run_workers(
     return failures
 
 
+class _ToParent(QueueHandler):
+    """Sends messages to the process that shows progress: on one terminal, only one can keep off the bar's line."""
+
+    queue: Any  # a connection
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send(record)
+
+
 def _work(connection: Connection, output: Path, plan_key: str) -> None:
-    """A worker: receives tasks, sends (recordings, clips) that are new, and after each task its error or None."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    """A worker: receives tasks, sends messages, (recordings, clips) that are new, after each task its error or None."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToParent(cast(Any, connection))])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """From files to the plan of a build, and what it will take (docs/data.md, "Building a data set")."""
 
 import hashlib
+import logging
 import shutil
 import time
 from collections import Counter
@@ -24,10 +25,13 @@ from ..recordings.shards import (
 )
 from ..recordings.splits import validation_set
 from ..records import write_file
+from .code import code_hash
 from .rows import BuildReport, iter_clips, listing_report
 from .selection import BuildOptions, Selection, select_recordings
 from .tasks import BUILD_FOLDER, Plan, Stamp, Task, read_marker, stamp_of
-from .vpt_tubelets import code_hash, split_shards
+from .vpt_tubelets import split_shards
+
+logger = logging.getLogger(__name__)
 
 # Loose recordings of a folder are built in groups of this many, each like a shard.
 RECORDINGS_PER_TASK = 32
@@ -119,6 +123,12 @@ def make_plan(
     selection = msgspec.json.decode(msgspec.json.encode(selection), type=Selection)
     sessions = [entry.session_id for shard in shards for entry in shard.entries]
     validation = validation_set(sessions, validation_fraction, validation_sessions)
+    if not validation and validation_fraction is None and validation_sessions is None:
+        logger.warning(
+            "no validation split: 0.05 of %d sessions leaves one split empty, so all are for training; give "
+            "--validation_fraction or --validation_sessions for another choice, 0 for this one",
+            len(set(sessions)),
+        )
     tasks = plan_tasks(shards, stamps, validation, options)
     if not tasks:
         raise ValueError(f"no recording to build: {report.summary()}")

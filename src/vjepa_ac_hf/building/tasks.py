@@ -25,9 +25,9 @@ from ..inspection import summary
 from ..inspection.summary import ActionHistograms
 from ..recordings.shards import Shard, read_pairs
 from ..records import write_file, write_json
+from .code import code_hash
 from .rows import BuildReport, clip_features, iter_clips
 from .selection import BuildOptions, Selection
-from .vpt_tubelets import code_hash
 
 logger = logging.getLogger(__name__)
 

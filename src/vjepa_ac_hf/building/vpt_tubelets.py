@@ -1,15 +1,12 @@
 """The `vpt_tubelets` data-set builder: VPT recordings to clips of tubelets (docs/data.md, "The builder")."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import torch
-from datasets import packaged_modules
 from datasets.builder import Key
 
 from ..recordings.shards import Shard, list_shards, read_pairs
@@ -20,21 +17,6 @@ from .selection import BuildOptions, Selection, options_from, select_recordings,
 logger = logging.getLogger(__name__)
 
 _IMPORTED_IN = os.getpid()
-BUILDER_NAME = "vpt_tubelets"
-_SOURCES = (
-    "../actions_vjepa2_ac.py",
-    "../processing_vjepa2_ac.py",
-    "../recordings/log.py",
-    "../recordings/clips.py",
-    "../recordings/mp4.py",
-    "../recordings/timing.py",
-    "../recordings/video.py",
-    "../recordings/shards.py",
-    "../recordings/splits.py",
-    "selection.py",
-    "rows.py",
-    "vpt_tubelets.py",
-)
 
 
 @dataclass
@@ -207,14 +189,3 @@ def split_shards(shards: list[Shard], validation: set[str]) -> dict[str, list[Sh
             if entries:
                 splits.setdefault(split, []).append(Shard(shard.name, shard.source, entries))
     return splits
-
-
-def code_hash() -> str:
-    """SHA-256 of the modules that rows depend on: what other code has built is not reused."""
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join((folder / source).read_bytes() for source in _SOURCES)).hexdigest()
-
-
-def register() -> None:
-    """Make `load_dataset("vpt_tubelets", ...)` find the builder."""
-    packaged_modules._PACKAGED_DATASETS_MODULES[BUILDER_NAME] = (__name__, code_hash())

@@ -105,6 +105,12 @@ def start_game(resolution: str, weapon: bool = False) -> tuple[Any, Walls, tempf
     return game, walls, folder
 
 
+def end_game(game: Any, folder: tempfile.TemporaryDirectory) -> None:
+    """End the engine's process, then remove its folder."""
+    game.close()
+    folder.cleanup()
+
+
 def begin_life(game: Any, seed: int, heading: float) -> None:
     """A new life at a start drawn from the seed, turned to the left by `heading` degrees."""
     game.set_seed(seed)

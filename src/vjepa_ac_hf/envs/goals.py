@@ -91,10 +91,11 @@ class GoalViewWrapper(gymnasium.Wrapper):
         super().__init__(env)
         if not 1 <= steps[0] <= steps[1] <= max_steps:
             raise ValueError(f"steps must be 1 <= least <= most <= max_steps {max_steps}, found {steps}")
-        if not 1 <= hold <= max_steps - steps[1] + 1:
+        most = max_steps - steps[1] + 1
+        if not 1 <= hold <= most:
             raise ValueError(
-                f"hold must be 1 to {max_steps - steps[1] + 1}, what max_steps {max_steps} leaves after {steps[1]} "
-                f"steps, found {hold}"
+                f"hold must be {f'1 to {most}' if most > 1 else '1'}: of max_steps {max_steps} no more are left once a "
+                f"goal {steps[1]} steps away is reached; found {hold}"
             )
         if not 0 < turn[0] <= turn[1] < 180 or not 0 <= walk <= 1:
             raise ValueError(f"turn must be 0 < least <= most < 180 and walk in [0, 1], found {turn} and {walk}")

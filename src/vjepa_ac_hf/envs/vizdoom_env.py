@@ -1,6 +1,7 @@
 """ViZDoom with the inputs, states and frames of a VPT recording, tick by tick (docs/environments.md, "Ticks")."""
 
 import math
+import weakref
 from datetime import datetime
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
-from .doom import MOVES, WEAPON_KEYS, begin_life, start_game
+from .doom import MOVES, WEAPON_KEYS, begin_life, end_game, start_game
 
 DEGREES_PER_COUNT = DEGREES_PER_PIXEL  # the name of before 0.2
 TICS_PER_TICK = 2
@@ -74,7 +75,9 @@ class VizDoomVPTEnv(gymnasium.Env):
         if places is not None and not 1 <= places < 2**31 - 1:
             raise ValueError(f"places must be at least 1, found {places}")
         self._engine_seeds = 2**31 if places is None else places + 1
-        self.game, self.walls, self._folder = start_game(resolution, weapon)
+        self.game, self.walls, folder = start_game(resolution, weapon)
+        # The engine before its folder, also where nobody closes the environment: it saves its settings there.
+        self._end = weakref.finalize(self, end_game, self.game, folder)
         self.render_mode, self.max_ticks = render_mode, max_ticks
         self.start_time = FIRST_START
         self.line: dict[str, Any] = {}
@@ -160,8 +163,7 @@ class VizDoomVPTEnv(gymnasium.Env):
 
     def close(self) -> None:
         self._alive = False
-        self.game.close()
-        self._folder.cleanup()
+        self._end()
 
     # --- the engine's numbers as VPT's ------------------------------------------------------------------------
 

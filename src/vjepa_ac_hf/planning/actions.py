@@ -31,9 +31,10 @@ _SLOTS = slice(COLUMN[SLOTS[0]], COLUMN[SLOTS[-1]] + 1)
 VIEW_OF_MOUSE = {"mouse_dx": "yaw_delta", "mouse_dy": "pitch_delta"}
 MOUSE_OF_VIEW = {view: mouse for mouse, view in VIEW_OF_MOUSE.items()}
 
-# A plan with these pressed would leave the world that it imagines: e and escape open a GUI, while gui_open is 0. Right
-# shift does nothing in Minecraft and has no name in MineRL.
-DEFAULT_FIXED: dict[str, float] = {"gui_open": 0, "key.e": 0, "key.escape": 0, "key.right.shift": 0}
+# A plan with these pressed would leave the world that it imagines: e and escape open a GUI, while gui_open is 0; q
+# drops the item in hand, which hardly shows and cannot be undone. Right shift does nothing in Minecraft; MineRL
+# lacks it.
+DEFAULT_FIXED: dict[str, float] = {"gui_open": 0, "key.q": 0, "key.e": 0, "key.escape": 0, "key.right.shift": 0}
 
 _LIMITS = {"yaw_delta": (-180.0, math.nextafter(180.0, 0.0)), "pitch_delta": (-180.0, 180.0)}
 _BOUND_STD = 3.0  # default bounds: as far from the mean of the training data, in standard deviations

@@ -2,11 +2,8 @@
 
 import difflib
 import hashlib
-import logging
 import math
 from collections.abc import Iterable, Sequence
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_VALIDATION_FRACTION = 0.05
 
@@ -26,7 +23,7 @@ def validation_set(
     Args:
         sessions: all sessions there are.
         validation_fraction: share of sessions in [0, 1), chosen by `session_share`. None: 0.05, and where that leaves
-            a split without sessions, none is for validation (a warning says so).
+            a split without sessions, none is for validation.
         validation_sessions: their names, instead of a share.
 
     Raises:
@@ -47,12 +44,6 @@ def validation_set(
             raise ValueError(f"validation_fraction must be in [0, 1), found {fraction}")
         chosen = {session for session in known if session_share(session) < fraction}
         if validation_fraction is None and (not chosen or len(chosen) == len(known)):
-            logger.warning(
-                "a share of %g of %d sessions leaves a split empty: all are for training, none for validation; "
-                "name some with validation_sessions",
-                fraction,
-                len(known),
-            )
             return set()
         if fraction > 0 and not chosen:
             raise ValueError(

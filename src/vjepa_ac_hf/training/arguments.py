@@ -5,10 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from ..loading.feature_cache import CACHE_DTYPES
-from .estimates import HARDWARE
-from .recipes import load_recipe
+from .recipes import find_recipe, load_recipe
 
+# What the package offers, without importing it (tests/test_programs.py holds both equal): mistakes in flags are told
+# before torch is there.
+_CACHE_DTYPES = ("bfloat16", "int8", "float32")
+_HARDWARE = ("a100", "h100", "h200")
 _POSITIVE = (
     "max_steps",
     "per_device_batch_size",
@@ -51,7 +53,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", type=Path, help="recipe: a YAML file of flags (examples/configs); flags override it"
+        "--config",
+        type=Path,
+        help="recipe: a YAML file of flags, or the name of one in examples/configs; flags override it",
     )
     for add in (_add_data, _add_model, _add_optimisation, _add_run, _add_estimates):
         add(parser)
@@ -80,7 +84,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--cache_dtype",
-        choices=CACHE_DTYPES,
+        choices=_CACHE_DTYPES,
         help="how they are stored; float32 trains exactly as without a cache; default: bfloat16",
     )
 
@@ -171,24 +175,26 @@ def _add_estimates(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry_run_json", type=Path, help="file: the estimates of --dry_run as JSON")
     group.add_argument(
         "--hardware",
-        help=f"for hours and utilisation: one of {', '.join(HARDWARE)}, with --dry_run also a number, as in h100x8",
+        help=f"for hours and utilisation: one of {', '.join(_HARDWARE)}, with --dry_run also a number, as in h100x8",
     )
     group.add_argument("--hardware_tflops", type=float, help="peak of one device, instead of --hardware's")
     group.add_argument("--devices", type=int, help="number of devices; default: --hardware's, else the processes")
     group.add_argument("--mfu", type=float, default=0.4, help="share of the peak that hours are estimated with")
 
 
-def parse_arguments(description: str, command_line: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    description: str, command_line: list[str] | None = None, recipes: Path | None = None
+) -> argparse.Namespace:
     """The command line of `examples/train.py`, checked as far as that needs no files but the recipe's.
 
     Mistakes exit with status 2. What follows from other flags is filled in: warm-up and decay, accumulation, the
-    global batch.
+    global batch. `recipes` is the folder of those that `--config` may name without folder and suffix.
     """
     parser = build_parser(description)
     given = parser.parse_known_args(command_line)[0]
     if given.config is not None:
         try:
-            recipe = load_recipe(given.config, parser)
+            recipe = load_recipe(find_recipe(given.config, recipes), parser)
             if given.cache_features and not given.streaming:
                 recipe["streaming"] = False  # another way of reading, which the command line has chosen
             parser.set_defaults(**recipe)
@@ -239,9 +245,9 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             )
     if arguments.mfu > 1:
         parser.error(f"--mfu is a share of the peak, at most 1, found {arguments.mfu}")
-    if arguments.hardware and arguments.hardware.lower().partition("x")[0] not in HARDWARE:
+    if arguments.hardware and arguments.hardware.lower().partition("x")[0] not in _HARDWARE:
         parser.error(
-            f"--hardware {arguments.hardware}: expected one of {', '.join(HARDWARE)} with or without a number "
+            f"--hardware {arguments.hardware}: expected one of {', '.join(_HARDWARE)} with or without a number "
             "(h100x8); for another device give --hardware_tflops and --devices"
         )
     if arguments.hub_timeout <= 0 or arguments.hub_wait < 0:

@@ -33,6 +33,20 @@ _Loader.add_implicit_resolver(
 )
 
 
+def find_recipe(name: Path, folder: Path | None) -> Path:
+    """The file that `--config` means: one of that name or, for a bare name, the recipe in `folder`.
+
+    Raises:
+        ValueError: neither is there; the message lists the recipes.
+    """
+    if name.exists() or folder is None or len(name.parts) != 1:
+        return name
+    known = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if name.name.removesuffix(".yaml") in known:
+        return known[name.name.removesuffix(".yaml")]
+    raise ValueError(f"--config {name}: no such file, and none of the recipes {', '.join(known)}")
+
+
 def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Values for a parser's flags from a YAML or JSON file, or from the `run.json` of an earlier run.
 
