@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
+from ..recordings.names import missing_columns
 from .order import ClipOrder
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class ParquetClips:
                 schema = footer.schema.to_arrow_schema()
                 missing = [column for column in self.columns if column not in schema.names]
                 if missing:
-                    raise ValueError(f"{files[index]}: columns {missing} are missing, found {sorted(schema.names)}")
+                    raise missing_columns(files[index], missing, schema.names)
                 if index == 0:
                     self.features = Features({n: Features.from_arrow_schema(schema)[n] for n in self.columns})
                 groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
@@ -77,6 +78,14 @@ class ParquetClips:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for group in range(len(self.group_sizes)):
             yield from self.read_group(group)
+
+    def unique(self, column: str) -> list[Any]:
+        """Distinct values of one column, from all files."""
+        values: set[Any] = set()
+        for file in self.files:
+            with _open(file) as source:
+                values.update(pq.ParquetFile(source).read([column])[column].unique().to_pylist())
+        return sorted(values)
 
     def read_group(self, group: int) -> list[dict[str, Any]]:
         """Rows of a row group: video `{"bytes", "path"}`, actions and states as arrays.
