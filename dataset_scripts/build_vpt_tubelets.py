@@ -12,6 +12,7 @@ where it was: finished shards have a marker in DIR/.build. Exit status 0 only if
 """
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -26,7 +27,7 @@ REPAIRS = (
     "stuck_attack",
     "hotbar_injected",
     "mouse_scaled",
-    "trimmed",
+    "frames_timed",
 )
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -93,8 +94,10 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_gui_fraction", type=float, help="leave out clips with a GUI open for a larger share of ticks")
     add("--min_action_fraction", type=float, help="leave out clips with input in a smaller share of ticks")
     add("--clip_fraction", type=float, help="share of clips to keep, by a stable hash")
-    add("--validation_fraction", type=float, help="share of sessions (default: 0.05 where no split is empty)")
-    add("--validation_sessions", nargs="+", metavar="SESSION", help="their names, instead of a share")
+    add("--split_by", choices=("player", "session"), default="player", help="what is in one split as a whole")
+    add("--validation_fraction", type=float, help="share of players (default: 0.05 where no split is empty)")
+    add("--validation_players", nargs="+", metavar="PLAYER", help="their names, instead of a share")
+    add("--validation_sessions", nargs="+", metavar="SESSION", help="likewise")
 
 
 if __name__ == "__main__":
@@ -109,8 +112,9 @@ from vjepa_ac_hf.building.merging import check_finished, merge, push_dataset
 from vjepa_ac_hf.building.plan import check_output, describe_plan, make_plan
 from vjepa_ac_hf.building.selection import options_from, selection_from
 from vjepa_ac_hf.building.tasks import Plan, Task, read_plan, remove_dead_temporaries, unfinished, write_plan
-from vjepa_ac_hf.recordings.log import recording_id_of
+from vjepa_ac_hf.recordings.names import recording_id_of
 from vjepa_ac_hf.recordings.shards import find_files
+from vjepa_ac_hf.recordings.splits import split_options_from
 from vjepa_ac_hf.records import write_json
 
 
@@ -141,10 +145,10 @@ def cluster_settings(arguments: argparse.Namespace):
 def plan_build(arguments: argparse.Namespace) -> Plan:
     options = options_from(vars(arguments))
     selection = selection_from({**vars(arguments), "exclude": read_exclude(arguments.exclude)})
+    split = split_options_from(vars(arguments))
     files = find_files(arguments.shards, arguments.output)
     check_output(arguments.output)
-    validation = (arguments.validation_fraction, arguments.validation_sessions)
-    return make_plan(files, arguments.output, options, selection, *validation)
+    return make_plan(files, arguments.output, options, selection, split)
 
 
 def dry_run(plan: Plan, arguments: argparse.Namespace) -> None:
@@ -156,7 +160,9 @@ def dry_run(plan: Plan, arguments: argparse.Namespace) -> None:
     tasks, estimate = facts["tasks"], facts["estimate"]
     print(f"{tasks['total']} tasks, {tasks['finished']} finished; {facts['recordings']} recordings to build in all")
     for split, part in facts["splits"].items():
-        print(f"  {split}: {part['sessions']} sessions, {part['recordings']} recordings")
+        counts = ", ".join(f"{count} {name}" for name, count in part.items())
+        print(f"  {split}: {counts}")
+    print_share(facts["split"])
     print(f"  rejected before reading: {facts['rejected'] or 'none'}; left out: {facts['skipped_recordings']}")
     if estimate is not None:
         errors = estimate["relative_standard_error"]
@@ -171,6 +177,15 @@ def dry_run(plan: Plan, arguments: argparse.Namespace) -> None:
             needed, free = estimate["bytes_to_write"] / 1e9, facts["free_bytes"] / 1e9
             print(f"warning: {needed:,.2f} GB to write, {free:,.2f} GB free at {arguments.output}", file=sys.stderr)
     print(f"written to {arguments.output / 'plan.json'}; nothing is built")
+
+
+def print_share(split: dict) -> None:
+    """What share of clips, recordings, players ... validation has, and whether it is far from the one asked for."""
+    shares = ", ".join(f"{share:.1%} of {name}" for name, share in split["reached"].items() if name != "bytes")
+    wanted = "named" if split["wanted"] is None else f"{split['wanted']:.1%} wanted"
+    print(f"validation, by {split['split_by']} ({wanted}): {shares}")
+    if split["warning"]:
+        print(f"warning: {split['warning']}", file=sys.stderr)
 
 
 def plus_minus(relative_error: float | None) -> str:
@@ -235,6 +250,7 @@ def build(arguments: argparse.Namespace) -> int:
             return 0
 
     report = merge(plan, output)
+    print_share(json.loads((output / "report.json").read_text())["split"])
     before = f"; {num_finished} of {len(plan.tasks)} shards were finished before" if num_finished else ""
     print(f"{report.summary()}{before}; {output}")
     if arguments.push_to_hub:

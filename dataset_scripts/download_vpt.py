@@ -99,7 +99,13 @@ def download(arguments: argparse.Namespace) -> int:
         index, recorder_versions=arguments.recorder_version, match=arguments.match, limit=arguments.limit
     )
     left_out = ", ".join(f"{count} by {name}" for name, count in selection.left_out.items() if count) or "none"
-    print(f"{len(selection.recordings)} of {len(index.recordings)} recordings selected; left out: {left_out}")
+    print(f"{len(selection.recordings)} of {len(index.entries)} recordings selected; left out: {left_out}")
+    if selection.doubled:
+        older, newer = next(iter(selection.doubled.items()))
+        print(
+            f"{len(selection.doubled)} recordings stand under several recorder versions, of which the newest is taken: "
+            f"{newer}, not {older}"
+        )
     interrupted = False
     try:
         asyncio.run(transfer(selection, index, options, arguments.output, report))
@@ -107,7 +113,8 @@ def download(arguments: argparse.Namespace) -> int:
         interrupted = True
     finally:
         if report.selected and arguments.output.is_dir():
-            filters = {"index": arguments.index, "indexed": len(index.recordings), "left_out": selection.left_out}
+            filters = {"index": arguments.index, "indexed": len(index.entries), "left_out": selection.left_out}
+            filters["doubled"] = selection.doubled
             write_json(arguments.output / REPORT_NAME, {**filters, **report.to_dict()})
     print(report.summary())
     if interrupted:

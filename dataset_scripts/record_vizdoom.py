@@ -4,7 +4,7 @@
 
 ViZDoom (extra "vizdoom") is a maintained Doom engine with a software renderer and free game data. A scripted player
 walks the deathmatch map alone (no monsters, god mode): every recording is one continuous life without deaths or
-teleports, and a session of its own. What it logs is what a person's mouse and keyboard would have done:
+teleports, and a player of its own. What it logs is what a person's mouse and keyboard would have done:
 
 - 1 tick = 2 of Doom's 35 tics a second (17.5 ticks a second of play, stored as VPT's 20).
 - `dx`, `dy`: whole mouse counts of 0.15 degrees; they turn the view by exactly that (to the engine's 0.01 degrees).
@@ -31,7 +31,7 @@ RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
-    parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a session each")
+    parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a player each")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks (frames, log lines) a recording")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same recordings")
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="640x360", help="of the video")
@@ -166,11 +166,12 @@ def play(env: VizDoomVPTEnv, generator: np.random.Generator, ticks: int, pauses:
 
 
 def recording_name(seed: int, index: int) -> tuple[str, datetime]:
-    """VPT's `<alias>-<session>-<date>-<time>`, made up from seed and index."""
+    """VPT's `<alias>-<id>-<date>-<time>`, made up from seed and index: a player of its own, to split by."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).hexdigest()
-    alias = f"vizdoom-{_ADJECTIVES[int(digest[:4], 16) % 12]}-{_ANIMALS[int(digest[4:8], 16) % 12]}"
+    animal = f"{_ADJECTIVES[int(digest[:4], 16) % 12]}-{_ANIMALS[int(digest[4:8], 16) % 12]}"
+    alias = f"vizdoom-{animal}-{digest[8:20]}"
     start = datetime(2026, 1, 1) + timedelta(minutes=5 * index)
-    return f"{alias}-{digest[8:20]}-{start:%Y%m%d-%H%M%S}", start
+    return f"{alias}-{digest[20:32]}-{start:%Y%m%d-%H%M%S}", start
 
 
 def record_shard(

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from vjepa_ac_hf.inspection.columns import ClipFiles, action_array
 from vjepa_ac_hf.inspection.summary import ActionHistograms, dataset_summary, write_dataset_report
 
-COLUMNS = ("actions", "recording_id", "session_id")
+COLUMNS = ("actions", "recording_id", "session_id", "player_id")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class SplitContents:
 
     clips: int = 0
     recordings: set[str] = field(default_factory=set)
+    players: set[str] = field(default_factory=set)
     sessions: set[str] = field(default_factory=set)
     histograms: ActionHistograms = field(default_factory=ActionHistograms)
 
@@ -58,6 +59,7 @@ def read_contents(clips: ClipFiles) -> dict[str, SplitContents]:
                 raise ValueError(f"{name}: {error}") from error
             part.clips += batch.num_rows
             part.recordings.update(batch.column("recording_id").to_pylist())
+            part.players.update(batch.column("player_id").to_pylist())
             part.sessions.update(batch.column("session_id").to_pylist())
     return contents
 
@@ -77,13 +79,16 @@ def minimal_report(contents: dict[str, SplitContents]) -> dict[str, Any]:
 
 def split_entries(contents: dict[str, SplitContents]) -> dict[str, dict]:
     return {
-        split: {"clips": part.clips, "recordings": len(part.recordings), "sessions": sorted(part.sessions)}
+        split: {
+            **{"clips": part.clips, "recordings": len(part.recordings)},
+            **{"players": sorted(part.players), "sessions": sorted(part.sessions)},
+        }
         for split, part in contents.items()
     }
 
 
 def find_contradictions(report: dict[str, Any], contents: dict[str, SplitContents]) -> list[str]:
-    """Sentences about numbers that report.json and the files give differently, and about sessions in two splits."""
+    """Sentences about numbers that report.json and the files give differently, and about players in two splits."""
     found = []
     told = report["splits"]
     for split in sorted(contents.keys() | told.keys()):
@@ -95,25 +100,27 @@ def find_contradictions(report: dict[str, Any], contents: dict[str, SplitContent
             found.append(
                 f"Split {split}: report.json counts {told[split]['clips']} clips, the files hold {part.clips}."
             )
-        # Not the other way round: a session whose recordings were all rejected has no clips.
-        strangers = sorted(part.sessions - set(told[split]["sessions"]))
-        if strangers:
-            found.append(
-                f"Split {split}: {len(strangers)} sessions of the files are not in report.json; the first is "
-                f"{strangers[0]}."
-            )
+        # Not the other way round: a player whose recordings were all rejected has no clips.
+        for unit in ("players", "sessions"):
+            strangers = sorted(getattr(part, unit) - set(told[split].get(unit, ())))
+            if strangers:
+                found.append(
+                    f"Split {split}: {len(strangers)} {unit} of the files are not in report.json; the first is "
+                    f"{strangers[0]}."
+                )
     histograms = ActionHistograms()
     for part in contents.values():
         histograms.merge(part.histograms)
     if report.get("actions") is not None and ActionHistograms.from_dict(report["actions"]) != histograms:
         found.append("The action histograms of report.json are not those of the files.")
+    unit = "sessions" if report.get("split", {}).get("split_by") == "session" else "players"
     names = sorted(contents)
     for index, split in enumerate(names):
         for other in names[index + 1 :]:
-            both = sorted(contents[split].sessions & contents[other].sessions)
+            both = sorted(getattr(contents[split], unit) & getattr(contents[other], unit))
             if both:
                 found.append(
-                    f"{len(both)} sessions are in both {split} and {other}, which is leakage; the first is {both[0]}."
+                    f"{len(both)} {unit} are in both {split} and {other}, which is leakage; the first is {both[0]}."
                 )
     return found
 
@@ -139,7 +146,8 @@ def make_report(arguments: argparse.Namespace) -> int:
     counted = {**report, "clips": sum(part.clips for part in contents.values()), "splits": split_entries(contents)}
     summary = dataset_summary(counted, histograms, num_bytes=num_bytes)
     page = write_dataset_report(arguments.output, arguments.dataset, summary, [*contradictions, *notes])
-    print(f"{summary['clips']} clips, {summary['sessions']} sessions, {histograms.count} actions; {page}")
+    counts = ", ".join(f"{summary[name]} {name}" for name in ("clips", "players", "sessions"))
+    print(f"{counts}, {histograms.count} actions; {page}")
     for sentence in contradictions:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if contradictions else 0

@@ -164,7 +164,7 @@ def main() -> None:
     # --- one landscape a clip ---------------------------------------------------------------------------------
     names = [f"clip {row} ({clip_name(example)})" for row, example in zip(rows, dataset, strict=True)]
     context, stop = args.context_steps, args.context_steps + args.horizon
-    landscapes, sessions = [], []
+    landscapes, sessions, players = [], [], []
     method, generator = CEM(), torch.Generator().manual_seed(args.seed)
     for name, example in zip(names, tqdm(dataset, desc="landscapes", unit="clip"), strict=True):
         frames = decode_clip(example["video"], name, processor.frames_per_clip, processor.fps)
@@ -189,9 +189,10 @@ def main() -> None:
             landscape = replace(landscape, plan_cost=cost)
         landscapes.append(landscape)
         sessions.append(example["session_id"])
+        players.append(example["player_id"])
 
     # --- files ------------------------------------------------------------------------------------------------
-    summary = summarize_landscapes(landscapes, sessions, seed=args.seed)
+    summary = summarize_landscapes(landscapes, sessions, players, seed=args.seed)
     if args.num_pictures:
         shown = clip_data.spread(len(rows), args.num_pictures)
         picture = io.BytesIO()

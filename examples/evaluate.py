@@ -47,6 +47,7 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
 from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
@@ -127,6 +128,7 @@ def main() -> None:
         inputs["actions"],
         inputs["states"],
         sessions=records.sessions,
+        players=records.players,
         integrate_states=integrate_states,
         yaw_deltas=records.yaw_deltas,
         context_steps=args.context_steps,
@@ -138,7 +140,7 @@ def main() -> None:
     # --- figures and report -----------------------------------------------------------------------------------
     metrics = {
         "clips": len(dataset),
-        "sessions": len(set(records.sessions)),
+        **unit_counts(records.sessions, records.players),
         "loss_type": model.config.loss_type,
         "encoding": model.config.encoding,
         "command": command_line(),

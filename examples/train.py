@@ -47,6 +47,7 @@ from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.loading.clips import (
     check_clips,
+    check_players,
     clip_frame_rate,
     load_action_statistics,
     load_clips,
@@ -131,6 +132,7 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
         logger.warning("%s has no validation split: nothing is validated during training", arguments.dataset)
         return train, None
     validation = load_clips(arguments.dataset, "validation", streaming=arguments.streaming)
+    check_players(arguments.dataset, {"train": train, "validation": validation})
     check_clips(validation, processor, f"{arguments.dataset}, split validation")
     if min(len(validation), arguments.eval_clips) < 2:
         raise ValueError(

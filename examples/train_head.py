@@ -128,7 +128,14 @@ from transformers.utils import cached_file
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.evaluation.head_report import write_head_report
-from vjepa_ac_hf.loading.clips import ClipCollator, check_clips, clip_frame_rate, load_action_statistics, load_clips
+from vjepa_ac_hf.loading.clips import (
+    ClipCollator,
+    check_clips,
+    check_players,
+    clip_frame_rate,
+    load_action_statistics,
+    load_clips,
+)
 from vjepa_ac_hf.loading.feature_cache import cache_features
 from vjepa_ac_hf.loading.loader import ClipLoader
 from vjepa_ac_hf.records import command_line, versions, weights_checksum, write_json
@@ -200,12 +207,12 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
 
 
 def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
-    splits = []
-    for split, wanted in (("train", arguments.max_train_clips), ("validation", arguments.eval_clips)):
-        clips = load_clips(arguments.dataset, split)
+    splits = {split: load_clips(arguments.dataset, split) for split in ("train", "validation")}
+    check_players(arguments.dataset, splits)
+    for split, clips in splits.items():
         check_clips(clips, processor, f"{arguments.dataset}, split {split}")
-        splits.append(clips.select(spread(len(clips), wanted)))
-    return splits
+    wanted = (arguments.max_train_clips, arguments.eval_clips)
+    return [clips.select(spread(len(clips), number)) for clips, number in zip(splits.values(), wanted, strict=True)]
 
 
 def build_head(arguments: argparse.Namespace, world, processor, train, validation):
@@ -376,7 +383,8 @@ def main() -> None:
     with logging_redirect_tqdm():
         figures = train(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
-        save_all(arguments, model, processor, figures, len(splits[0]))
+        counts = {unit + "s": len(splits[1].unique(f"{unit}_id")) for unit in ("session", "player")}
+        save_all(arguments, model, processor, {**counts, **figures}, len(splits[0]))
     end_processes(accelerator)
 
 

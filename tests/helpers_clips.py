@@ -17,6 +17,7 @@ FEATURES = Features(
         "states": Array2D((8, 2), "float32"),
         "recording_id": Value("string"),
         "session_id": Value("string"),
+        "player_id": Value("string"),
         "start_tick": Value("int32"),
     }
 )
@@ -40,8 +41,9 @@ def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32,
         "video": {"bytes": video.numpy().tobytes(), "path": None},
         "actions": actions,
         "states": np.stack([yaw, np.zeros(8)], axis=1).astype(np.float32),
-        "recording_id": f"toy-{session:04d}-20260101-000000",
-        "session_id": f"toy-{session:04d}",
+        "recording_id": f"toy-{session:04d}-00000000beef-20260101-000000",
+        "session_id": f"toy-{session:04d}-20260101",
+        "player_id": f"toy-{session:04d}",
         "start_tick": 64 * index,
     }
 
@@ -49,7 +51,7 @@ def clip_row(rng: np.random.Generator, session: int, index: int, size: int = 32,
 def write_clips(
     folder: Path, train: int = 24, validation: int = 6, size: int = 32, seed: int = 0, fps: float = 5
 ) -> Path:
-    """`folder` as build_vpt_tubelets.py leaves it: data/*.parquet and action_stats.json; three clips a session."""
+    """`folder` as build_vpt_tubelets.py leaves it: data/*.parquet and action_stats.json; three clips a player."""
     rng = np.random.default_rng(seed)
     (folder / "data").mkdir(parents=True)
     statistics = ActionStatistics()

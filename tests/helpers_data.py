@@ -19,8 +19,9 @@ KEYS = (
 )
 
 
-def name_of(session: str, segment: int = 0) -> str:
-    return f"silly-{session}-20220101-{segment:06d}"
+def name_of(player: str, segment: int = 0, day: int = 20220101) -> str:
+    """A recording of the player `silly-<player>`; its id, which says nothing, is another one in every segment."""
+    return f"silly-{player}-{(segment + 1) * 0x1F153AC423:012x}-{day}-{segment:06d}"
 
 
 def make_lines(num_ticks: int, seed: int = 0) -> list[dict]:

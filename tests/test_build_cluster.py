@@ -16,6 +16,7 @@ pytest.importorskip("datatrove")
 from vjepa_ac_hf.building import cluster
 from vjepa_ac_hf.building.cluster import BuildTasks, ClusterSettings, FinishBuild
 from vjepa_ac_hf.building.tasks import BuildError, build_task, current_plan_key, read_plan, unfinished, write_plan
+from vjepa_ac_hf.recordings.splits import SplitOptions
 
 NUM_SHARDS = 3
 
@@ -26,7 +27,7 @@ def shards(tmp_path_factory):
 
 
 def arguments_of(shards, output, *options):
-    flags = ("--resolution", 32, "--validation_sessions", "silly-s1")
+    flags = ("--resolution", 32, "--validation_players", "silly-s1")
     return ["--shards", f"{shards}/*.tar", "--output", output, *flags, *options]
 
 
@@ -117,7 +118,7 @@ def test_a_plan_that_is_replaced_while_a_task_is_built(planned, shards):
     plan = read_plan(output)
 
     def replace_plan(recordings, clips):
-        write_plan(replace(plan, asks_for_validation=not plan.asks_for_validation), output)
+        write_plan(replace(plan, split=SplitOptions(validation_fraction=0.5)), output)
 
     with pytest.raises(BuildError, match="built with other shards or options by now"):
         build_task(plan.tasks[0], output, plan.key, replace_plan)

@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 
 def arguments_of(shards, output, *options):
-    flags = ("--resolution", 32, "--validation_sessions", "silly-s1")
+    flags = ("--resolution", 32, "--validation_players", "silly-s1")
     return ["--shards", f"{shards}/*.tar", "--output", output, *flags, *options]
 
 

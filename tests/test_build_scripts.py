@@ -76,7 +76,7 @@ def packed(tmp_path_factory):
 def built(packed):
     folder, _ = packed
     output = folder / "built"
-    options = ("--resolution", 32, "--num_proc", 2, "--validation_sessions", "silly-s1")
+    options = ("--resolution", 32, "--num_proc", 2, "--validation_players", "silly-s1")
     result = run("build_vpt_tubelets.py", "--shards", folder / "out/*.tar", "--output", output, *options)
     assert result[0] == 0, result[2]
     return output
@@ -133,7 +133,7 @@ def test_built_rows_equal_oracle_and_builder(packed, built, tmp_path):
         "vpt_tubelets",
         data_files=str(folder / "out/*.tar"),
         resolution=32,
-        validation_sessions=["silly-s1"],
+        validation_players=["silly-s1"],
         cache_dir=str(tmp_path / "cache"),
     )
     streamed = load_dataset(str(built), streaming=True)
@@ -153,8 +153,14 @@ def test_results_beside_the_data(packed, built):
         line["mouse"] is None for name, log in lines.items() if len(log) > 60 for line in log
     )
     size = sum(file.stat().st_size for file in (built / "data").glob("validation-*"))
-    expected = {"clips": 2, "recordings": 1, "sessions": ["silly-s1"], "bytes": size}
+    expected = {"clips": 2, "recordings": 1, "players": ["silly-s1"], "sessions": ["silly-s1-20220101"], "bytes": size}
     assert report["splits"]["validation"] == expected
+    total = sum(file.stat().st_size for file in (built / "data").glob("*.parquet"))
+    assert report["split"] == {
+        **{"split_by": "player", "validation_players": ["silly-s1"], "validation_sessions": None},
+        **{"validation_fraction": None, "wanted": None, "warning": None},
+        "reached": {"clips": 0.2, "recordings": 0.2, "players": 0.25, "sessions": 0.25, "bytes": size / total},
+    }
     actions = [
         oracle_actions(log, start, gui_scale=2.0)
         for name, log in lines.items()
@@ -173,7 +179,7 @@ def test_results_beside_the_data(packed, built):
     assert "data/train-*.parquet" in card
     histograms = ActionHistograms().update(np.concatenate(every_action))
     assert report["actions"] == histograms.to_dict()
-    assert summary_markdown(report) in card and re.search(r"\| train \| 3 \| 4 \| 8 \|", card)
+    assert summary_markdown(report) in card and re.search(r"\| train \| 3 \| 3 \| 4 \| 8 \|", card)
     assert re.search(r"too short \| 1 \|", card)
 
 
@@ -181,7 +187,7 @@ def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):
     folder, _ = packed
     output = tmp_path / "built"
     options = ("--shards", folder / "out/*.tar", "--output", output, "--resolution", 32)
-    options += ("--validation_sessions", "silly-s1")
+    options += ("--validation_players", "silly-s1")
     process = fork_build(options)
     while not list(output.glob(".build/task-*.json")):
         time.sleep(0.0005)
@@ -237,9 +243,12 @@ def test_failure_is_the_exit_status(packed, tmp_path):
     ("options", "message"),
     [
         (("--fps", "6"), "found 20 / 6.0"),
-        (("--validation_sessions", "silly-s9"), "names sessions that are not to be built: ['silly-s9']"),
+        (
+            ("--validation_players", "silly-s9"),
+            "names players that are not to be built: ['silly-s9']; the nearest of 4 players: ['silly-s",
+        ),
         (("--validation_fraction", "1e-9"), "leaves the validation split empty"),
-        (("--validation_sessions", "silly-s3", "--clip_stride", "1", "--max_gui_fraction", "0"), "has no clip"),
+        (("--validation_players", "silly-s3", "--clip_stride", "1", "--max_gui_fraction", "0"), "has no clip"),
     ],
 )
 def test_failures_exit_1_with_a_message(packed, tmp_path, options, message):
@@ -312,7 +321,7 @@ def test_finish_refuses_an_unfinished_build_by_name_and_number(packed, tmp_path)
 
 
 def test_dry_run_says_what_the_build_then_does(packed, tmp_path):
-    output, options = tmp_path / "built", ("--validation_sessions", "silly-s1")
+    output, options = tmp_path / "built", ("--validation_players", "silly-s1")
     code, out, err = build(packed[0] / "out/*.tar", output, *options, "--dry_run", "--dry_run_sample", 6)
     assert code == 0 and "3 tasks, 0 finished; 6 recordings" in out and "nothing is built" in out, err
     assert not (output / "data").exists() and not (output / ".build/plan.ndjson").exists()
@@ -328,9 +337,10 @@ def test_dry_run_says_what_the_build_then_does(packed, tmp_path):
     videos = [row["bytes"] for file in files for row in pq.read_table(file)["video"].to_pylist()]
     assert plan["estimate"]["output_bytes"] == sum(map(len, videos)) + len(videos) * (7 * 38 + 8 * 2) * 4
     assert plan["splits"] == {
-        "train": {"sessions": 3, "recordings": 5},
-        "validation": {"sessions": 1, "recordings": 1},
+        "train": {"players": 3, "sessions": 3, "recordings": 5},
+        "validation": {"players": 1, "sessions": 1, "recordings": 1},
     }
+    assert "validation, by player (named): 25.0% of players, 25.0% of sessions, 16.7% of recordings" in out
     code, out, _ = build(packed[0] / "out/*.tar", output, *options, "--dry_run", "--dry_run_sample", 0)
     assert code == 0 and "3 tasks, 3 finished" in out
     assert json.loads((output / "plan.json").read_text())["estimate"] is None

@@ -85,6 +85,7 @@ def evaluate_data(model, processor, data, **kwargs) -> RolloutTable:
     inputs = processor(actions=actions, states=states)
     defaults = dict(
         sessions=sessions,
+        players=["one"] * len(sessions),
         integrate_states=state_integrator(processor),
         yaw_deltas=actions[..., ACTION_COLUMNS.index("yaw_delta")],
     )
@@ -283,13 +284,14 @@ def test_model_that_knows_what_actions_do_wins_every_pair():
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def make_table(error, persistence, shuffled, sessions, turn_gaps=None) -> RolloutTable:
-    """A table of the given errors; mean squares are ten times the absolute errors, to tell them apart."""
+def make_table(error, persistence, shuffled, sessions, turn_gaps=None, players=None) -> RolloutTable:
+    """A table of the given errors, of one player; mean squares are ten times as large, to tell them apart."""
     error, persistence, shuffled = (np.asarray(a, dtype=np.float64) for a in (error, persistence, shuffled))
     gaps = np.full(shuffled.shape, np.nan) if turn_gaps is None else np.asarray(turn_gaps, dtype=np.float64)
     partners = np.zeros(shuffled.shape[:2], dtype=np.int64)
     return RolloutTable(
         sessions=sessions,
+        players=players or ["one"] * len(sessions),
         context_steps=2,
         future_states="integrated",
         partners=partners,
@@ -378,7 +380,7 @@ def test_intervals_equal_resampling_whole_sessions():
     table = random_table()
     rows = table_rows(table)
     names = sorted(set(table.sessions))
-    weights = figures.session_weights(len(names), 60, torch.Generator().manual_seed(5))
+    weights = figures.resample_weights(len(names), 60, torch.Generator().manual_seed(5))
     assert weights.shape == (60, len(names)) and (weights.sum(axis=1) == len(names)).all()
     drawn = {name: [] for name in figures.INTERVAL_FIGURES}
     for weight in weights.astype(int):
@@ -417,6 +419,26 @@ def test_one_session_has_no_intervals(caplog):
     rows = table_rows(random_table(num_sessions=1))
     assert all(h["ci95"] is None for h in aggregate_rows(rows))
     assert "ci95 is null" in caplog.text
+
+
+@pytest.mark.parametrize(("players", "unit"), [(9, "session"), (10, "player")])
+def test_intervals_resample_players_from_ten_on(players, unit):
+    """Against plain loops over drawn units: every player has two sessions, and players differ, sessions do not."""
+    random = np.random.default_rng(1)
+    of = [f"p{i % players}" for i in range(4 * players)]
+    days = [f"{player}-{i // (2 * players)}" for i, player in enumerate(of)]
+    error = np.array([[1.0 + int(player[1:])] for player in of]) + random.uniform(0, 0.1, (len(of), 1))
+    table = make_table(error, error + 1, np.stack([error + 1] * 2, axis=1), days, players=of)
+    assert figures.unit_counts(days, of) == {"sessions": 2 * players, "players": players, "interval_unit": unit}
+    (found,) = aggregate_rows(table_rows(table), draws=200, seed=3)
+    named = of if unit == "player" else days
+    units = sorted(set(named))
+    drawn = torch.randint(len(units), (200, len(units)), generator=torch.Generator().manual_seed(3)).tolist()
+    means = []
+    for draw in drawn:
+        clips = [error[i, 0] for unit in draw for i, name in enumerate(named) if name == units[unit]]
+        means.append(sum(clips) / len(clips))
+    assert found["ci95"]["error"] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist())
 
 
 def test_constant_errors_have_intervals_of_no_width():
@@ -458,7 +480,8 @@ def test_metric_equals_the_function(tmp_path):
     for part in (slice(middle), slice(middle, None)):
         metric.add_batch(**{name: column[part] for name, column in rows.items()})
     result = metric.compute(bootstrap_seed=4, draws=50)
-    assert result == {"clips": 30, "sessions": 6, "horizons": aggregate_rows(rows, seed=4, draws=50)}
+    counts = {"clips": 30, "sessions": 6, "players": 1, "interval_unit": "session"}
+    assert result == {**counts, "horizons": aggregate_rows(rows, seed=4, draws=50)}
 
 
 _SECOND_PROCESS = """
@@ -508,7 +531,7 @@ def test_a_script_that_hides_the_library_evaluate(tmp_path):
 def make_metrics(table, **kwargs):
     return {
         "clips": len(table.error),
-        "sessions": len(set(table.sessions)),
+        **figures.unit_counts(table.sessions, table.players),
         "loss_type": "mse",
         "encoding": "tubelet",
         "command": "python evaluate.py --model 'a & b'",
@@ -704,6 +727,7 @@ def make_dataset(num_clips: int = 6, num_frames: int = 2 * STEPS, **columns) -> 
         "states": states.tolist(),
         "recording_id": [f"recording-{s}" for s in sessions],
         "session_id": sessions,
+        "player_id": [f"player of {s}" for s in sessions],
         "start_tick": list(range(num_clips)),
     }
     features = datasets.Features(
@@ -713,6 +737,7 @@ def make_dataset(num_clips: int = 6, num_frames: int = 2 * STEPS, **columns) -> 
             "states": datasets.List(datasets.List(datasets.Value("float32"))),
             "recording_id": datasets.Value("string"),
             "session_id": datasets.Value("string"),
+            "player_id": datasets.Value("string"),
             "start_tick": datasets.Value("int32"),
         }
     )
@@ -815,6 +840,8 @@ def test_script(folders, tmp_path):
     named = {
         "clips": 6,
         "sessions": 3,
+        "players": 3,
+        "interval_unit": "session",
         "loss_type": "mse",
         "context_steps": 2,
         "seconds_per_step": 0.4,

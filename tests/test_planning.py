@@ -978,8 +978,9 @@ def test_distances_and_summary_by_hand():
     pressed = Landscape(("key.w", "yaw_delta"), (np.array([0.0, 1]), np.arange(3.0)), np.eye(2, 3), (1.0, 1.5), 0.0)
     np.testing.assert_allclose(pressed.distances(), [[2, 2, 2], [1.5, 0.5, 0.5]])
     lands = [make_landscape(3, 0), make_landscape(1, 2), make_landscape(0, 0), make_landscape(0, 0, true=(9.0, 0.0))]
-    summary = summarize_landscapes(lands, ["a", "a", "b", "c"])
+    summary = summarize_landscapes(lands, ["a", "a", "b", "c"], list("xxyz"))
     assert summary["clips"] == 4 and summary["outside_grid"] == 1 and summary["sessions"] == 2
+    assert summary["players"] == 2 and summary["interval_unit"] == "session"
     assert summary["within_one_cell"] == pytest.approx(2 / 3) and summary["chance"] == pytest.approx(9 / 12)
     assert summary["best_constant"] == 1.0 and summary["median_distance_cells"] == 1.0
     assert summary["ci95"] == [0.5, 1.0]  # session a: 1 of 2, session b: 1 of 1
@@ -987,17 +988,17 @@ def test_distances_and_summary_by_hand():
     # All other actions are (1, 4), which is not the cell of energy 0: 11 cells are tied with it.
     assert summary["rank_other_actions"] == pytest.approx(5.5 / 12)
     lands = [make_landscape(row, 0, true=(value, 4.0)) for row, value in ((0, 0.0), (1, 3.0), (3, 2.0))]
-    summary = summarize_landscapes(lands, ["a"] * 3)
+    summary = summarize_landscapes(lands, ["a"] * 3, ["x"] * 3)
     assert summary["correlation"]["yaw_delta"] == pytest.approx(np.corrcoef([0, 1, 3], [0, 3, 2])[0, 1])
     assert summary["ci95"] is None
     hit = [make_landscape(row, 1, true=(row + 0.2, 5.0)) for row in (0, 2, 2)]  # 2 of the 6 pairs share their cell
     expected = (2 * 11.5 + 4 * 5.5) / 12 / 6
-    assert summarize_landscapes(hit, ["a"] * 3)["rank_other_actions"] == pytest.approx(expected)
+    assert summarize_landscapes(hit, ["a"] * 3, ["x"] * 3)["rank_other_actions"] == pytest.approx(expected)
     assert summary["plan_below_neighbourhood"] is None
     assert land.neighbourhood_energy == 1.0 and make_landscape(1, 1).neighbourhood_energy == pytest.approx(8 / 9)
     lands = [dataclasses.replace(make_landscape(1, 1), plan_cost=cost) for cost in (0.8, 0.9, 0.88)]
-    assert summarize_landscapes(lands, ["a"] * 3)["plan_below_neighbourhood"] == pytest.approx(2 / 3)
-    empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"])
+    assert summarize_landscapes(lands, ["a"] * 3, ["x"] * 3)["plan_below_neighbourhood"] == pytest.approx(2 / 3)
+    empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"], ["x"])
     assert empty["outside_grid"] == 1 and empty["within_one_cell"] is None
     assert list(empty) == list(summary)
 

@@ -392,7 +392,7 @@ def data_set(tmp_path_factory):
     lines = {}
     for session, ticks, seed in (("s0", 260, 0), ("s1", 130, 1)):
         lines[name_of(session)] = write_recording(folder / "in", name_of(session), ticks, seed)
-    code, _, err = build(folder / "in", folder / "built", "--validation_sessions", "silly-s1")
+    code, _, err = build(folder / "in", folder / "built", "--validation_players", "silly-s1")
     assert code == 0, err
     return folder, lines
 

@@ -78,10 +78,10 @@ def test_logs_are_those_of_version_0_1(recorded):
         logs = [m for m in archive if m.name.endswith(".jsonl")]
         digests = {m.name: hashlib.sha256(archive.extractfile(m).read()).hexdigest() for m in logs}
     assert digests == {
-        "vizdoom-ivory-koala-8c59e4a872d0-20260101-000000.jsonl": (
+        "vizdoom-ivory-koala-8c59e4a872d0-a43cb21135c1-20260101-000000.jsonl": (
             "11e845529dd13f053cb776b5de19fbc24a2f0b0a9c288a1514cbeb359a40347c"
         ),
-        "vizdoom-eager-koala-fcb5f028633b-20260101-000500.jsonl": (
+        "vizdoom-eager-koala-fcb5f028633b-8e8d7bba1412-20260101-000500.jsonl": (
             "9be893b32f5415cacb8bb320e86996a5794030134927a1016c1e0503d949ed27"
         ),
     }

@@ -11,9 +11,8 @@ from vjepa_ac_hf.recordings.log import (
     PRESSED_COLUMNS,
     RecordingError,
     parse_recording,
-    recorder_version_of,
-    session_id_of,
 )
+from vjepa_ac_hf.recordings.names import recorder_version_of, version_order
 
 
 def still(num_ticks=5, **changes):
@@ -159,20 +158,8 @@ def test_empty_lines_at_the_end_are_fine():
     assert parse_recording(to_log(still(4)) + b"\n\r\n", "rec").num_ticks == 4
 
 
-@pytest.mark.parametrize(
-    ("name", "session"),
-    [
-        ("cheeky-cornflower-setter-00467564a5cd-20220715-094908", "cheeky-cornflower-setter-00467564a5cd"),
-        ("data/6.8/a-b-20220715-094908.mp4", "a-b"),
-        ("a-b-2022071-094908", "a-b-2022071-094908"),
-        ("a-20220715-094908", "a-20220715-094908"),
-        ("anything", "anything"),
-    ],
-)
-def test_session(name, session):
-    assert session_id_of(name) == session
-
-
 def test_recorder_version():
     assert recorder_version_of("6.8/a.mp4") == "6.8" and recorder_version_of("x/data/5.7/a.mp4") == "5.7"
     assert recorder_version_of("a.mp4") is None and recorder_version_of("data/v6.8/a.mp4") is None
+    assert sorted(["6.13", "10.0", "6.9", "8.2"], key=version_order) == ["6.9", "6.13", "8.2", "10.0"]
+    assert version_order(None) < version_order("5.7")

@@ -124,7 +124,8 @@ def test_the_report_of_a_recording_counts_its_repairs_and_ticks(shard):
     shards, lines = shard
     _, report = build(shards)
     (entry,) = report.per_recording
-    assert (entry.recording, entry.session, entry.shard, entry.ticks) == (NAME, "silly-s0", "shard-000000.tar", TICKS)
+    assert (entry.recording, entry.shard, entry.ticks) == (NAME, "shard-000000.tar", TICKS)
+    assert (entry.player, entry.session) == ("silly-s0", "silly-s0-20220101")
     assert entry.gui_ticks == sum(line["isGuiOpen"] for line in lines)
     assert entry.repairs["null_mouse"] == sum(line["mouse"] is None for line in lines) > 0
     assert "mouse_scaled" not in entry.repairs and "frames_timed" not in entry.repairs
@@ -163,9 +164,16 @@ def test_a_session_gets_its_clips_whatever_the_shards(sessions, limit, num_shard
     assert skipped["max_clips_per_session"] == len(entries_of(shards)) - len(kept)
     assert len(selected) == len(shards)
     for session, segments in sessions.items():
-        quotas = [entry.max_clips for entry in kept.values() if entry.session_id == f"silly-{session}"]
+        quotas = [entry.max_clips for entry in kept.values() if entry.session_id == f"silly-{session}-20220101"]
         assert sum(quotas) == limit and max(quotas) - min(quotas) <= 1 and len(quotas) == min(segments, limit)
     assert kept == entries_of(select_recordings(listed(sessions, 1), Selection(max_clips_per_session=limit))[0])
+
+
+def test_a_cap_is_for_what_a_player_began_on_one_day():
+    names = [name_of("a", 0), name_of("a", 1), name_of("a", 0, day=20220214), name_of("b", 0)]
+    entries = [RecordingEntry(name, None, Member("a.tar", 0, 1), Member("a.tar", 1, 1)) for name in names]
+    selected, _ = select_recordings([Shard("a.tar", "a.tar", entries)], Selection(max_clips_per_session=10))
+    assert [entries_of(selected)[name].max_clips for name in names] == [5, 5, 10, 10]
 
 
 def test_session_fraction_is_nested_and_does_not_touch_the_choice_of_validation():

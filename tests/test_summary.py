@@ -166,12 +166,36 @@ def test_files_that_hold_something_else_are_refused(change, message):
 
 def hand_report():
     recordings = [
-        {"recording": "a-1", "session": "a", "shard": "x.tar", "split": "train", "ticks": 36000, "gui_ticks": 9000}
-        | {"clips": 3, "repairs": {"null_mouse": 5}, "skipped_clips": {"max_gui_fraction": 2}},
-        {"recording": "a-2", "session": "a", "shard": "x.tar", "split": "train", "ticks": 18000, "gui_ticks": 0}
-        | {"clips": 0, "repairs": {}, "skipped_clips": {"max_gui_fraction": 4}},
-        {"recording": "b-1", "session": "b", "shard": "y.tar", "split": "validation", "ticks": 18000, "gui_ticks": 9000}
-        | {"clips": 4, "repairs": {"null_mouse": 1, "frames_timed": 2}, "skipped_clips": {}},
+        {
+            "recording": "a-1",
+            "session": "a-1",
+            "player": "a",
+            "shard": "x.tar",
+            "split": "train",
+            "ticks": 36000,
+            "gui_ticks": 9000,
+        }
+        | {"shard": "x.tar", "clips": 3, "repairs": {"null_mouse": 5}, "skipped_clips": {"max_gui_fraction": 2}},
+        {
+            "recording": "a-2",
+            "session": "a-2",
+            "player": "a",
+            "shard": "x.tar",
+            "split": "train",
+            "ticks": 18000,
+            "gui_ticks": 0,
+        }
+        | {"shard": "x.tar", "clips": 0, "repairs": {}, "skipped_clips": {"max_gui_fraction": 4}},
+        {
+            "recording": "b-1",
+            "session": "b-1",
+            "player": "b",
+            "shard": "y.tar",
+            "split": "validation",
+            "ticks": 18000,
+            "gui_ticks": 9000,
+        }
+        | {"shard": "y.tar", "clips": 4, "repairs": {"null_mouse": 1, "frames_timed": 2}, "skipped_clips": {}},
     ]
     actions = np.zeros((7, 7, 38), np.float32)
     actions[:2, 0, 13] = 1  # w in 2 of 49 actions
@@ -192,8 +216,8 @@ def hand_report():
         "other_files": 1,
         "per_recording": recordings,
         "splits": {
-            "train": {"clips": 3, "recordings": 2, "sessions": ["a", "c"]},
-            "validation": {"clips": 4, "recordings": 1, "sessions": ["b"]},
+            "train": {"clips": 3, "recordings": 2, "players": ["a", "c"], "sessions": ["a-1", "a-2", "c-1"]},
+            "validation": {"clips": 4, "recordings": 1, "players": ["b"], "sessions": ["b-1"]},
         },
         "options": {
             "clip": {"native_fps": 20, "fps": 5, "frames_per_clip": 16, "tubelet_size": 2, "clip_stride": None}
@@ -205,12 +229,12 @@ def hand_report():
 def test_summary_equals_hand_computed_numbers():
     summary = dataset_summary(hand_report(), num_bytes={"train": 300, "validation": 40})
     assert summary["recordings"] == {"found": 8, "accepted": 3, "rejected": 3, "skipped": {"exclude": 2}}
-    assert summary["sessions"] == 2  # c has no clip
+    assert summary["players"] == summary["sessions"] == 2  # neither c nor a's second session has a clip
     assert summary["hours"]["recordings"] == pytest.approx(1.0)  # 72,000 ticks of 50 ms
     assert summary["hours"]["clips"] == pytest.approx(7 * 3.2 / 3600)
     assert summary["gui"] == {"ticks": 0.25, "actions": pytest.approx(7 / 49)}
     assert summary["splits"]["train"] | {"hours": None} == {
-        **{"sessions": 1, "recordings": 1, "clips": 3},
+        **{"players": 1, "sessions": 1, "recordings": 1, "clips": 3},
         **{"hours": None, "bytes": 300},
     }
     assert summary["repairs"]["null_mouse"] == {"ticks": 6, "recordings": 2}
@@ -225,7 +249,7 @@ def test_markdown_for_the_card_comes_from_the_report_alone():
         "| recordings found | 8 |",
         "| hours of accepted recordings | 1.00 |",
         "| GUI open, share of ticks | 25.00 % |",
-        "| validation | 1 | 1 | 4 | 0.00 | not recorded |",
+        "| validation | 1 | 1 | 1 | 4 | 0.00 | not recorded |",
         "| broken JSON | 2 |",
         "| null_mouse | 6 | 2 |",
         "| max_gui_fraction | clips | 6 |",
@@ -242,7 +266,7 @@ def test_reports_of_older_data_sets_say_what_they_lack():
         del older[field]
     summary = dataset_summary(older)
     assert summary["hours"] == {"recordings": None, "clips": None} and summary["actions"] is None
-    assert summary["splits"]["train"]["sessions"] == 2  # what the report says is all there is
+    assert summary["splits"]["train"]["sessions"] == 3  # what the report says is all there is
     text = summary_markdown(older)
     assert "| hours of accepted recordings | not recorded |" in text and "| null_mouse | 6 | not recorded |" in text
     assert "key.w" not in text
@@ -270,7 +294,7 @@ def data_set(tmp_path_factory):
     lines = {}
     for session, ticks, seed in (("s0", 200, 0), ("s1", 130, 1), ("s2", 50, 2)):
         lines[name_of(session)] = write_recording(folder / "in", name_of(session), ticks, seed)
-    code, _, err = build(folder / "in", folder / "built", "--validation_sessions", "silly-s1")
+    code, _, err = build(folder / "in", folder / "built", "--validation_players", "silly-s1")
     assert code == 0, err
     return folder, lines
 
@@ -288,7 +312,7 @@ def report(data, output):
 def test_report_of_a_built_data_set(data_set, tmp_path):
     folder, lines = data_set
     code, out, err = report(folder / "built", tmp_path)
-    assert code == 0 and "5 clips, 2 sessions, 35 actions" in out, err
+    assert code == 0 and "5 clips, 2 players, 2 sessions, 35 actions" in out, err
     clips = [(name_of("s0"), start) for start in (0, 64, 128)] + [(name_of("s1"), start) for start in (0, 64)]
     actions = np.concatenate([oracle_actions(lines[name], start) for name, start in clips])
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -304,9 +328,9 @@ def test_report_of_a_built_data_set(data_set, tmp_path):
     assert table_of(page, "Rejected, by reason")[1:] == [["too short", "1"]]
     contents = dict(table_of(page, "Contents")[1:])
     assert contents["recordings found"] == "3" and contents["clips"] == "5"
-    assert [row[:4] for row in table_of(page, "Splits")[1:]] == [
-        ["train", "1", "1", "3"],
-        ["validation", "1", "1", "2"],
+    assert [row[:5] for row in table_of(page, "Splits")[1:]] == [
+        ["train", "1", "1", "1", "3"],
+        ["validation", "1", "1", "1", "2"],
     ]
     repairs = {row[0]: row[1:] for row in table_of(page, "Repairs")[1:]}
     nulls = {name: sum(line["mouse"] is None for line in log) for name, log in lines.items() if len(log) > 60}
@@ -319,36 +343,41 @@ def test_report_that_contradicts_the_files_is_an_error_and_still_written(data_se
     shutil.copytree(data_set[0] / "built", tmp_path / "built")
     told = json.loads((tmp_path / "built/report.json").read_text())
     told["splits"]["train"]["clips"] = 9
-    told["splits"]["validation"]["sessions"] = ["silly-s7"]
+    told["splits"]["validation"]["players"] = ["silly-s7"]
     told["actions"] = ActionHistograms().update(np.zeros((3, 38))).to_dict()
     (tmp_path / "built/report.json").write_text(json.dumps(told))
     code, _, err = report(tmp_path / "built", tmp_path / "out")
     assert code == 1
     assert "Split train: report.json counts 9 clips, the files hold 3." in err
-    assert "1 sessions of the files are not in report.json; the first is silly-s1" in err
+    assert "1 players of the files are not in report.json; the first is silly-s1" in err
     assert "histograms of report.json are not those of the files" in err
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert len(summary["notes"]) == 3 and summary["splits"]["train"]["clips"] == 3
 
 
-def test_sessions_in_two_splits_are_leakage(tmp_path):
+def test_players_in_two_splits_are_leakage(tmp_path):
     write_clips(tmp_path / "clips", train=3, validation=0)
     file = tmp_path / "clips/data/train-00000-of-00001.parquet"
     shutil.copy(file, file.with_name("validation-00000-of-00001.parquet"))
     (tmp_path / "clips/report.json").write_text(
         json.dumps(
             {"recordings": 1, "accepted": 1, "clips": 6, "rejected": [], "repairs": {}}
-            | {"splits": {s: {"clips": 3, "recordings": 1, "sessions": ["toy-0000"]} for s in ("train", "validation")}}
+            | {
+                "splits": {
+                    s: {"clips": 3, "recordings": 1, "players": ["toy-0000"], "sessions": ["toy-0000-20260101"]}
+                    for s in ("train", "validation")
+                }
+            }
         )
     )
     code, _, err = report(tmp_path / "clips", tmp_path / "out")
-    assert code == 1 and "1 sessions are in both train and validation, which is leakage; the first is toy-0000" in err
+    assert code == 1 and "1 players are in both train and validation, which is leakage; the first is toy-0000" in err
 
 
 def test_data_set_without_report(tmp_path):
     write_clips(tmp_path / "clips", train=4, validation=2)
     code, out, err = report(tmp_path / "clips", tmp_path / "out")
-    assert code == 0 and "6 clips, 3 sessions, 42 actions" in out, err
+    assert code == 0 and "6 clips, 3 players, 3 sessions, 42 actions" in out, err
     assert "There is no report.json" in (tmp_path / "out/report.html").read_text()
 
 
@@ -364,7 +393,7 @@ def test_errors_have_what_was_found(tmp_path):
         assert code == 1 and "Traceback" not in err
         return err.splitlines()[-1]
 
-    assert "columns ['actions'] are missing in" in message(table.drop_columns(["actions"]))
+    assert "columns ['actions'] are missing, found" in message(table.drop_columns(["actions"]))
     assert "split 'train' holds no clips: 0 rows" in message(table.slice(0, 0))
     wide = table.set_column(1, "actions", [[[[0.0] * 13] * 7]] * 3)
     assert "expected 38 values an action" in message(wide) and "found [13] values and [7] actions" in message(wide)

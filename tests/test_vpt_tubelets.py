@@ -1,4 +1,4 @@
-"""The data-set builder: rows against the oracle in every mode, splits by session, every kind of bad input."""
+"""The data-set builder: rows against the oracle in every mode, splits by player, every kind of bad input."""
 
 import io
 import json
@@ -26,14 +26,14 @@ from helpers_data import (
 from torchcodec.decoders import VideoDecoder
 
 import vjepa_ac_hf  # noqa: F401  (registers the builder)
-from vjepa_ac_hf.recordings.splits import session_share, validation_set
+from vjepa_ac_hf.recordings.splits import stable_share
 
 SMALL = {"resolution": 32}
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two shards, five recordings of four sessions; s0 has a segment in both shards."""
+    """Two shards, five recordings of four players; s0 has a segment in both shards."""
     folder = tmp_path_factory.mktemp("shards")
     plan = [[("s0", 0), ("s1", 0)], [("s0", 1), ("s2", 0), ("s3", 0)]]
     lines = {}
@@ -62,7 +62,7 @@ def assert_same_rows(rows, expected):
     rows, expected = list(rows), list(expected)
     assert len(rows) == len(expected) > 0
     for row, other in zip(rows, expected, strict=True):
-        for column in ("recording_id", "session_id", "start_tick"):
+        for column in ("recording_id", "session_id", "player_id", "start_tick"):
             assert row[column] == other[column]
         for column in ("actions", "states"):
             np.testing.assert_array_equal(np.asarray(row[column]), np.asarray(other[column]))
@@ -87,7 +87,7 @@ def check_against_oracle(row, lines, folder):
 
 def test_rows_equal_the_oracle(shards, cache):
     folder, lines = shards
-    data = load(cache, data_files=str(folder / "*.tar"), validation_sessions=["silly-s0"])
+    data = load(cache, data_files=str(folder / "*.tar"), validation_players=["silly-s0"])
     assert {split: len(rows) for split, rows in data.items()} == {"train": 6, "validation": 4}
     assert data["train"].features["actions"] == datasets.Array2D((7, 38), "float32")
     assert data["train"].features["states"] == datasets.Array2D((8, 2), "float32")
@@ -100,7 +100,7 @@ def test_rows_equal_the_oracle(shards, cache):
 
 def test_every_mode_gives_the_same_rows(shards, cache):
     folder, _ = shards
-    options = {"data_files": str(folder / "*.tar"), "validation_sessions": ["silly-s3"]}
+    options = {"data_files": str(folder / "*.tar"), "validation_players": ["silly-s3"]}
     data = load(cache, **options)
     streamed = load(cache, streaming=True, **options)
     parallel = load(cache + "2", num_proc=2, **options)
@@ -163,25 +163,21 @@ def test_gui_selection_and_cursor(shards, cache):
 # ------------------------------------------------------------------------------------------------------ splits
 
 
-def test_session_hash_never_changes():
-    assert session_share("silly-s0") == pytest.approx(0.6588842485817633, abs=1e-12)
-    assert session_share("cheeky-cornflower-setter-00467564a5cd") == pytest.approx(0.9371024340626449, abs=1e-12)
+def test_hash_never_changes():
+    """Against `printf NAME | sha256sum`: what a data set of last year has for validation, one of today has."""
+    assert stable_share("silly-s0") == pytest.approx(0xA8ACA35B8219E78A / 2**64, abs=1e-15)
+    assert stable_share("cheeky-cornflower-setter") == pytest.approx(0xB79B88C337120010 / 2**64, abs=1e-15)
 
 
-def test_validation_set_is_a_stable_share_of_sessions():
-    sessions = [f"session-{index}" for index in range(2000)]
-    chosen = validation_set(sessions, 0.1)
-    assert chosen == {session for session in sessions if session_share(session) < 0.1} and 140 < len(chosen) < 260
-    assert validation_set(sessions[:500], 0.1) == chosen & set(sessions[:500])
-    assert len(validation_set(sessions)) == sum(session_share(session) < 0.05 for session in sessions)
-
-
-def test_no_session_is_in_both_splits(shards, cache):
+def test_no_player_is_in_both_splits_and_every_row_says_whose_it_is(shards, cache):
     folder, _ = shards
-    shares = sorted(session_share(f"silly-s{index}") for index in range(4))
+    shares = sorted(stable_share(f"silly-s{index}") for index in range(4))
     data = load(cache, data_files=str(folder / "*.tar"), validation_fraction=(shares[1] + shares[2]) / 2)
-    assert len(set(data["train"]["session_id"])) == len(set(data["validation"]["session_id"])) == 2
-    assert not set(data["train"]["session_id"]) & set(data["validation"]["session_id"])
+    assert len(set(data["train"]["player_id"])) == len(set(data["validation"]["player_id"])) == 2
+    assert not set(data["train"]["player_id"]) & set(data["validation"]["player_id"])
+    for row in [row for split in data.values() for row in split.remove_columns("video")]:
+        player = "-".join(row["recording_id"].split("-")[:2])
+        assert (row["player_id"], row["session_id"]) == (player, f"{player}-20220101")
 
 
 def test_default_share_that_leaves_no_validation_is_one_split(shards, cache, caplog):
@@ -193,16 +189,23 @@ def test_default_share_that_leaves_no_validation_is_one_split(shards, cache, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 1e-9}, "leaves the validation split empty: none of 2 sessions"),
-        ({"validation_fraction": 0.9999999}, "the train split is empty: all 2 sessions are for validation"),
+        ({"validation_fraction": 1e-9}, "leaves the validation split empty: none of 2 players"),
+        ({"validation_fraction": 0.9999999}, "the train split is empty: all 2 players are for validation"),
         ({"validation_fraction": 1.5}, r"validation_fraction must be in \[0, 1\), found 1.5"),
-        ({"validation_sessions": []}, "leaves the validation split empty: no name given"),
+        ({"validation_players": []}, "validation_players leaves the validation split empty: no name given"),
+        ({"validation_sessions": []}, "validation_sessions leaves the validation split empty: no name given"),
         (
-            {"validation_sessions": ["silly-s7"]},
-            r"not to be built: \['silly-s7'\]; of 2 sessions did you mean",
+            {"validation_players": ["silly-s7"]},
+            r"not to be built: \['silly-s7'\]; the nearest of 2 players: \['silly-s",
         ),
-        ({"validation_sessions": ["silly-s0", "silly-s1"]}, "the train split is empty"),
-        ({"validation_sessions": ["silly-s0"], "validation_fraction": 0.5}, "found both: 0.5 and"),
+        (
+            {"validation_sessions": ["silly-s0-20220102"]},
+            r"not to be built: \['silly-s0-20220102'\]; the nearest of 2 sessions: \['silly-s0-20220101'\]",
+        ),
+        ({"validation_players": ["silly-s0", "silly-s1"]}, "the train split is empty"),
+        ({"validation_players": ["silly-s0"], "validation_fraction": 0.5}, "give one of .*, found .*0.5.*silly-s0"),
+        ({"validation_players": ["silly-s0"], "validation_sessions": ["a"]}, "give one of"),
+        ({"split_by": "clip"}, r"split_by must be one of \('player', 'session'\), found 'clip'"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -211,17 +214,14 @@ def test_empty_or_unknown_splits_are_errors(shards, cache, options, message, str
         load(cache, data_files=str(shards[0] / "shard-000000.tar"), streaming=streaming, **options)
 
 
-def test_given_splits_are_kept_and_must_not_share_a_session(shards, cache):
+def test_given_splits_are_kept_and_must_not_share_a_player(shards, cache):
     folder, _ = shards
     first, second = (str(folder / f"shard-00000{index}.tar") for index in range(2))
-    with pytest.raises(ValueError, match="session 'silly-s0' is in the splits 'train' and 'test'"):
+    with pytest.raises(ValueError, match="player 'silly-s0' is in the splits 'train' and 'test'"):
         load(cache, data_files={"train": first, "test": second})
-    files = {
-        split: [str(folder / f"files/{name_of(split_session)}.*")]
-        for split, split_session in (("train", "s1"), ("test", "s2"))
-    }
+    files = {split: [str(folder / f"files/{name_of(player)}.*")] for split, player in (("train", "s1"), ("test", "s2"))}
     data = load(cache, data_files=files)
-    assert {split: set(rows["session_id"]) for split, rows in data.items()} == {
+    assert {split: set(rows["player_id"]) for split, rows in data.items()} == {
         "train": {"silly-s1"},
         "test": {"silly-s2"},
     }
@@ -326,7 +326,7 @@ def test_damaged_tar_is_reported_and_what_is_before_it_built(shards, cache, capl
     broken.write_bytes(b"no tar" * 200 if damage == "garbage" else data)
     files = [str(folder / "shard-000001.tar"), str(broken)]
     rows = load(cache, data_files=files, split="train")
-    assert "silly-s1" not in rows["session_id"] and len(rows) == (6 if damage == "garbage" else 8)
+    assert "silly-s1" not in rows["player_id"] and len(rows) == (6 if damage == "garbage" else 8)
     lost = "all of it is lost" if damage == "garbage" else "is lost"
     assert any("rejected - (broken.tar): unreadable tar: " in m and lost in m for m in caplog.messages), caplog.messages
 
@@ -334,7 +334,15 @@ def test_damaged_tar_is_reported_and_what_is_before_it_built(shards, cache, capl
 def test_empty_tar_has_a_builder_and_loading_it_is_an_error(tmp_path, cache):
     shard = write_shard(tmp_path / "empty.tar", [])
     builder = load_dataset_builder("vpt_tubelets", data_files=str(shard), cache_dir=cache)
-    assert list(builder.info.features) == ["video", "actions", "states", "recording_id", "session_id", "start_tick"]
+    assert list(builder.info.features) == [
+        "video",
+        "actions",
+        "states",
+        "recording_id",
+        "session_id",
+        "player_id",
+        "start_tick",
+    ]
     with pytest.raises(ValueError, match="no recording .* to build in 1 files"):
         load(cache, data_files=str(shard))
 
@@ -344,6 +352,6 @@ def test_split_whose_recordings_are_all_rejected(cache, tmp_path):
     write_recording(files, name_of("good"), 70)
     write_recording(files, name_of("short"), 30)
     with pytest.raises(ValueError, match="no clip could be built for the split 'validation'"):
-        load(cache, data_dir=str(files), validation_sessions=["silly-short"])
+        load(cache, data_dir=str(files), validation_players=["silly-short"])
     with pytest.raises(ValueError, match="no clip could be built for the split 'train'"):
-        load(cache, data_dir=str(files), validation_sessions=["silly-good"])
+        load(cache, data_dir=str(files), validation_players=["silly-good"])

@@ -6,6 +6,7 @@ from pathlib import Path
 _SOURCES = (
     "../actions_vjepa2_ac.py",
     "../processing_vjepa2_ac.py",
+    "../recordings/names.py",
     "../recordings/log.py",
     "../recordings/clips.py",
     "../recordings/mp4.py",

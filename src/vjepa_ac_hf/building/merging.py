@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..actions_vjepa2_ac import ActionStatistics
 from ..inspection.summary import ActionHistograms, summary_markdown
+from ..recordings.splits import split_facts
 from ..records import write_file, write_json
 from .rows import BuildReport, clip_features
 from .selection import BuildOptions
@@ -43,11 +44,18 @@ def merge(plan: Plan, output: Path) -> BuildReport:
     splits = merge_splits(finished)
     remove_stale(plan, finished, output)
     options = {**asdict(plan.options), **asdict(plan.selection)}
-    written = {**report.to_dict(), "splits": splits, "options": options, "actions": histograms.to_dict()}
+    counts = {
+        split: {name: value if isinstance(value, int) else len(value) for name, value in part.items()}
+        for split, part in splits.items()
+    }
+    written = {
+        **{**report.to_dict(), "splits": splits, "split": split_facts(plan.split, counts)},
+        **{"options": options, "actions": histograms.to_dict()},
+    }
     write_json(output / "report.json", written)
     if "train" not in splits:
         raise BuildError(f"the train split has no clip: {report.summary()}")
-    if plan.asks_for_validation and "validation" not in splits:
+    if plan.split.asks_for_validation and "validation" not in splits:
         raise BuildError(f"the validation split that was asked for has no clip: {report.summary()}")
     write_json(output / "action_stats.json", statistics.to_dict())
     write_card(output, written, plan.options)
@@ -78,16 +86,18 @@ def check_finished(missing: Sequence[str], plan: Plan, reasons: dict[str, str] |
 
 
 def merge_splits(markers: Sequence[dict]) -> dict[str, dict]:
-    """Clips, recordings, sessions and bytes of each split that has clips, train first."""
+    """Clips, recordings, players, sessions and bytes of each split that has clips, train first."""
     merged: dict[str, dict] = {}
     for split in ("train", "validation"):
         parts = [marker["splits"][split] for marker in markers if split in marker["splits"]]
         clips = sum(part["clips"] for part in parts)
         if clips:
-            sessions = sorted({session for part in parts for session in part["sessions"]})
-            recordings = sum(part["recordings"] for part in parts)
-            size = sum(part["bytes"] for part in parts)
-            merged[split] = {"clips": clips, "recordings": recordings, "sessions": sessions, "bytes": size}
+            merged[split] = {
+                "clips": clips,
+                "recordings": sum(part["recordings"] for part in parts),
+                **{name: sorted({unit for part in parts for unit in part[name]}) for name in ("players", "sessions")},
+                "bytes": sum(part["bytes"] for part in parts),
+            }
     return merged
 
 
@@ -129,14 +139,14 @@ def write_card(output: Path, report: dict, options: BuildOptions) -> None:
 
 
 def _card_text(report: dict, options: BuildOptions) -> str:
-    clip = options.clip
+    clip, split_by = options.clip, report["split"]["split_by"]
     crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
     return f"""# VPT tubelets
 
 Clips of first-person play with keyboard and mouse, cut from recordings in the layout of OpenAI's VPT contractor data
 (arXiv 2206.11795): {clip.frames_per_clip} frames at {clip.fps:g} FPS in {clip.num_tubelets} tubelets of \
-{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed. Splits are by session: no session is in
-both.
+{clip.tubelet_size} frames. Load with `load_dataset`; no other code is needed. Splits are by {split_by}: no {split_by}
+is in both.
 
 ## Columns
 
@@ -145,7 +155,7 @@ both.
   tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
   keys and buttons pressed in any tick, hotbar slot (one-hot) and open GUI at the first tick.
 - `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
-- `recording_id`, `session_id`, `start_tick`: where the clip comes from.
+- `recording_id`, `session_id` (player and day), `player_id`, `start_tick`: where the clip comes from.
 
 `action_stats.json` has mean and standard deviation of the continuous action columns on the train split, `report.json`
 the numbers below and the names of recordings.

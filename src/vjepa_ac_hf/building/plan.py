@@ -23,7 +23,7 @@ from ..recordings.shards import (
     list_tar,
     read_pairs,
 )
-from ..recordings.splits import validation_set
+from ..recordings.splits import SplitOptions, split_facts, validation_recordings
 from ..records import write_file
 from .code import code_hash
 from .rows import BuildReport, iter_clips, listing_report
@@ -106,13 +106,12 @@ def make_plan(
     output: Path,
     options: BuildOptions,
     selection: Selection,
-    validation_fraction: float | None = None,
-    validation_sessions: Sequence[str] | None = None,
+    split: SplitOptions,
 ) -> Plan:
     """List the files and divide what is to be built into tasks; reads no recording.
 
     Raises:
-        ValueError: nothing to build, or splits that cannot be made (`validation_set`).
+        ValueError: nothing to build, or splits that cannot be made (`validation_recordings`).
     """
     shards, stamps = list_files(files, output)
     report = listing_report(shards)
@@ -121,19 +120,18 @@ def make_plan(
     # As a process that reads the plan sees them: 20 frames per second and 20.0 are one.
     options = msgspec.json.decode(msgspec.json.encode(options), type=BuildOptions)
     selection = msgspec.json.decode(msgspec.json.encode(selection), type=Selection)
-    sessions = [entry.session_id for shard in shards for entry in shard.entries]
-    validation = validation_set(sessions, validation_fraction, validation_sessions)
-    if not validation and validation_fraction is None and validation_sessions is None:
+    recordings = (entry.recording_id for shard in shards for entry in shard.entries)
+    validation = validation_recordings(recordings, split)
+    if not validation and split.validation_fraction is None and not split.asks_for_validation:
         logger.warning(
-            "no validation split: 0.05 of %d sessions leaves one split empty, so all are for training; give "
-            "--validation_fraction or --validation_sessions for another choice, 0 for this one",
-            len(set(sessions)),
+            "no validation split: %g of the %ss leaves one split empty, so all are for training; give "
+            "--validation_fraction or --validation_players for another choice, 0 for this one",
+            *(split.wanted_share, split.split_by),
         )
     tasks = plan_tasks(shards, stamps, validation, options)
     if not tasks:
         raise ValueError(f"no recording to build: {report.summary()}")
-    asks = validation_sessions is not None or bool(validation_fraction)
-    return Plan(tasks, report.to_dict(), options, selection, asks)
+    return Plan(tasks, report.to_dict(), options, selection, split)
 
 
 def plan_tasks(
@@ -190,9 +188,9 @@ def describe_plan(plan: Plan, output: Path, *, sample: int, num_processes: int) 
     ]
     splits: dict[str, dict[str, int]] = {}
     for split in dict.fromkeys(split for _, split, _, _ in entries):
-        sessions = {entry.session_id for _, other, _, entry in entries if other == split}
-        recordings = sum(other == split for _, other, _, _ in entries)
-        splits[split] = {"sessions": len(sessions), "recordings": recordings}
+        own = [entry for _, other, _, entry in entries if other == split]
+        players, sessions = {entry.player_id for entry in own}, {entry.session_id for entry in own}
+        splits[split] = {"players": len(players), "sessions": len(sessions), "recordings": len(own)}
     report = BuildReport.from_dict(plan.listing)
     log_bytes = sum(member_bytes(task, entry.log) for task, _, _, entry in entries)
     todo_bytes = sum(member_bytes(task, entry.log) for task, _, _, entry in entries if task.index not in finished)
@@ -208,8 +206,10 @@ def describe_plan(plan: Plan, output: Path, *, sample: int, num_processes: int) 
         "output": str(output),
         "tasks": {"total": len(plan.tasks), "finished": len(finished)},
         "recordings": len(entries),
-        "sessions": sum(part["sessions"] for part in splits.values()),
+        "players": len({entry.player_id for *_, entry in entries}),
+        "sessions": len({entry.session_id for *_, entry in entries}),
         "splits": splits,
+        "split": split_facts(plan.split, splits, "recordings"),
         "bytes": {"videos": sum(member_bytes(task, entry.video) for task, _, _, entry in entries), "logs": log_bytes},
         "rejected": dict(Counter(rejection.kind for rejection in report.rejected).most_common()),
         "skipped_recordings": report.skipped_recordings,

@@ -29,7 +29,7 @@ class RecordingReport:
     """What became of one accepted recording.
 
     Attributes:
-        recording, session, shard: where it comes from.
+        recording, session, player, shard: where it comes from.
         split: the split its clips are in; None where splits are made elsewhere.
         ticks: lines of the log.
         gui_ticks: those with a GUI open.
@@ -40,6 +40,7 @@ class RecordingReport:
 
     recording: str
     session: str
+    player: str
     shard: str
     split: str | None
     ticks: int
@@ -149,6 +150,7 @@ def clip_features(spec: ClipSpec) -> datasets.Features:
             "states": datasets.Array2D((spec.num_tubelets, 2), "float32"),
             "recording_id": datasets.Value("string"),
             "session_id": datasets.Value("string"),
+            "player_id": datasets.Value("string"),
             "start_tick": datasets.Value("int32"),
         }
     )
@@ -183,6 +185,7 @@ def iter_clips(
             RecordingReport(
                 recording=pair.entry.recording_id,
                 session=pair.entry.session_id,
+                player=pair.entry.player_id,
                 shard=pair.shard,
                 split=split,
                 ticks=recording.num_ticks,
@@ -218,6 +221,7 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
             "states": states[index],
             "recording_id": name,
             "session_id": pair.entry.session_id,
+            "player_id": pair.entry.player_id,
             "start_tick": int(start),
         }
         for index, (start, frames) in enumerate(

@@ -10,7 +10,7 @@ from ..processing_vjepa2_ac import RESIZE_MODES
 from ..recordings.clips import ClipSpec, frame_ticks
 from ..recordings.log import Recording, check_repairs
 from ..recordings.shards import Shard
-from ..recordings.splits import session_share
+from ..recordings.splits import stable_share
 
 # What leaves out clips of a recording, in the order in which it is asked, and the options for whole recordings. Clips
 # that lack a frame or have unsure ticks are always left out, the others as options say.
@@ -115,8 +115,8 @@ def _check_share(name: str, share: float | None) -> None:
 
 
 def clip_share(recording_id: str, start: int) -> float:
-    """Place of a clip in [0, 1), as `session_share` of `<recording>@<tick>`: does not depend on other clips."""
-    return session_share(f"{recording_id}@{start}")
+    """Place of a clip in [0, 1), as `stable_share` of `<recording>@<tick>`: does not depend on other clips."""
+    return stable_share(f"{recording_id}@{start}")
 
 
 def select_recordings(shards: Sequence[Shard], selection: Selection) -> tuple[list[Shard], dict[str, int]]:
@@ -129,7 +129,7 @@ def select_recordings(shards: Sequence[Shard], selection: Selection) -> tuple[li
     sessions: dict[str, list[str]] = {}
     for shard in shards:
         for entry in shard.entries:
-            share = session_share(f"selected {entry.session_id}")  # independent of the share that chooses validation
+            share = stable_share(f"selected {entry.session_id}")  # independent of the share that chooses validation
             if entry.recording_id in excluded:
                 skipped["exclude"] += 1
             elif selection.session_fraction is not None and share >= selection.session_fraction:

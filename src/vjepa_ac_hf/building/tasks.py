@@ -24,6 +24,7 @@ from ..actions_vjepa2_ac import ActionStatistics
 from ..inspection import summary
 from ..inspection.summary import ActionHistograms
 from ..recordings.shards import Shard, read_pairs
+from ..recordings.splits import SplitOptions
 from ..records import write_file, write_json
 from .code import code_hash
 from .rows import BuildReport, clip_features, iter_clips
@@ -94,18 +95,18 @@ class Plan:
         tasks: in the order of the rows.
         listing: `BuildReport.to_dict()` of what was found wrong, or left out, before reading any recording.
         options, selection: as asked for.
-        asks_for_validation: whether a validation split without clips is an error.
+        split: how recordings were split.
     """
 
     tasks: list[Task]
     listing: dict
     options: BuildOptions
     selection: Selection
-    asks_for_validation: bool
+    split: SplitOptions
 
     @cached_property
     def key(self) -> str:
-        head = [self.listing, asdict(self.options), asdict(self.selection), self.asks_for_validation]
+        head = [self.listing, asdict(self.options), asdict(self.selection), asdict(self.split)]
         content = json.dumps([*head, [task.key for task in self.tasks]], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -133,7 +134,7 @@ class _PlanHead(msgspec.Struct):
     listing: dict
     options: BuildOptions
     selection: Selection
-    asks_for_validation: bool
+    split: SplitOptions
 
 
 class _PlanLine(msgspec.Struct):
@@ -152,7 +153,7 @@ def write_plan(plan: Plan, output: Path) -> None:
         return
     for name in RESULT_FILES:
         (output / name).unlink(missing_ok=True)
-    head = _PlanHead(plan.key, plan.listing, plan.options, plan.selection, plan.asks_for_validation)
+    head = _PlanHead(plan.key, plan.listing, plan.options, plan.selection, plan.split)
     lines = [plan.key, head, *(_PlanLine(task.key, task) for task in plan.tasks)]
     write_file(output / BUILD_FOLDER / _PLAN_FILE, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
 
@@ -176,9 +177,14 @@ def read_plan(output: Path) -> Plan:
         raise BuildError(f"{output} holds no build: expected {BUILD_FOLDER}/{_PLAN_FILE}")
     with (output / BUILD_FOLDER / _PLAN_FILE).open("rb") as file:
         key = msgspec.json.decode(file.readline(), type=str)
-        head = msgspec.json.decode(file.readline(), type=_PlanHead)
+        try:
+            head = msgspec.json.decode(file.readline(), type=_PlanHead)
+        except msgspec.ValidationError as error:
+            raise BuildError(
+                f"{output} was planned by another version of this package ({error}): start the build again"
+            ) from error
         tasks = [_decode_task(line) for line in file]
-    plan = Plan(tasks, head.listing, head.options, head.selection, head.asks_for_validation)
+    plan = Plan(tasks, head.listing, head.options, head.selection, head.split)
     assert plan.key == key, f"{output}: the plan has the key {plan.key}, expected {key}"
     return plan
 
@@ -195,7 +201,10 @@ def read_task(output: Path, plan_key: str, index: int) -> Task:
 
 
 def _decode_task(line: bytes) -> Task:
-    planned = msgspec.json.decode(line, type=_PlanLine)
+    try:
+        planned = msgspec.json.decode(line, type=_PlanLine)
+    except msgspec.ValidationError as error:
+        raise BuildError(f"a task was planned by another version of this package ({error}): start again") from error
     if planned.key != planned.task.key:
         raise BuildError(
             f"{planned.task.name} was planned by other code than that installed here ({planned.key[:12]}, found "
@@ -225,8 +234,8 @@ def build_task(task: Task, output: Path, plan_key: str, progress: Progress = lam
     """Build one task's Parquet files and, last, its marker.
 
     Returns:
-        The marker: `key`, `splits` (`clips`, `recordings`, `sessions`, `bytes` of each), `report`, `statistics` of the
-        train split, `histograms` of all splits.
+        The marker: `key`, `splits` (`clips`, `recordings`, `players`, `sessions`, `bytes` of each), `report`,
+        `statistics` of the train split, `histograms` of all splits.
 
     Raises:
         BuildError: a file is another one than was planned, or the folder is built by another plan by now.
@@ -246,11 +255,12 @@ def build_task(task: Task, output: Path, plan_key: str, progress: Progress = lam
     try:
         for split, temporary in temporaries.items():
             part = _build_split(task, split, temporary, statistics, histograms, progress)
-            sessions = sorted({entry.session_id for shard in task.shards[split] for entry in shard.entries})
+            entries = [entry for shard in task.shards[split] for entry in shard.entries]
             splits[split] = {
                 "clips": part.clips,
                 "recordings": part.accepted,
-                "sessions": sessions,
+                "players": sorted({entry.player_id for entry in entries}),
+                "sessions": sorted({entry.session_id for entry in entries}),
                 "bytes": temporary.stat().st_size if part.clips else 0,
             }
             report.merge(part)

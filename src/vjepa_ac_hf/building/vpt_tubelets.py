@@ -4,13 +4,21 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
 from datasets.builder import Key
+from datasets.data_files import DataFilesDict, get_data_patterns
 
 from ..recordings.shards import Shard, list_shards, read_pairs
-from ..recordings.splits import validation_set
+from ..recordings.splits import (
+    SplitOptions,
+    check_given_splits,
+    split_facts,
+    split_options_from,
+    validation_recordings,
+)
 from .rows import BuildReport, clip_features, iter_clips, listing_report
 from .selection import BuildOptions, Selection, options_from, select_recordings, selection_from
 
@@ -31,9 +39,11 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
         resolution: side of the square frames in pixels, even.
         resize_mode: `crop` (shortest edge, then centre crop) or `squash` (whole frame).
         clip_stride: ticks between clip starts; None: no frame in two clips.
-        validation_fraction: share of sessions for validation, by a stable hash; None: 0.05 where both splits then
-            have sessions, else no validation split.
-        validation_sessions: sessions for validation, by name, instead of a share.
+        split_by: `player` or `session`: no player (or session) is in both splits.
+        validation_fraction: share of players (or sessions) for validation, by a stable hash; None: 0.05 where both
+            splits then have recordings, else no validation split.
+        validation_players: players for validation, by name, instead of a share.
+        validation_sessions: sessions for validation, likewise.
         draw_cursor: paint the mouse cursor into frames with a GUI open.
         skip_repairs: repairs of the log (docs/data.md, "Repairs") that are not to be done.
         exclude: recording ids to leave out.
@@ -54,7 +64,9 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
     resolution: int = 256
     resize_mode: str = "crop"
     clip_stride: int | None = None
+    split_by: str = "player"
     validation_fraction: float | None = None
+    validation_players: Sequence[str] | None = None
     validation_sessions: Sequence[str] | None = None
     draw_cursor: bool = False
     skip_repairs: Sequence[str] = ()
@@ -67,7 +79,7 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = (self.build_options, self.selection)  # refuse what does not fit before any file is read
+        _ = (self.build_options, self.selection, self.split_options)  # refuse what does not fit before any file is read
 
     @property
     def build_options(self) -> BuildOptions:
@@ -78,14 +90,19 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
         return selection_from(vars(self))
 
     @property
-    def asks_for_validation(self) -> bool:
-        return self.validation_sessions is not None or bool(self.validation_fraction)
+    def split_options(self) -> SplitOptions:
+        return split_options_from(vars(self))
 
 
 class VPTTubelets(datasets.GeneratorBasedBuilder):
-    """Builds clips from tar shards or folders of `<name>.mp4` + `<name>.jsonl`; one split per set of sessions."""
+    """Builds clips from tar shards or folders of `<name>.mp4` + `<name>.jsonl`; split by player."""
 
     BUILDER_CONFIG_CLASS = VPTTubeletsConfig
+
+    def __init__(self, *args, data_dir: str | None = None, data_files=None, **options) -> None:
+        if data_dir is not None and isinstance(data_files, DataFilesDict):
+            data_files = _all_files(data_dir, data_files)
+        super().__init__(*args, data_dir=data_dir, data_files=data_files, **options)
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=clip_features(self.config.build_options.clip))
@@ -96,7 +113,7 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         names = {split: list(map(str, files)) for split, files in self.config.data_files.items()}
         paths = dl_manager.download(self.config.data_files)
         download_config = dl_manager.download_config
-        # Listed as one, so that a recording or session found in two splits is noticed.
+        # Listed as one, so that a recording or player found in two splits is noticed.
         listed = list_shards(
             [name for files in names.values() for name in files],
             [str(path) for split in names for path in paths[split]],
@@ -111,7 +128,7 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
                 + report.summary()
             )
         if len(names) == 1 and "train" in names:
-            splits = self._split_by_session(listed)
+            splits = self._split_by_name(listed)
         else:
             splits = self._given_splits(names, listed)
         return [
@@ -119,35 +136,34 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
             for split, shards in splits.items()
         ]
 
-    def _split_by_session(self, shards: list[Shard]) -> dict[str, list[Shard]]:
-        validation = validation_set(
-            (entry.session_id for shard in shards for entry in shard.entries),
-            self.config.validation_fraction,
-            self.config.validation_sessions,
-        )
+    def _split_by_name(self, shards: list[Shard]) -> dict[str, list[Shard]]:
+        options = self.config.split_options
+        recordings = [entry.recording_id for shard in shards for entry in shard.entries]
+        validation = validation_recordings(recordings, options)
+        if validation:
+            counts = {"train": len(recordings) - len(validation), "validation": len(validation)}
+            facts = split_facts(options, {split: {"recordings": n} for split, n in counts.items()}, "recordings")
+            if facts["warning"]:
+                logger.warning("%s", facts["warning"])
         return split_shards(shards, validation)
 
     def _given_splits(self, names: dict[str, list[str]], shards: list[Shard]) -> dict[str, list[Shard]]:
-        """Splits as the user named their files, which must not share a session."""
-        if self.config.asks_for_validation:
+        """Splits as the user named their files, which must not share a player (or session)."""
+        options = self.config.split_options
+        if options.asks_for_validation:
             raise ValueError(
-                f"data_files names the splits {list(names)}: validation_fraction and validation_sessions choose "
-                "sessions only where all files are given as one split"
+                f"data_files names the splits {list(names)}: validation_fraction, validation_players and "
+                "validation_sessions choose only where all files are given as one split"
             )
         split_of_file = {name: split for split, files in names.items() for name in files}
-        split_of_session: dict[str, str] = {}
         splits: dict[str, list[Shard]] = {}
         for shard in shards:
-            split = split_of_file[shard.source]
-            for entry in shard.entries:
-                other = split_of_session.setdefault(entry.session_id, split)
-                if other != split:
-                    raise ValueError(
-                        f"session {entry.session_id!r} is in the splits {other!r} and {split!r} (recording "
-                        f"{entry.recording_id!r}): segments of one session in two splits is leakage"
-                    )
             if shard.entries:
-                splits.setdefault(split, []).append(shard)
+                splits.setdefault(split_of_file[shard.source], []).append(shard)
+        placed = [
+            (entry.recording_id, split) for split, own in splits.items() for shard in own for entry in shard.entries
+        ]
+        check_given_splits(placed, options.split_by)
         return splits
 
     def _download_and_prepare(self, dl_manager, verification_mode, **prepare_split_kwargs) -> None:
@@ -155,7 +171,7 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         empty = [name for name, split in self.info.splits.items() if split.num_examples == 0]
         if not empty:
             return
-        if "train" in empty or self.config.asks_for_validation or len(empty) == len(self.info.splits):
+        if "train" in empty or self.config.split_options.asks_for_validation or len(empty) == len(self.info.splits):
             raise ValueError(
                 f"no clip could be built for the split {empty[0]!r}: all of its recordings were rejected or left out "
                 "by a selection option; the warnings above have the reasons"
@@ -180,12 +196,36 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         logger.log(logging.WARNING if report.rejected else logging.INFO, report.summary())
 
 
+def _all_files(data_dir: str, found: DataFilesDict) -> DataFilesDict:
+    """All files of a folder as one split, where `datasets` has chosen files and splits by the words in their names.
+
+    Given a folder and no `data_files`, it looks for train, dev, val, test, eval and the like between dashes, dots,
+    blanks, underscores and digits, and takes only files whose name (or folder's) has such a word, if any has
+    (`datasets.data_files.get_data_patterns`). Players have names like these.
+    """
+    folder = Path(data_dir).expanduser().resolve().as_posix()
+    everything = DataFilesDict.from_patterns({"train": ["**"]}, base_path=folder)
+    if dict(found) == dict(everything):
+        return found
+    if dict(found) != dict(DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)):
+        return found  # what the user named in data_files
+    logger.warning(
+        "%s: names contain words that datasets takes for splits (%s); all %d files are used, and split as the options "
+        'say. To choose files and splits yourself, pass data_files={"train": ..., "validation": ...}',
+        *(data_dir, ", ".join(f"{split}: {len(files)} files" for split, files in found.items())),
+        len(everything["train"]),
+    )
+    return everything
+
+
 def split_shards(shards: list[Shard], validation: set[str]) -> dict[str, list[Shard]]:
     """Shards of each split, with the recordings of that split only; a split without recordings is not there."""
     splits: dict[str, list[Shard]] = {}
     for split in ("train", "validation"):
         for shard in shards:
-            entries = [entry for entry in shard.entries if (entry.session_id in validation) == (split == "validation")]
+            entries = [
+                entry for entry in shard.entries if (entry.recording_id in validation) == (split == "validation")
+            ]
             if entries:
                 splits.setdefault(split, []).append(Shard(shard.name, shard.source, entries))
     return splits

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, http_backoff
 
-from ..recordings.log import recorder_version_of
+from ..recordings.names import recorder_version_of, recording_id_of, version_order
 from ..recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file
 
 OPTIONS_SUFFIX = "-options.json"
@@ -53,27 +53,44 @@ class RemoteRecording:
 
 @dataclass(frozen=True)
 class RecordingIndex:
-    """All recordings of an index, in its order (of the Hub: sorted), each once.
+    """All recordings of an index, in its order (of the Hub: sorted).
 
     Attributes:
         source: where it was read from.
-        recordings: what it lists.
-        doubled: entries left out because the same recording comes before them.
+        entries: what it lists, each relpath once.
+        repeated: entries left out because the same relpath comes before them.
         headers: HTTP headers that its files need (the Hub's token).
     """
 
     source: str
-    recordings: list[RemoteRecording]
-    doubled: int = 0
+    entries: list[RemoteRecording]
+    repeated: int = 0
     headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def recordings(self) -> list[RemoteRecording]:
+        """Each recording once: of one under several recorder versions the newest."""
+        return newest_versions(self.entries)[0]
+
+    @property
+    def doubled(self) -> int:
+        """Entries that `recordings` leaves out."""
+        return self.repeated + len(newest_versions(self.entries)[1])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be downloaded; `left_out` counts the index's other entries by the filter that left them out."""
+    """What is to be downloaded.
+
+    Attributes:
+        recordings: in the index's order.
+        left_out: how many of the index's other entries each filter has left out.
+        doubled: those that are the same recording under another recorder version: relpath, and the one taken instead.
+    """
 
     recordings: list[RemoteRecording]
     left_out: dict[str, int]
+    doubled: dict[str, str]
 
 
 class _IndexFile(msgspec.Struct):
@@ -101,6 +118,24 @@ def read_index(source: str, *, endpoint: str | None = None) -> RecordingIndex:
     return _parse_index(Path(source).read_bytes(), source)
 
 
+def newest_versions(
+    recordings: Sequence[RemoteRecording],
+) -> tuple[list[RemoteRecording], list[tuple[RemoteRecording, RemoteRecording]]]:
+    """Each recording once, by its name: of several recorder versions the newest, of equal ones the first.
+
+    Returns:
+        Those to take, in order, and the others, each with the one taken instead.
+    """
+    taken: dict[str, RemoteRecording] = {}
+    for recording in recordings:
+        known = taken.get(name := recording_id_of(recording.relpath))
+        if known is None or version_order(recording.recorder_version) > version_order(known.recorder_version):
+            taken[name] = recording
+    chosen = [(recording, taken[recording_id_of(recording.relpath)]) for recording in recordings]
+    kept = [recording for recording, newest in chosen if recording is newest]
+    return kept, [(recording, newest) for recording, newest in chosen if recording is not newest]
+
+
 def select_recordings(
     index: RecordingIndex,
     *,
@@ -121,23 +156,26 @@ def select_recordings(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
-    left_out = {"doubled": index.doubled, "recorder_version": 0, "match": 0, "limit": 0}
-    kept = index.recordings
+    left_out = {"doubled": index.repeated, "recorder_version": 0, "match": 0, "limit": 0}
+    kept = index.entries
     if recorder_versions is not None:
         kept = [recording for recording in kept if recording.recorder_version in recorder_versions]
-        left_out["recorder_version"] = len(index.recordings) - len(kept)
+        left_out["recorder_version"] = len(index.entries) - len(kept)
     if match is not None:
         before, kept = kept, [recording for recording in kept if fnmatch.fnmatchcase(recording.relpath, match)]
         left_out["match"] = len(before) - len(kept)
     if not kept:
-        found = sorted({recording.recorder_version or "none" for recording in index.recordings})
-        first = index.recordings[0].relpath if index.recordings else "none"
+        found = sorted({recording.recorder_version or "none" for recording in index.entries})
+        first = index.entries[0].relpath if index.entries else "none"
         raise ValueError(
-            f"{index.source}: no recording is left of {len(index.recordings)}: recorder versions asked for "
+            f"{index.source}: no recording is left of {len(index.entries)}: recorder versions asked for "
             f"{recorder_versions and list(recorder_versions)}, found {found}; match {match!r}, first relpath {first!r}"
         )
+    kept, doubled = newest_versions(kept)
+    left_out["doubled"] += len(doubled)
     left_out["limit"] = len(kept) - len(kept[:limit])
-    return Selection(kept[:limit], left_out)
+    taken = {recording.relpath: newest.relpath for recording, newest in doubled}
+    return Selection(kept[:limit], left_out, taken)
 
 
 # ---------------------------------------------------------------------------------------------------- index files
@@ -172,7 +210,7 @@ def _parse_index(content: bytes, source: str) -> RecordingIndex:
         )
         for stem in unique
     ]
-    return RecordingIndex(source, recordings, doubled=len(stems) - len(unique))
+    return RecordingIndex(source, recordings, repeated=len(stems) - len(unique))
 
 
 def _base_url(basedir: str, source: str) -> str:

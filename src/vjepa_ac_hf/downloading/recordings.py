@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 REPORT_NAME = "download_report.json"
 REJECTED_SUFFIX = ".rejected"
 
-# The builder's bound: what it would reject is not worth its place (docs/data.md, "What is rejected").
-LENGTH_TOLERANCE = 0.05
 # So many recordings failing with none between them that does not: it is the network or the server, not the files.
 MAX_FAILURES_IN_A_ROW = 20
 
@@ -233,15 +231,11 @@ def check_video(path: Path, relpath: str, ticks: int) -> int:
     """Open a video, whose packets are all read for it; returns its number of frames.
 
     Raises:
-        VideoError: as `VideoReader`; frames and log lines that differ by more than 5 %.
+        VideoError: as `VideoReader`; frames that cannot be told to belong to the log's ticks.
     """
-    frames = VideoReader(path, relpath + VIDEO_SUFFIX).num_frames
-    if abs(ticks - frames) > LENGTH_TOLERANCE * max(ticks, frames):
-        raise VideoError(
-            f"{relpath}{VIDEO_SUFFIX}: lengths differ by more than {LENGTH_TOLERANCE:.0%}: {frames} frames, "
-            f"{ticks} log lines"
-        )
-    return frames
+    reader = VideoReader(path, relpath + VIDEO_SUFFIX)
+    reader.frames_of_ticks(ticks, reader.frame_rate)
+    return reader.num_frames
 
 
 async def download_recordings(

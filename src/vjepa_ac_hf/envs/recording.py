@@ -22,7 +22,7 @@ class VPTWriter:
 
     Args:
         folder: where.
-        name: `<alias>-<session-id>-<date>-<time>`.
+        name: `<alias>-<id>-<date>-<time>`.
         height: of the frames, in pixels.
         width: likewise.
     """
@@ -76,7 +76,7 @@ class VPTWriter:
 
 
 class RecordVPT(gymnasium.Wrapper):
-    """Records every episode of a `VizDoomVPTEnv` as a VPT recording, a session each.
+    """Records every episode of a `VizDoomVPTEnv` as a VPT recording, a player each: episodes go into splits one by one.
 
     Goes directly around the environment, under wrappers that change its observations. The last frame gets a line
     without input, unless it is beyond a death or teleport. Files are complete when the episode has ended, or after the
@@ -85,7 +85,7 @@ class RecordVPT(gymnasium.Wrapper):
     Args:
         env: a `VizDoomVPTEnv`.
         folder: where the recordings go; it is made where it is missing.
-        alias: the recordings are `<alias>-<number>-<date>-<time>`.
+        alias: the recordings are `<alias>-<number>-<id>-<date>-<time>`, player `<alias>-<number>`.
 
     Raises:
         ValueError: another environment; a recording that is there already.
@@ -103,7 +103,7 @@ class RecordVPT(gymnasium.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         self._finish()
         start = FIRST_START + timedelta(minutes=5 * self.episodes)
-        name = f"{self.alias}-{self.episodes:06d}-{start:%Y%m%d-%H%M%S}"
+        name = f"{self.alias}-{self.episodes:06d}-{0:012x}-{start:%Y%m%d-%H%M%S}"
         if Path(self.folder, name + ".mp4").exists():
             raise ValueError(f"{self.folder / name}.mp4 is there already: choose another folder or alias")
         self.game.start_time = start

@@ -21,12 +21,14 @@ class ClipRecords:
     Args:
         names: `(clips,)`, row, recording and start tick, for messages and captions.
         sessions: `(clips,)`, session ids.
+        players: `(clips,)`, player ids.
         actions: `(clips, T-1, 38)`, float32, all of `ACTION_COLUMNS`.
         states: `(clips, T, 2)`, float32, yaw and pitch in degrees.
     """
 
     names: list[str]
     sessions: list[str]
+    players: list[str]
     actions: Tensor
     states: Tensor
 
@@ -69,7 +71,7 @@ def spread(count: int, wanted: int | None) -> list[int]:
 
 
 def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
-    """Actions, states and sessions of a whole split, with the first clip's video checked too.
+    """Actions, states, sessions and players of a whole split, with the first clip's video checked too.
 
     Args:
         dataset: rows with `COLUMNS`, the column `video` cast to `datasets.Video(decode=False)`.
@@ -82,11 +84,12 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
     steps = processor.frames_per_clip // processor.tubelet_size
     shapes = {"actions": (steps - 1, len(ACTION_COLUMNS)), "states": (steps, 2)}
     light = [column for column in COLUMNS if column != "video"]
-    names, sessions = [], []
+    names, sessions, players = [], [], []
     values: dict[str, list[Tensor]] = {"actions": [], "states": []}
     for row, example in enumerate(dataset.select_columns(light)):
         names.append(f"clip {row} ({clip_name(example)})")
         sessions.append(str(example["session_id"]))
+        players.append(str(example["player_id"]))
         for column, shape in shapes.items():
             array = np.asarray(example[column], dtype=np.float32)
             if array.shape != shape:
@@ -96,7 +99,7 @@ def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:
                 )
             values[column].append(torch.from_numpy(array))
     decode_clip(dataset[0]["video"], names[0], processor.frames_per_clip, processor.fps)
-    return ClipRecords(names, sessions, torch.stack(values["actions"]), torch.stack(values["states"]))
+    return ClipRecords(names, sessions, players, torch.stack(values["actions"]), torch.stack(values["states"]))
 
 
 def encoded_batches(

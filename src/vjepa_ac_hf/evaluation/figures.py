@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ VALUE_COLUMNS = (
     "wins_large_turns",
     "pairs_large_turns",
 )
-ROW_COLUMNS = ("session_id", "horizon", *VALUE_COLUMNS)
+ROW_COLUMNS = ("session_id", "player_id", "horizon", *VALUE_COLUMNS)
+# With fewer players in a split, sessions are resampled instead: intervals from few units come out too narrow.
+FEW_PLAYERS = 10
 
 # Figures that get an interval.
 INTERVAL_FIGURES = (
@@ -67,6 +69,7 @@ def table_rows(table: RolloutTable) -> dict[str, np.ndarray]:
     }
     return {
         "session_id": np.repeat(np.asarray(table.sessions, dtype=np.str_), horizons),
+        "player_id": np.repeat(np.asarray(table.players, dtype=np.str_), horizons),
         "horizon": np.tile(np.arange(1, horizons + 1), clips),
         **{name: values.reshape(-1) for name, values in columns.items()},
     }
@@ -79,29 +82,30 @@ def aggregate_rows(
 
     Args:
         rows: columns `ROW_COLUMNS` of equal length, in any order of rows.
-        draws: bootstrap draws of sessions; 0 for no intervals.
+        draws: bootstrap draws of players or sessions (`interval_unit`); 0 for no intervals.
         seed: of the bootstrap.
 
     Returns:
         One dictionary a horizon. A figure without data (no pairs with large turns, a ratio to 0) is None; so is
-        `ci95` with fewer than two sessions, and an interval that fewer than two sessions contribute to.
+        `ci95` with fewer than two of them, and an interval that fewer than two contribute to.
     """
     columns = _check_rows(rows)
-    sessions, session_of = np.unique(columns["session_id"], return_inverse=True)
+    unit = interval_unit(columns["player_id"])
+    units, unit_of = np.unique(columns[f"{unit}_id"], return_inverse=True)
     weights = None
-    if draws and len(sessions) < 2:
+    if draws and len(units) < 2:
         logger.warning(
-            "the figures are without intervals (ci95 is null): a bootstrap over sessions needs at least 2, found %d",
-            len(sessions),
+            "the figures are without intervals (ci95 is null): a bootstrap over %ss needs at least 2, found %d",
+            *(unit, len(units)),
         )
     elif draws:
-        weights = session_weights(len(sessions), draws, torch.Generator().manual_seed(seed))
+        weights = resample_weights(len(units), draws, torch.Generator().manual_seed(seed))
     figures = []
     for horizon in np.unique(columns["horizon"]):
         at = columns["horizon"] == horizon
         # The means are over clips, so their count is summed like the rest.
         values = {"clips": np.ones(int(at.sum())), **{name: columns[name][at] for name in VALUE_COLUMNS}}
-        sums = {name: np.bincount(session_of[at], v, minlength=len(sessions)) for name, v in values.items()}
+        sums = {name: np.bincount(unit_of[at], v, minlength=len(units)) for name, v in values.items()}
         totals = _figures({name: v.sum() for name, v in sums.items()})
         mse = {name: totals.pop(f"{name}_mse") for name in ("error", "persistence", "shuffled_actions")}
         figures.append(
@@ -117,12 +121,23 @@ def aggregate_rows(
     return figures
 
 
-def session_weights(sessions: int, draws: int, generator: torch.Generator) -> np.ndarray:
-    """`(draws, sessions)`: how often each session is in each resample with replacement."""
-    picks = torch.randint(sessions, (draws, sessions), generator=generator)
+def interval_unit(players: Iterable[str]) -> str:
+    """What intervals resample: `player` where there are ten (`FEW_PLAYERS`) or more, else `session`."""
+    return "player" if len(set(players)) >= FEW_PLAYERS else "session"
+
+
+def unit_counts(sessions: Iterable[str], players: Iterable[str]) -> dict[str, Any]:
+    """`sessions` and `players`, how many there are, and `interval_unit`, what intervals resample."""
+    sessions, players = set(sessions), set(players)
+    return {"sessions": len(sessions), "players": len(players), "interval_unit": interval_unit(players)}
+
+
+def resample_weights(units: int, draws: int, generator: torch.Generator) -> np.ndarray:
+    """`(draws, units)`: how often each unit is in each resample with replacement."""
+    picks = torch.randint(units, (draws, units), generator=generator)
     return (
-        torch.zeros(draws, sessions, dtype=torch.float64)
-        .scatter_add_(1, picks, torch.ones(draws, sessions, dtype=torch.float64))
+        torch.zeros(draws, units, dtype=torch.float64)
+        .scatter_add_(1, picks, torch.ones(draws, units, dtype=torch.float64))
         .numpy()
     )
 
@@ -131,7 +146,7 @@ def _check_rows(rows: Mapping[str, Sequence | np.ndarray]) -> dict[str, np.ndarr
     missing = [c for c in ROW_COLUMNS if c not in rows]
     if missing:
         raise ValueError(f"rows lack the columns {missing}: found {sorted(rows)}")
-    types = {"session_id": np.str_, "horizon": np.int64}
+    types = {"session_id": np.str_, "player_id": np.str_, "horizon": np.int64}
     columns: dict[str, np.ndarray] = {
         name: np.asarray(rows[name], dtype=types.get(name, np.float64)) for name in ROW_COLUMNS
     }
@@ -155,11 +170,11 @@ def _figures(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _intervals(sums: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, list[float] | None]:
-    """Percentiles 2.5 and 97.5 over resampled sessions, for each of `INTERVAL_FIGURES`."""
-    drawn = _figures({name: weights @ by_session for name, by_session in sums.items()})
+    """Percentiles 2.5 and 97.5 over resampled players or sessions, for each of `INTERVAL_FIGURES`."""
+    drawn = _figures({name: weights @ by_unit for name, by_unit in sums.items()})
     intervals: dict[str, list[float] | None] = {}
     for name in INTERVAL_FIGURES:
-        # A single session with such pairs would give an interval of no width, which claims certainty.
+        # A single unit with such pairs would give an interval of no width, which claims certainty.
         contributing = sums["pairs_large_turns" if name == "win_rate_large_turns" else "clips"]
         values = drawn[name][np.isfinite(drawn[name])]
         if np.count_nonzero(contributing) < 2 or not len(values):

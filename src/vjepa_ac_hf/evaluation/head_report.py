@@ -89,7 +89,8 @@ def write_head_report(directory: Path, record: Mapping[str, Any]) -> Path:
     write_file(directory / "figures.png", buffer.getvalue())
     escape, title = html.escape, f"{record['task'].replace('_', ' ').capitalize()}: {record['world_model']}"
     about = (
-        f"{record['clips']} validation clips of {record['dataset']}, {record['training_clips']} for training; features "
+        f"{record['clips']} validation clips of {record['sessions']} sessions of {record['players']} players of "
+        f"{record['dataset']}, {record['training_clips']} for training; features "
         f"from the {record['features_from']}"
     )
     picture = image_tag(base64.b64encode(buffer.getvalue()).decode(), "figures by column")

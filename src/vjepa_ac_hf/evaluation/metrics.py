@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Features, Value
 
-from .figures import BOOTSTRAP_DRAWS, VALUE_COLUMNS, aggregate_rows
+from .figures import BOOTSTRAP_DRAWS, VALUE_COLUMNS, aggregate_rows, unit_counts
 from .probes import RETRIEVAL_COLUMNS, SENSITIVITY_COLUMNS, aggregate_retrieval, aggregate_sensitivity
 
 
@@ -31,18 +31,19 @@ import evaluate  # noqa: E402 (only after the check: importing another file woul
 
 _DESCRIPTION = """\
 Errors of predicted features by horizon, next to persistence and to shuffled actions, with win rates and bootstrap
-intervals over sessions."""
+intervals over players (sessions where there are fewer than ten)."""
 
 _INPUTS = """
 Args:
-    session_id (list of str): session of the clip; intervals resample sessions.
+    session_id, player_id (list of str): session and player of the clip; intervals resample players, sessions where
+        there are fewer than ten players.
     horizon (list of int): steps after the context, from 1.
     error, persistence, shuffled_actions (list of float): mean absolute differences to the target.
     error_mse, persistence_mse, shuffled_actions_mse (list of float): mean square differences.
     wins, pairs, wins_large_turns, pairs_large_turns (list of float): won pairs (a tie is a half) and pairs.
     draws (int): bootstrap draws. bootstrap_seed (int): their seed.
 Returns:
-    clips, sessions (int), horizons (list of dict): the figures of each horizon.
+    clips, sessions, players (int), interval_unit (str), horizons (list of dict): the figures of each horizon.
 """
 
 _CITATION = "Assran et al., V-JEPA 2, arXiv 2506.09985"
@@ -54,7 +55,7 @@ class LatentPredictionMetric(evaluate.Metric):
     ```python
     metric = LatentPredictionMetric(num_process=world_size, process_id=rank, experiment_id="run-7")
     metric.add_batch(**table_rows(table))
-    result = metric.compute(bootstrap_seed=0)  # {"clips", "sessions", "horizons"} on process 0, None on the others
+    result = metric.compute(bootstrap_seed=0)  # on process 0, None on the others
     ```
 
     Several processes need a cache folder (`cache_dir`) that all of them see.
@@ -68,6 +69,7 @@ class LatentPredictionMetric(evaluate.Metric):
             features=Features(
                 {
                     "session_id": Value("string"),
+                    "player_id": Value("string"),
                     "horizon": Value("int64"),
                     **{name: Value("float64") for name in VALUE_COLUMNS},
                 }
@@ -77,7 +79,7 @@ class LatentPredictionMetric(evaluate.Metric):
     def _compute(self, *, draws: int = BOOTSTRAP_DRAWS, bootstrap_seed: int = 0, **rows: Any) -> dict[str, Any]:
         return {
             "clips": rows["horizon"].count(rows["horizon"][0]),
-            "sessions": len(set(rows["session_id"])),
+            **unit_counts(rows["session_id"], rows["player_id"]),
             "horizons": aggregate_rows(rows, draws=draws, seed=bootstrap_seed),
         }
 

@@ -11,13 +11,10 @@ import numpy as np
 
 from ..pages import PAGE_STYLE, image_tag
 from ..records import write_file, write_json
-from .figures import LARGE_TURN_DEGREES
+from .figures import FEW_PLAYERS, LARGE_TURN_DEGREES
 from .pictures import ClipPictures
 from .plots import clip_figure, curves_figure, histogram_figure
 from .rollouts import RolloutTable
-
-# Percentile intervals from fewer sessions are known to come out too narrow.
-FEW_SESSIONS = 10
 
 _READING = {
     "error": "Mean absolute difference between predicted and true features, over tokens, width and clips. "
@@ -83,7 +80,8 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
     """
     escape = html.escape
     facts = (
-        f"{metrics['clips']} clips of {metrics['sessions']} sessions, split {metrics['split']} of "
+        f"{metrics['clips']} clips of {metrics['sessions']} sessions of {metrics['players']} players (intervals: by "
+        f"{metrics['interval_unit']}), split {metrics['split']} of "
         f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps of "
         f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, seed {metrics['seed']}"
     )
@@ -216,8 +214,12 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     found = []
     if metrics["sessions"] < 2:
         found.append("All clips are of one session: there are no intervals, and other sessions may differ.")
-    elif metrics["sessions"] < FEW_SESSIONS:
-        found.append(f"Intervals from only {metrics['sessions']} sessions come out too narrow.")
+    elif metrics["interval_unit"] == "session":
+        few = f", and {metrics['sessions']} sessions are few" if metrics["sessions"] < FEW_PLAYERS else ""
+        found.append(
+            f"Intervals are over sessions, because {metrics['players']} players are too few (fewer than "
+            f"{FEW_PLAYERS}): they leave out how players differ, and come out too narrow{few}."
+        )
     if metrics["future_states"] == "recorded":
         found.append(
             "The action space does not hold the turns, so rollouts were given the recorded states, which show the "

@@ -28,6 +28,7 @@ class RolloutTable:
 
     Args:
         sessions: `(clips,)`, session id of each clip.
+        players: `(clips,)`, player id of each clip.
         context_steps: true steps that a rollout starts from.
         future_states: "integrated" (from the actions given) or "recorded" (from the log, which hold the true turn).
         partners: `(clips, shuffles)`, the clip whose future actions each clip was given.
@@ -42,6 +43,7 @@ class RolloutTable:
     """
 
     sessions: list[str]
+    players: list[str]
     context_steps: int
     future_states: str
     partners: np.ndarray
@@ -150,6 +152,7 @@ def evaluate_features(
     states: Tensor,
     *,
     sessions: Sequence[str],
+    players: Sequence[str],
     integrate_states: StateIntegrator | None,
     yaw_deltas: Tensor | None = None,
     context_steps: int = 2,
@@ -167,6 +170,7 @@ def evaluate_features(
         actions: `(clips, T-1, A)`, normalised.
         states: `(clips, T, S)`, normalised.
         sessions: session id of each clip.
+        players: player id of each clip.
         integrate_states: `state_integrator(processor)`; None uses the recorded states.
         yaw_deltas: `(clips, T-1)`, yaw change of each action in degrees; None: no figures for large turns.
         context_steps: true steps C that a rollout starts from.
@@ -180,7 +184,7 @@ def evaluate_features(
     """
     clips, steps = len(actions), actions.shape[1] + 1
     horizon = check_protocol(steps, context_steps, horizon, shuffles, clips)
-    for name, found in (("states", len(states)), ("sessions", len(sessions))):
+    for name, found in (("states", len(states)), ("sessions", len(sessions)), ("players", len(players))):
         if found != clips:
             raise ValueError(f"actions are those of {clips} clips, but {name} of {found}")
     partners = derangements(clips, shuffles, torch.Generator().manual_seed(seed))
@@ -211,6 +215,7 @@ def evaluate_features(
         {name: torch.cat([p[name] for p in parts]) for name in parts[0]},
         partners,
         sessions=sessions,
+        players=players,
         context_steps=context_steps,
         integrate_states=integrate_states,
         yaw_deltas=yaw_deltas,
@@ -222,6 +227,7 @@ def rollout_table(
     partners: Tensor,
     *,
     sessions: Sequence[str],
+    players: Sequence[str],
     context_steps: int,
     integrate_states: StateIntegrator | None,
     yaw_deltas: Tensor | None,
@@ -229,6 +235,7 @@ def rollout_table(
     """The table of `batch_errors` of all clips, in order; other arguments as in `evaluate_features`."""
     return RolloutTable(
         sessions=[str(s) for s in sessions],
+        players=[str(p) for p in players],
         context_steps=context_steps,
         future_states="recorded" if integrate_states is None else "integrated",
         partners=partners.T.numpy(),

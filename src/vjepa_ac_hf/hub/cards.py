@@ -28,6 +28,8 @@ _HORIZON_FIGURES = (
     ("win_rate", "accuracy", "win rate of the true action"),
     ("win_rate_large_turns", "accuracy", "win rate of the true action, large turns"),
 )
+# What figures were measured on, as metrics.json names it (metrics.jsonl: with validation_ before).
+_COUNTS = ("clips", "sessions", "players", "interval_unit")
 _HEADLINES = ("error", "error_over_persistence", "shuffled_over_error")
 # Training's own validation (docs/evaluation.md, "During training") has them in its rows under these names, by horizon.
 _VALIDATION_FIGURE = re.compile(r"validation_(error|persistence|persistence_ratio|shuffled_ratio|win_rate)_h(\d+)")
@@ -119,8 +121,13 @@ class RunDescription:
         """
         model_name = self.repo_id.rstrip("/").split("/")[-1]
         if evaluation is None:
-            validated = {"clips": metrics.get("validation_clips"), "dataset": self.dataset, "split": "validation"}
-            figures = {**validated, "horizons": validation_horizons(metrics)}
+            counts = {name: metrics.get(f"validation_{name}") for name in _COUNTS}
+            figures = {
+                **counts,
+                "dataset": self.dataset,
+                "split": "validation",
+                "horizons": validation_horizons(metrics),
+            }
             headlines = validation_headlines(metrics)
         else:
             headlines = []
@@ -216,7 +223,7 @@ def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, 
     metrics.jsonl and evaluation/metrics.json.
     """
     dataset, split = str(figures.get("dataset") or "unknown"), figures.get("split") or "validation"
-    arguments = {k: figures[k] for k in ("context_steps", "clips", "sessions") if figures.get(k) is not None}
+    arguments = {k: figures[k] for k in ("context_steps", *_COUNTS) if figures.get(k) is not None}
     results = []
     for row in figures["horizons"]:
         for key, kind, name in _HORIZON_FIGURES:

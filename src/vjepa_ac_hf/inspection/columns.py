@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..recordings.names import missing_columns
 
 _ROWS_AT_ONCE = 1024
 
@@ -111,7 +112,7 @@ class ClipFiles:
         found = parquet.schema_arrow.names
         missing = [column for column in columns if column not in found]
         if missing:
-            raise ValueError(f"{self.name}, split {split}: columns {missing} are missing in {file}, found {found}")
+            raise missing_columns(f"{self.name}, split {split}: {file}", missing, found)
         return parquet
 
     def read_json(self, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,11 +179,12 @@ def dataset_summary(
         num_bytes: size of the Parquet files of each split; None takes the report's, where it has them.
 
     Returns:
-        dict: `recordings` (`found`, `accepted`, `rejected`, `skipped` by option), `sessions` with clips, `clips`,
-        `hours` (`recordings`: ticks of accepted recordings; `clips`: frames of clips, at their own rate), `splits`
-        (sessions and recordings with clips), `gui` (`ticks`: share of the ticks of accepted recordings, `actions`:
-        share of actions), `repairs` (`ticks` and `recordings` of each), `skipped_clips` by option, `rejected` by
-        reason, `other_files`, `bytes`, `pressed` (share of actions of each binary column), `actions` (histograms).
+        dict: `recordings` (`found`, `accepted`, `rejected`, `skipped` by option), `players` and `sessions` with clips,
+        `clips`, `hours` (`recordings`: ticks of accepted recordings; `clips`: frames of clips, at their own rate),
+        `splits` (players, sessions and recordings with clips), `gui` (`ticks`: share of the ticks of accepted
+        recordings, `actions`: share of actions), `repairs` (`ticks` and `recordings` of each), `skipped_clips` by
+        option, `rejected` by reason, `other_files`, `bytes`, `pressed` (share of actions of each binary column),
+        `actions` (histograms).
 
     Raises:
         ValueError: a field of the report is missing that every version of it has.
@@ -196,7 +197,15 @@ def dataset_summary(
     recordings: Sequence[Mapping] | None = report.get("per_recording")
     clip = _clip_spec(report)
     clip_hours = None if clip is None else clip.frames_per_clip / clip.fps / 3600
-    splits = {split: _split_counts(split, part, recordings) for split, part in report["splits"].items()}
+    units = {split: _split_units(split, part, recordings) for split, part in report["splits"].items()}
+    splits = {
+        split: {
+            **{name: None if values is None else len(values) for name, values in units[split].items()},
+            "recordings": part["recordings"] if recordings is None else len(_with_clips(split, recordings)),
+            "clips": part["clips"],
+        }
+        for split, part in report["splits"].items()
+    }
     if num_bytes is None and all("bytes" in part for part in report["splits"].values()):
         num_bytes = {split: part["bytes"] for split, part in report["splits"].items()}
     kinds = Counter(_rejection_kind(rejection) for rejection in report["rejected"])
@@ -207,7 +216,7 @@ def dataset_summary(
             "rejected": sum(rejection["recording"] is not None for rejection in report["rejected"]),
             "skipped": dict(report.get("skipped_recordings", {})),
         },
-        "sessions": sum(part["sessions"] for part in splits.values()),
+        **{name: _count_units(part[name] for part in units.values()) for name in ("players", "sessions")},
         "clips": report["clips"],
         "hours": {
             "recordings": _recording_hours(recordings, clip),
@@ -243,13 +252,31 @@ def _clip_spec(report: Mapping[str, Any]) -> ClipSpec | None:
     return ClipSpec(**options["clip"]) if options else None
 
 
-def _split_counts(split: str, part: Mapping[str, Any], recordings: Sequence[Mapping] | None) -> dict[str, int]:
-    """Sessions and recordings that have clips: a data set's files know no others."""
-    if recordings is None:
-        return {"sessions": len(part["sessions"]), "recordings": part["recordings"], "clips": part["clips"]}
-    used = [recording for recording in recordings if recording["split"] == split and recording["clips"]]
-    sessions = len({recording["session"] for recording in used})
-    return {"sessions": sessions, "recordings": len(used), "clips": part["clips"]}
+def _with_clips(split: str, recordings: Sequence[Mapping]) -> list[Mapping]:
+    return [recording for recording in recordings if recording["split"] == split and recording["clips"]]
+
+
+def _split_units(
+    split: str, part: Mapping[str, Any], recordings: Sequence[Mapping] | None
+) -> dict[str, set[str] | None]:
+    """Players and sessions that have clips, a data set's files know no others; None where the report has none."""
+    units: dict[str, set[str] | None] = {}
+    for name, field in (("players", "player"), ("sessions", "session")):
+        used = None if recordings is None else _with_clips(split, recordings)
+        if used is not None and all(field in recording for recording in used):
+            units[name] = {recording[field] for recording in used}
+        else:
+            units[name] = set(part[name]) if name in part else None
+    return units
+
+
+def _count_units(units: Iterable[set[str] | None]) -> int | None:
+    together: set[str] = set()
+    for values in units:
+        if values is None:
+            return None
+        together |= values
+    return len(together)
 
 
 def _rejection_kind(rejection: Mapping[str, Any]) -> str:
@@ -291,6 +318,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         ["recordings accepted", _count(recordings["accepted"])],
         ["recordings rejected", _count(recordings["rejected"])],
         *([["recordings left out by an option", _count(skipped)]] if skipped else []),
+        ["players with clips", _count(summary["players"])],
         ["sessions with clips", _count(summary["sessions"])],
         ["hours of accepted recordings", _hours(hours["recordings"])],
         ["clips", _count(summary["clips"])],
@@ -302,7 +330,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     splits = [
         [
             split,
-            *(_count(part[name]) for name in ("sessions", "recordings", "clips")),
+            *(_count(part[name]) for name in ("players", "sessions", "recordings", "clips")),
             _hours(part["hours"]),
             _count(part["bytes"]),
         ]
@@ -312,7 +340,7 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     kinds = ["recordings"] * len(recordings["skipped"]) + ["clips"] * len(summary["skipped_clips"])
     tables: list[Table] = [
         ("Contents", ["", "number"], contents),
-        ("Splits", ["split", "sessions", "recordings", "clips", "hours of clips", "bytes"], splits),
+        ("Splits", ["split", "players", "sessions", "recordings", "clips", "hours of clips", "bytes"], splits),
         (
             "Rejected, by reason",
             ["reason", "number"],

@@ -10,7 +10,8 @@ import pyarrow.parquet
 
 from ..planning.actions import COLUMN
 from ..planning.environments import VPTLog
-from ..recordings.log import GUI_MOUSE_SCALE, MOST_TICKS, recorder_version_of
+from ..recordings.log import GUI_MOUSE_SCALE, MOST_TICKS
+from ..recordings.names import recorder_version_of
 from ..recordings.video import VideoReader, check_frame_rate
 from .actions import Labeller
 from .files import HEADER, LabelError, LabelFiles, Part, open_part, write_lines, write_whole

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,18 @@ from datasets import Dataset, Video, load_dataset, load_dataset_builder
 from datasets.data_files import DataFilesDict
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from ..recordings.names import missing_columns
 from .quantization import restore_features
 from .streaming import ClipRows, ParquetClips
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "start_tick")
+COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "player_id", "start_tick")
 _RATE_TOLERANCE = 0.01  # of mp4's time stamps
 
 
@@ -64,9 +66,7 @@ def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset 
     assert isinstance(clips, Dataset)
     missing = [c for c in COLUMNS if c not in (clips.features or {})]
     if missing:
-        raise ValueError(
-            f"{dataset}, split {split}: columns {missing} are missing, found {sorted(clips.features or {})}"
-        )
+        raise missing_columns(f"{dataset}, split {split}", missing, clips.features or {})
     return clips.cast_column("video", Video(decode=False))
 
 
@@ -79,6 +79,49 @@ def split_files(dataset: str) -> DataFilesDict:
 def _size(file: str) -> int:
     filesystem, path = fsspec.core.url_to_fs(file)
     return filesystem.size(path) or 0
+
+
+def check_players(dataset: str, splits: Mapping[str, Dataset | ParquetClips | ClipRows]) -> None:
+    """Refuse splits that share a player, unless the data set was split by session on request (a warning then).
+
+    Args:
+        dataset: folder or Hub repository. How it was split is taken from its `report.json`; of a stream from the Hub
+            the players are too, as reading a column of every file there would take long.
+        splits: what is to be loaded from it.
+
+    Raises:
+        ValueError: players in two splits, with the first.
+    """
+    report = _read_report(dataset)
+    if Path(dataset).is_dir() or not any(isinstance(clips, ParquetClips) for clips in splits.values()):
+        players = {split: set(clips.unique("player_id")) for split, clips in splits.items()}
+    elif "splits" in report:
+        players = {split: set(report["splits"][split]["players"]) for split in splits}
+    else:
+        logger.warning("%s has no report.json: whether a player is in two splits is not known", dataset)
+        return
+    seen: dict[str, str] = {}
+    both = [p for split, own in players.items() for p in sorted(own) if seen.setdefault(p, split) != split]
+    if not both:
+        return
+    text = f"{dataset}: {len(both)} players are in more than one of the splits {list(splits)}, first {both[0]!r}"
+    if report.get("split", {}).get("split_by") != "session":
+        raise ValueError(
+            f"{text}: what is learnt of a player's worlds and habits is then measured as if it were new; build the "
+            "data set again, by player (the default), or with --split_by session if that is what you want"
+        )
+    logger.warning("%s; it was split by session on request: figures say little about players not seen", text)
+
+
+def _read_report(dataset: str) -> dict[str, Any]:
+    """`report.json` of a built data set; empty where there is none."""
+    path = Path(dataset) / "report.json"
+    if not Path(dataset).is_dir():
+        try:
+            path = Path(hf_hub_download(dataset, "report.json", repo_type="dataset"))
+        except EntryNotFoundError:
+            return {}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def check_clips(clips: Dataset | ParquetClips | ClipRows, processor: VJEPA2ACProcessor, name: str) -> None:

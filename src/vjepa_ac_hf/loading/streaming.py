@@ -16,6 +16,7 @@ import torch
 from datasets import Features
 from tqdm.auto import tqdm
 
+from ..recordings.names import missing_columns
 from .order import ClipOrder
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class ParquetClips:
                 schema = footer.schema.to_arrow_schema()
                 missing = [column for column in self.columns if column not in schema.names]
                 if missing:
-                    raise ValueError(f"{files[index]}: columns {missing} are missing, found {sorted(schema.names)}")
+                    raise missing_columns(files[index], missing, schema.names)
                 if index == 0:
                     self.features = Features({n: Features.from_arrow_schema(schema)[n] for n in self.columns})
                 groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
@@ -87,6 +88,14 @@ class ParquetClips:
     def select(self, rows: Sequence[int]) -> "ClipRows":
         """Some of the clips, by number, with random access: each is read from its file when it is asked for."""
         return ClipRows(self, rows, self.columns)
+
+    def unique(self, column: str) -> list[Any]:
+        """Distinct values of one column, from all files."""
+        values: set[Any] = set()
+        for file in self.files:
+            with _open(file) as source:
+                values.update(pq.ParquetFile(source).read([column])[column].unique().to_pylist())
+        return sorted(values)
 
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of a row group: video `{"bytes", "path"}`, actions and states as arrays; some of the columns, or all.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from ..evaluation.figures import session_weights
+from ..evaluation.figures import resample_weights, unit_counts
 from ..pages import new_figure
 from .actions import COLUMN, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, vary_columns
 from .planner import Cost, Imagination
@@ -200,17 +200,21 @@ def search_landscape(
     return minimize(costs, space, space.initial(1), method=method, generator=generator).cost
 
 
-def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+def summarize_landscapes(
+    landscapes: Sequence[Landscape], sessions: Sequence[str], players: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
     """How often the minimum is within one cell of the recorded action, and how often it would be without a model.
 
     Args:
         landscapes: of several clips, over the same grid.
         sessions: the session of each.
-        seed: of the bootstrap over sessions.
+        players: the player of each.
+        seed: of the bootstrap over players (sessions where there are fewer than ten).
 
     Returns:
         `clips`; `outside_grid`, those whose recorded action the grid does not cover, which the rest leaves out;
-        `within_one_cell`, share of clips, with `ci95` (None with fewer than two sessions); `chance`, the share that a
+        `sessions`, `players` and `interval_unit`, how many there are of the rest and what its interval resamples;
+        `within_one_cell`, share of clips, with `ci95` (None with fewer than two units); `chance`, the share that a
         random cell would reach; `best_constant`, that of the one cell which suits these clips best;
         `median_distance_cells`; `rank`, the mean of `Landscape.rank`; `rank_other_actions`, the same for the actions
         recorded in the other clips (None with one clip); `correlation`, by column, of minimum and recorded action
@@ -218,23 +222,27 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
         planner's cost is below the mean energy around the recorded action (None where none searched). None where no
         clip is left.
     """
-    pairs = [(land, session) for land, session in zip(landscapes, sessions, strict=True) if land.covers_true]
-    figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(pairs)}
-    if not pairs:
+    inside = [land.covers_true for land in landscapes]
+    covered = [land for land, kept in zip(landscapes, inside, strict=True) if kept]
+    sessions, players = (
+        [name for name, kept in zip(names, inside, strict=True) if kept] for names in (sessions, players)
+    )
+    figures: dict[str, Any] = {"clips": len(landscapes), "outside_grid": len(landscapes) - len(covered)}
+    figures |= unit_counts(sessions, players)
+    if not covered:
         missing = [
             *("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells"),
             *("rank", "rank_other_actions", "correlation", "plan_below_neighbourhood"),
         ]
-        return {**figures, "sessions": 0, **dict.fromkeys(missing)}
-    near = np.stack([land.distances() <= 1 for land, _ in pairs])
-    hits = np.array([land.distance <= 1 for land, _ in pairs], dtype=np.float64)
-    names, session_of = np.unique([session for _, session in pairs], return_inverse=True)
+        return {**figures, **dict.fromkeys(missing)}
+    near = np.stack([land.distances() <= 1 for land in covered])
+    hits = np.array([land.distance <= 1 for land in covered], dtype=np.float64)
+    units, unit_of = np.unique(players if figures["interval_unit"] == "player" else sessions, return_inverse=True)
     interval = None
-    if len(names) > 1:
-        weights = session_weights(len(names), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
-        sums, counts = np.bincount(session_of, hits), np.bincount(session_of)
+    if len(units) > 1:
+        weights = resample_weights(len(units), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
+        sums, counts = np.bincount(unit_of, hits), np.bincount(unit_of)
         interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
-    covered = [land for land, _ in pairs]
     planned = [
         land.plan_cost < around
         for land in covered
@@ -243,7 +251,6 @@ def summarize_landscapes(landscapes: Sequence[Landscape], sessions: Sequence[str
     others = [a.rank_of(a.nearest_energy(b.true)) for a in covered for b in covered if a is not b]
     return {
         **figures,
-        "sessions": len(names),
         "within_one_cell": float(hits.mean()),
         "ci95": interval,
         "chance": float(near.mean()),

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import msgspec
 import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from .names import recorder_version_of
 
 # Columns that say whether a key or mouse button is down: key.1 .. mouse.middle, contiguous in ACTION_COLUMNS.
 FIRST_PRESSED = ACTION_COLUMNS.index("key.1")
@@ -46,7 +46,6 @@ _KEY_COLUMN = {
 _BUTTON_COLUMN = {
     button: PRESSED_COLUMNS.index(column) for button, column in enumerate(("mouse.left", "mouse.right", "mouse.middle"))
 }
-_SESSION_NAME = re.compile(r"(?P<session>.+-[^-]+)-\d{8}-\d{6}")
 _NOT_A_NUMBER = re.compile(rb'"(\w{1,40})"\s*:\s*(-?(?:NaN|Infinity|inf))\b', re.IGNORECASE)
 
 
@@ -119,34 +118,9 @@ class Recording:
         return len(self.yaw)
 
     @property
-    def session_id(self) -> str:
-        return session_id_of(self.name)
-
-    @property
     def has_input(self) -> np.ndarray:
         """bool (n,): the mouse moved, or a key or button was down during the tick, after repairs."""
         return (self.mouse_dx != 0) | (self.mouse_dy != 0) | self.pressed.any(axis=1)
-
-
-def recording_id_of(name: str) -> str:
-    """`6.8/<name>.mp4` -> `<name>`: file name without folders and without `.mp4`, `.jsonl`."""
-    return PurePosixPath(name).name.removesuffix(".mp4").removesuffix(".jsonl")
-
-
-def session_id_of(name: str) -> str:
-    """Session of a recording: `<alias>-<session-id>-<date>-<time>` -> `<alias>-<session-id>`.
-
-    Date is 8 digits, time 6; aliases may contain dashes. A name of another form is its own session.
-    """
-    recording_id = recording_id_of(name)
-    match = _SESSION_NAME.fullmatch(recording_id)
-    return match["session"] if match else recording_id
-
-
-def recorder_version_of(path: str) -> str | None:
-    """Recorder version of a recording's path: its last folder such as `6.8`, or None where there is none."""
-    versions = [part for part in PurePosixPath(path).parts[:-1] if re.fullmatch(r"\d+\.\d+", part)]
-    return versions[-1] if versions else None
 
 
 def check_repairs(names: Collection[str]) -> None:
@@ -167,7 +141,7 @@ def parse_recording(
 
     Args:
         log: the `.jsonl` file's bytes, one JSON object a line; empty lines at the end are ignored.
-        name: the recording's name, for messages and for its session; folders and suffix may be part of it.
+        name: the recording's name, for messages and its recorder version; folders and suffix may be part of it.
         recorder_version: such as "6.8"; None takes it from a folder in `name`, where there is one.
         skip_repairs: names of `REPAIRS` not to be done: values stay as logged, and what cannot be used as logged
             (`null_mouse`, `null_keyboard`, `unknown_buttons`) is an error. `frames_timed` concerns the video alone.

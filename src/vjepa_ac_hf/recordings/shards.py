@@ -26,7 +26,8 @@ from typing import BinaryIO, Self
 from datasets import DownloadConfig
 from datasets.utils.file_utils import is_local_path, xopen
 
-from .log import LARGEST_LOG, recorder_version_of, session_id_of
+from .log import LARGEST_LOG
+from .names import player_id_of, recorder_version_of, session_id_of, version_order
 
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
@@ -72,6 +73,10 @@ class RecordingEntry:
     @property
     def session_id(self) -> str:
         return session_id_of(self.recording_id)
+
+    @property
+    def player_id(self) -> str:
+        return player_id_of(self.recording_id)
 
 
 @dataclass(frozen=True)
@@ -406,16 +411,24 @@ def _pair_files(shard: Shard, files: Iterable[_FoundFile]) -> None:
 
 
 def _reject_doubled(shards: list[Shard]) -> None:
-    first_shard: dict[str, str] = {}
+    """Keep one of each recording: of several recorder versions the newest, of equal ones the first."""
+    used: dict[str, tuple[Shard, RecordingEntry]] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            known = used.get(entry.recording_id)
+            if not known or version_order(entry.recorder_version) > version_order(known[1].recorder_version):
+                used[entry.recording_id] = (shard, entry)
     for shard in shards:
         kept = []
         for entry in shard.entries:
-            if entry.recording_id in first_shard:
-                reason = f"doubled: already found in {first_shard[entry.recording_id]}, that copy is used"
-                shard.rejected.append(Rejection(entry.recording_id, shard.name, reason))
-            else:
-                first_shard[entry.recording_id] = shard.name
+            other, chosen = used[entry.recording_id]
+            if entry is chosen:
                 kept.append(entry)
+                continue
+            found = f"already found in {other.name}"
+            if entry.recorder_version != chosen.recorder_version:
+                found = f"found under recorder version {chosen.recorder_version} too, in {other.name}"
+            shard.rejected.append(Rejection(entry.recording_id, shard.name, f"doubled: {found}, that copy is used"))
         shard.entries = kept
 
 

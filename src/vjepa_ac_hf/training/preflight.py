@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
@@ -65,8 +66,10 @@ def check_batch(arguments: argparse.Namespace, clips: int) -> None:
 def _described(clips: Any) -> str:
     if clips is None:
         return "none"
-    sessions = f", {len(clips.unique('session_id')):,} sessions" if hasattr(clips, "unique") else " (stream)"
-    return f"{len(clips):,} clips{sessions}"
+    if not isinstance(clips, Dataset):
+        return f"{len(clips):,} clips (stream)"
+    players, sessions = (len(clips.unique(f"{unit}_id")) for unit in ("player", "session"))
+    return f"{len(clips):,} clips, {sessions:,} sessions of {players:,} players"
 
 
 def startup_summary(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation import probes, rollouts
 from ..evaluation.clips import read_records
-from ..evaluation.figures import BOOTSTRAP_DRAWS, aggregate_rows, table_rows
+from ..evaluation.figures import BOOTSTRAP_DRAWS, aggregate_rows, table_rows, unit_counts
 from ..loading.clips import ClipCollator
 from ..loading.loader import worker_options
 from ..loading.streaming import ClipRows
@@ -85,6 +85,7 @@ class ValidationSet:
         steps = self.states.shape[1]
         self.context_steps = min(CONTEXT_STEPS, steps - 1)
         self.horizon = steps - self.context_steps
+        self.units = unit_counts(self.records.sessions, self.records.players)
         self.integrate_states = rollouts.state_integrator(processor)
         self.partners = rollouts.derangements(len(self), SHUFFLES, torch.Generator().manual_seed(SHUFFLE_SEED))
         self.column_groups = probes.column_groups(processor.action_space)
@@ -142,7 +143,8 @@ def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
         wrong = int((seen != 1).nonzero()[0])
         raise RuntimeError(f"{clips.records.names[wrong]} was validated {int(seen[wrong])} times instead of once")
     losses = {n: columns[n].double().mean().item() for n in _LOSSES}
-    figures: dict[str, Any] = {"validation_clips": len(clips), **{f"validation_{n}": v for n, v in losses.items()}}
+    figures: dict[str, Any] = {"validation_clips": len(clips), **{f"validation_{n}": v for n, v in clips.units.items()}}
+    figures |= {f"validation_{n}": v for n, v in losses.items()}
     figures["validation_error_over_persistence"] = _ratio(losses["error"], losses["persistence"])
     figures |= _horizon_figures(clips, columns)
     figures |= _sensitivity_figures(clips, columns)
@@ -216,13 +218,14 @@ def _horizon_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> dict[s
         errors,
         clips.partners,
         sessions=clips.records.sessions,
+        players=clips.records.players,
         context_steps=clips.context_steps,
         integrate_states=clips.integrate_states,
         yaw_deltas=clips.records.yaw_deltas,
     )
     finite = torch.stack([e.isfinite().flatten(0, -2).all(dim=0) for e in errors.values()]).all(dim=0)
     # One session gives no intervals, which `aggregate_rows` would warn of at every validation.
-    draws = BOOTSTRAP_DRAWS if len(set(clips.records.sessions)) > 1 else 0
+    draws = BOOTSTRAP_DRAWS if clips.units["sessions"] > 1 else 0
     clips.horizons = aggregate_rows(table_rows(table), draws=draws)
     figures: dict[str, Any] = {}
     for h, known in zip(clips.horizons, finite.tolist(), strict=True):
