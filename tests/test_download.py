@@ -339,8 +339,8 @@ def test_rejected_recordings_are_not_used_not_got_again_and_retried_on_request(s
     reasons = {recording["relpath"]: recording["reason"] for recording in report.recordings}
     assert reasons[STEMS[0]].startswith(f"{STEMS[0]}.mp4: cannot open the video")
     assert reasons[STEMS[1]].startswith(f"{STEMS[1]}.jsonl: line 10: ")
-    lengths = "lengths differ by more than 5%"
-    assert reasons[STEMS[2]] == f"{STEMS[2]}.mp4: {lengths}: 75 frames, 80 log lines"
+    lengths = "lengths differ"
+    assert reasons[STEMS[2]].startswith(f"{STEMS[2]}.mp4: {lengths}: 75 frames, 80 log lines")
     assert sum(report.reasons["rejected"].values()) == 3 and report.reasons["rejected"][lengths] == 1
     # A log that cannot be used spares its video.
     assert not server.gets(f"{STEMS[1]}.mp4")
