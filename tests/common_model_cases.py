@@ -59,6 +59,7 @@ class Tester:
 class Common(ModelTesterMixin):
     config_class: type[PreTrainedConfig]
     test_resize_embeddings = False
+    test_can_init_all_missing_weights_before_2023 = True
     has_attentions = False  # attentions and hidden states are refused (docs/model.md)
     test_torch_exportable = False  # tests/test_ways_of_transformers.py exports, with a dynamic batch
 

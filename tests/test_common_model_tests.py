@@ -17,22 +17,24 @@ STUBS = {  # test modules that the source distribution lacks, and which a model 
 }
 
 
-def fetch(folder: Path) -> None:
-    """transformers' source distribution of the installed version, and the package its tests import, into `folder`."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    for arguments in (
-        ["download", f"transformers=={transformers.__version__}", "--no-binary", ":all:", "--dest", str(folder)],
-        ["install", "parameterized", "--target", str(folder / "site")],
-    ):
-        command = [*pip, *arguments, "--quiet", "--no-deps", "--retries", "1"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"the package index cannot be reached: {result.stderr.strip().splitlines()[-1]}")
+def pip(*arguments: str) -> None:
+    """Runs pip without dependencies; a test without a package index is skipped."""
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check", "--quiet", "--no-deps"]
+    result = subprocess.run([*command, "--retries", "1"], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"the package index cannot be reached: {result.stderr.strip().splitlines()[-1]}")
+
+
+def install(package: str, folder: Path) -> None:
+    """A package into a folder of its own."""
+    pip("install", package, "--target", str(folder))
 
 
 @pytest.mark.slow
 def test_common_model_tests_of_transformers(tmp_path):
-    fetch(tmp_path)
+    version = f"transformers=={transformers.__version__}"
+    pip("download", version, "--no-binary", ":all:", "--dest", str(tmp_path))
+    install("parameterized", tmp_path / "site")  # which its tests import
     root = f"transformers-{transformers.__version__}"
     with tarfile.open(tmp_path / f"{root}.tar.gz") as archive:
         archive.extract(f"{root}/tests/test_modeling_common.py", tmp_path, filter="data")
