@@ -120,7 +120,8 @@ class VJEPA2ACConfig(PreTrainedConfig):
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             classes = ", ".join(config_dict.get("architectures") or ["?"])
-            kind = "a head over features" if found.startswith(VJEPA2ACConfig.model_type) else "another kind of model"
+            ours = str(found).startswith(VJEPA2ACConfig.model_type)
+            kind = "a head over features" if ours else "another kind of model"
             raise ValueError(
                 f"this is {kind}, model_type {found!r} (saved by {classes}), not {cls.model_type!r}: load it as "
                 f"{classes}, or by AutoModel or AutoModelForVideoClassification"

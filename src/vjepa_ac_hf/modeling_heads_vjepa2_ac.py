@@ -702,9 +702,7 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
         classes, kind = len(names), self.config.problem_type
         if kind is None:
             kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        compiling = (
-            torch.compiler.is_compiling()
-        )  # what depends on data would break the graph, as would a new attribute
+        compiling = torch.compiler.is_compiling()  # what depends on data would break the graph
         if not compiling:
             self.config.problem_type = kind
         labels = labels.to(logits.device)
