@@ -1,5 +1,7 @@
 """The ViZDoom environment: what the model sees in the loop is what the builder makes of a recording of it."""
 
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -17,14 +19,17 @@ gymnasium = pytest.importorskip("gymnasium")
 
 from datasets import load_dataset
 from gymnasium.utils.env_checker import check_env
+from test_modeling import tiny_model
 
-from vjepa_ac_hf import ACTION_COLUMNS
+from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACProcessor
 from vjepa_ac_hf.envs import (
     DiscreteActions,
     GoalViewWrapper,
     ModelStepWrapper,
     RecordVPT,
     VizDoomVPTEnv,
+    VJEPA2ACFeatureWrapper,
+    make_steps,
     raw_action,
     view_distance,
 )
@@ -80,6 +85,63 @@ def test_gymnasium_accepts_it(env, steps):
     made.close()
     check_env(steps, skip_render_check=True)
     check_env(DiscreteActions(GoalViewWrapper(steps)), skip_render_check=True)
+
+
+def test_specifications_make_the_same_environment_again(tmp_path):
+    """`gymnasium.make(env.spec)` with every wrapper of ours, and `check_env` around what it makes."""
+    processor = VJEPA2ACProcessor(resolution=32)
+    made = gymnasium.make("vjepa_ac_hf/VizDoomVPT-v0", resolution=RESOLUTION)
+    recorded = RecordVPT(made, tmp_path / "recordings", alias="again-1")
+    goals = GoalViewWrapper(ModelStepWrapper(recorded), steps=(1, 1), turn=(12.0, 20.0), max_steps=3)
+    env = DiscreteActions(VJEPA2ACFeatureWrapper(goals, tiny_model().eval(), processor, still_keys=("goal",)))
+    for wrapped in (goals, env, gymnasium.make("vjepa_ac_hf/VizDoomVPTGoal-v0", resolution=RESOLUTION, max_steps=4)):
+        again = gymnasium.make(wrapped.spec)
+        assert again.observation_space == wrapped.observation_space and again.action_space == wrapped.action_space
+        assert again.get_wrapper_attr("max_steps") == wrapped.get_wrapper_attr("max_steps")
+        if wrapped is env:
+            check_env(again, skip_render_check=True)
+        again.close()
+    env.close()
+
+
+def test_what_needs_a_begun_episode_says_so():
+    plain = VizDoomVPTEnv(resolution=RESOLUTION, render_mode="rgb_array")
+    steps = ModelStepWrapper(plain)
+    features = VJEPA2ACFeatureWrapper(steps, tiny_model().eval(), VJEPA2ACProcessor(resolution=32), frame_key="tubelet")
+    action = np.zeros(38, np.float32)
+    for call in (
+        plain.render,
+        steps.render,
+        lambda: plain.step(press()),
+        lambda: steps.step(action),
+        lambda: GoalViewWrapper(steps).step(action),
+        lambda: DiscreteActions(GoalViewWrapper(steps)).step(0),
+        lambda: features.step(action),
+    ):
+        with pytest.raises(RuntimeError, match=r"begun: call reset\(\)"):
+            call()
+    plain.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["make_vec", "function"])
+def test_processes_started_anew_need_no_import(how):
+    options = {"resolution": RESOLUTION}
+    if how == "make_vec":
+        vector = gymnasium.make_vec(
+            "vjepa_ac_hf/VizDoomVPTSteps-v0",
+            num_envs=2,
+            vectorization_mode="async",
+            vector_kwargs={"context": "spawn"},
+            **options,
+        )
+    else:
+        make = functools.partial(make_steps, **options)
+        vector = gymnasium.vector.AsyncVectorEnv([make, make], context="spawn")
+    seen, _ = vector.reset(seed=[3, 4])
+    vector.close()
+    with contextlib.closing(make_steps(**options)) as alone:
+        assert np.array_equal(seen["frame"][1], alone.reset(seed=4)[0]["frame"])
 
 
 def test_seed_and_actions_decide_everything(env):

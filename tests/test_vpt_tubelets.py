@@ -343,8 +343,22 @@ def test_empty_tar_has_a_builder_and_loading_it_is_an_error(tmp_path, cache):
         "player_id",
         "start_tick",
     ]
-    with pytest.raises(ValueError, match="no recording .* to build in 1 files"):
+    with pytest.raises(ValueError, match="no recording .* to build in 1 files.*give data_files=.*or data_dir="):
         load(cache, data_files=str(shard))
+
+
+def test_stream_whose_recordings_are_all_rejected_ends_as_a_table_does(cache, tmp_path):
+    files = tmp_path / "files"
+    write_recording(files, name_of("good"), 70)
+    write_recording(files, name_of("short"), 30)
+    streams = load(cache, data_dir=str(files), validation_sessions=["silly-short"], streaming=True)
+    assert len(list(streams["train"])) == 1
+    with pytest.raises(ValueError, match="no clip could be built for the split 'validation': all of its recordings"):
+        list(streams["validation"])
+    given = {"train": str(files / "*good*"), "test": str(files / "*short*")}
+    assert (
+        list(load(cache, data_files=given, split="test", streaming=True)) == []
+    )  # left out of a table, with a warning
 
 
 def test_split_whose_recordings_are_all_rejected(cache, tmp_path):

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from .actions_vjepa2_ac import CONTINUOUS_COLUMNS, ActionStatistics
-from .configuration_vjepa2_ac import VJEPA2ACConfig
+from .configuration_vjepa2_ac import VJEPA2ACConfig, fits
 
 FEATURE_SOURCES = ("encoder", "predictor")
 # What a world model's configuration says of itself.
@@ -45,7 +45,7 @@ class VJEPA2ACHeadConfig(VJEPA2ACConfig):
         if self.features_from not in FEATURE_SOURCES:
             raise ValueError(f"features_from must be one of {FEATURE_SOURCES}, found {self.features_from!r}")
         for name in ("head_hidden_size", "head_num_hidden_layers", "head_num_attention_heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
         if self.head_hidden_size % self.head_num_attention_heads:
             raise ValueError(
@@ -84,7 +84,7 @@ class VJEPA2ACActionHeadConfig(VJEPA2ACHeadConfig):
                     f"pos_weight has {len(self.pos_weight)} numbers, the action space has {len(columns)} binary "
                     f"columns: {columns}"
                 )
-            if not all(math.isfinite(w) and w > 0 for w in self.pos_weight):
+            if not all(fits(w, float) and math.isfinite(w) and w > 0 for w in self.pos_weight):
                 raise ValueError(f"pos_weight must be finite numbers above 0, found {self.pos_weight}")
         if self.key_thresholds is not None:
             self._check_thresholds(self.key_thresholds)
@@ -92,7 +92,7 @@ class VJEPA2ACActionHeadConfig(VJEPA2ACHeadConfig):
     def _check_thresholds(self, thresholds: list) -> None:
         """A number for each binary column."""
         columns = self.binary_columns
-        if len(thresholds) != len(columns) or not all(isinstance(t, float) and math.isfinite(t) for t in thresholds):
+        if len(thresholds) != len(columns) or not all(fits(t, float) and math.isfinite(t) for t in thresholds):
             raise ValueError(
                 f"key_thresholds must be {len(columns)} finite numbers, for the binary columns {columns}, found "
                 f"{thresholds}"
@@ -139,7 +139,7 @@ class VJEPA2ACActionAnticipationConfig(VJEPA2ACActionHeadConfig):
 
     def check(self) -> None:
         super().check()
-        if not isinstance(self.anticipation_steps, int) or not 1 <= self.anticipation_steps < self.num_steps:
+        if not 1 <= self.anticipation_steps < self.num_steps:
             raise ValueError(
                 f"anticipation_steps must be between 1 and {self.num_steps - 1}, the actions of a clip of "
                 f"{self.num_steps} tubelets, found {self.anticipation_steps!r}"

@@ -5,32 +5,48 @@ Shipped to the Hub with the model: imports the standard library, transformers an
 
 import difflib
 from dataclasses import fields
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 from transformers import PreTrainedConfig, VJEPA2Config
 
 from .actions_vjepa2_ac import resolve_action_space
 
-# What transformers itself passes beside a configuration's own fields.
+# What transformers itself passes or writes beside a configuration's own fields, now or in its 4th version.
 _FRAMEWORK_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "torch_dtype",
-    "transformers_version",
+    *("add_cross_attention", "attn_implementation", "auto_map", "bos_token_id", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "distributed_config", "eos_token_id", "experts_implementation", "finetuning_task"),
+    *("gradient_checkpointing", "is_decoder", "model_type", "name_or_path", "num_labels", "output_attentions"),
+    *("pad_token_id", "per_layer_config", "prefix", "pruned_heads", "quantization_config", "sep_token_id"),
+    *("task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tie_last_hidden_states"),
+    *("tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript", "transformers_weights"),
+    *("use_bfloat16", "use_cache"),
 }
+# Of a file that transformers has saved, keys this like ours are slips; others are what some version of it has added.
+_SAVED_CUTOFF = 0.7
+# Of an encoder's configuration: official ones carry retired keys, whose names are like those of today.
+_ENCODER_CUTOFF = 0.85
 
 
-def _refuse_unknown_keys(keys: list[str], known: list[str], where: str, only_near_misses: bool = False) -> None:
+def _refuse_unknown_keys(keys: list[str], known: list[str], where: str, cutoff: float | None = None) -> None:
+    """Raise a ValueError for the first key that is unknown; with `cutoff` only for one that resembles a known key."""
     for key in keys:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85 if only_near_misses else 0.6)
-        if near or not only_near_misses:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=cutoff or 0.6)
+        if near or cutoff is None:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys are {sorted(known)}"
             raise ValueError(f"{where}: unknown key {key!r}{hint}")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of the type of a field's annotation; whole numbers are floats too, truth values neither."""
+    if isinstance(annotation, UnionType):
+        return any(fits(value, kind) for kind in get_args(annotation))
+    if annotation is Any:
+        return True
+    kind = get_origin(annotation) or annotation
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 class VJEPA2ACConfig(PreTrainedConfig):
@@ -76,25 +92,61 @@ class VJEPA2ACConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
 
+    @classmethod
+    def own_fields(cls) -> dict[str, Any]:
+        """Names and annotations of the fields that are this model's and not every configuration's of transformers."""
+        framework = {f.name for f in fields(PreTrainedConfig)}
+        return {f.name: f.type for f in fields(cls) if f.name not in framework}
+
     def __post_init__(self, **kwargs: Any) -> None:
         known = [f.name for f in fields(self)]
         unknown = [k for k in kwargs if k not in _FRAMEWORK_KEYS and not k.startswith("_")]
-        _refuse_unknown_keys(unknown, known, type(self).__name__)
+        cutoff = None if self.transformers_version is None else _SAVED_CUTOFF
+        _refuse_unknown_keys(unknown, known, type(self).__name__, cutoff)
         if isinstance(self.encoder_config, dict):
-            # Official encoder configurations carry retired keys, so only what looks like a slip is refused here.
             encoder_keys = [f.name for f in fields(VJEPA2Config)]
             unknown = [k for k in self.encoder_config if k not in encoder_keys and k not in _FRAMEWORK_KEYS]
-            _refuse_unknown_keys(unknown, encoder_keys, "encoder_config", only_near_misses=True)
+            _refuse_unknown_keys(unknown, encoder_keys, "encoder_config", _ENCODER_CUTOFF)
         super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; fields given beside the dictionary are checked together with the rest of it.
+
+        Raises:
+            ValueError: the dictionary describes another kind of model, or what the class's constructor raises.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            classes = ", ".join(config_dict.get("architectures") or ["?"])
+            ours = str(found).startswith(VJEPA2ACConfig.model_type)
+            kind = "a head over features" if ours else "another kind of model"
+            raise ValueError(
+                f"this is {kind}, model_type {found!r} (saved by {classes}), not {cls.model_type!r}: load it as "
+                f"{classes}, or by AutoModel or AutoModelForVideoClassification"
+            )
+        own = cls.own_fields()
+        unknown = [k for k in kwargs if k not in own and k not in _FRAMEWORK_KEYS and not hasattr(cls, k)]
+        _refuse_unknown_keys(unknown, list(own), "loading", cutoff=0.8)
+        overrides = {k: kwargs.pop(k) for k in list(kwargs) if k in own}
+        encoder, saved = overrides.get("encoder_config"), config_dict.get("encoder_config")
+        if isinstance(encoder, dict) and isinstance(saved, dict):
+            overrides["encoder_config"] = saved | encoder
+        return super().from_dict(config_dict | overrides, **kwargs)
+
+    def check(self) -> None:
+        """Resolve the action space, and raise a ValueError where fields are no values of theirs or contradict each
+        other. Models call it when they are made, since fields may have been set after the configuration was."""
         if self.action_space is not None:
             self.action_space = resolve_action_space(self.action_space)
         if self.action_dim is None:
             self.action_dim = 13 if self.action_space is None else len(self.action_space)
-        self.check()
-
-    def check(self) -> None:
-        """Raise a ValueError where fields contradict each other."""
-        encoder = self.encoder_config
+        for name, annotation in self.own_fields().items():
+            if not fits(getattr(self, name), annotation):
+                kind = f"of type {getattr(annotation, '__name__', annotation)}"
+                kind = "a whole number" if annotation is int else kind
+                raise ValueError(f"{name} must be {kind}, found {getattr(self, name)!r}")
         choices = {
             "encoding": ("tubelet", "clip"),
             "loss_type": ("mse", "l1"),
@@ -102,15 +154,27 @@ class VJEPA2ACConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, found {getattr(self, name)!r}")
+        if self.output_hidden_states or self.output_attentions:
+            raise ValueError(
+                "output_hidden_states and output_attentions are not computed: hook model.encoder.layer[i] or "
+                "model.predictor.layers[i] (docs/model.md)"
+            )
         if self.action_space is not None and len(self.action_space) != self.action_dim:
             raise ValueError(
                 f"action_dim is {self.action_dim}, but action_space lists {len(self.action_space)} columns: "
                 f"{self.action_space}"
             )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        encoder = self.encoder_config
         positive = ("action_dim", "state_dim", "pred_hidden_size", "pred_num_hidden_layers", "auto_steps")
         for name in (*positive, "pred_num_attention_heads", "frames_per_clip"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
+        for name in ("pred_mlp_ratio", "layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0, found {getattr(self, name)!r}")
         divisions = [
             (
                 "pred_hidden_size",
@@ -118,12 +182,24 @@ class VJEPA2ACConfig(PreTrainedConfig):
                 "pred_num_attention_heads",
                 self.pred_num_attention_heads,
             ),
+            (
+                "encoder hidden_size",
+                encoder.hidden_size,
+                "encoder num_attention_heads",
+                encoder.num_attention_heads,
+            ),
             ("frames_per_clip", self.frames_per_clip, "encoder tubelet_size", encoder.tubelet_size),
             ("encoder crop_size", encoder.crop_size, "encoder patch_size", encoder.patch_size),
         ]
         for name, whole, divisor_name, divisor in divisions:
             if not isinstance(divisor, int) or whole % divisor:
                 raise ValueError(f"{name} {whole} is not a multiple of {divisor_name} {divisor}")
+        for name, width, _, heads in divisions[:2]:
+            if width // heads < 6 or (width // heads) % 2:
+                raise ValueError(
+                    f"{name} {width} over {heads} heads gives {width // heads} dimensions a head: rotation about three "
+                    "axes needs an even number of at least 6"
+                )
         if self.num_steps > 1 and self.auto_steps > self.num_steps - 1:
             raise ValueError(
                 f"auto_steps {self.auto_steps} is more than the {self.num_steps - 1} predictable steps of a clip of "

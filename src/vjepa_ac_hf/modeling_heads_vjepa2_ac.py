@@ -6,7 +6,6 @@ actions. What the heads compute: docs/applications.md. Shipped to the Hub with t
 torch, transformers and its siblings only.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .actions_vjepa2_ac import CONTINUOUS_COLUMNS
@@ -26,7 +26,7 @@ from .configuration_heads_vjepa2_ac import (
     VJEPA2ACInverseDynamicsConfig,
     VJEPA2ACVideoClassificationConfig,
 )
-from .modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACPreTrainedModel
+from .modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACPreTrainedModel, returns_output
 
 
 @dataclass
@@ -87,7 +87,7 @@ def binary_pos_weight(actions: Tensor, max_weight: float = 20.0) -> list[float]:
     return ((len(rows) - pressed) / pressed).clamp(1 / max_weight, max_weight).tolist()
 
 
-class VJEPA2ACHeadLayer(nn.Module):
+class VJEPA2ACHeadLayer(GradientCheckpointingLayer):
     """Pre-norm transformer block; `causal` keeps a token from seeing later ones."""
 
     def __init__(self, width: int, num_heads: int):
@@ -120,7 +120,8 @@ class VJEPA2ACAttentivePooling(nn.Module):
     def forward(self, x_BLW: Tensor) -> Tensor:
         """`(B, L, W)` -> `(B, W)`."""
         k_BHLd, v_BHLd = self.kv(self.norm1(x_BLW)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q_BH1d = self.query.weight.view(1, self.num_heads, 1, -1).expand(len(x_BLW), -1, -1, -1)
+        query_1W = self.query(torch.zeros(1, dtype=torch.long, device=x_BLW.device))
+        q_BH1d = query_1W.view(1, self.num_heads, 1, -1).expand(x_BLW.shape[0], -1, -1, -1)
         pooled_BW = self.proj(F.scaled_dot_product_attention(q_BH1d, k_BHLd, v_BHLd).flatten(1))
         return pooled_BW + self.fc2(F.gelu(self.fc1(self.norm2(pooled_BW))))
 
@@ -239,9 +240,9 @@ class VJEPA2ACMotionEncoder(nn.Module):
     def forward(self, before_PND: Tensor, after_PND: Tensor) -> Tensor:
         """`(P, N, D)` twice -> `(P, output_size)`, the matching's own summary at the end of it."""
         field_PNc, summary_PC = self.matching(before_PND, after_PND)
-        dtype = self.embed_field.weight.dtype
+        dtype = self.norm.weight.dtype
         x_PNW = self.embed_tokens(torch.cat([before_PND, after_PND], dim=-1)) + self.embed_field(field_PNc.to(dtype))
-        x_PNW = x_PNW + self.embed_place.weight
+        x_PNW = x_PNW + self.embed_place(torch.arange(x_PNW.shape[1], device=x_PNW.device))
         for layer in self.layers:
             x_PNW = layer(x_PNW)
         return torch.cat([self.norm(self.pooling(x_PNW)), summary_PC.to(dtype)], dim=-1)
@@ -256,10 +257,16 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
 
     config_class = VJEPA2ACHeadConfig
     _keys_to_ignore_on_load_unexpected = [r"predictor\."]
+    _no_split_modules = [
+        *VJEPA2ACPreTrainedModel._no_split_modules,
+        "VJEPA2ACInverseDynamicsHead",
+        "VJEPA2ACActionAnticipationHead",
+        "VJEPA2ACVideoClassificationHead",
+    ]
 
     def __init__(self, config: VJEPA2ACHeadConfig):
-        super().__init__(config)
         config.check()
+        super().__init__(config)
         self.vjepa2_ac = VJEPA2ACModel(config)
         if config.features_from == "encoder":
             self.vjepa2_ac.predictor = None  # type: ignore[assignment]
@@ -281,7 +288,7 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
 
     def freeze(self) -> None:
         """Freeze the world model, or make it trainable, as the configuration says."""
-        self.vjepa2_ac.requires_grad_(not self.config.freeze_encoder)
+        self.vjepa2_ac.requires_grad_(not self.config.freeze_encoder).encoder.train(self.training)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -302,7 +309,12 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
         values = {k: v for k, v in world_model.config.to_dict().items() if k not in NOT_THE_HEADS} | config_kwargs
         if "action_space" in config_kwargs:
             values.pop("action_dim")
-        values["encoder_config"] = copy.deepcopy(world_model.config.encoder_config)
+        # The encoder is shared, and so is its configuration, which it reads its attention from.
+        encoder_config = values["encoder_config"] = world_model.config.encoder_config
+        values["attn_implementation"] = {
+            "": world_model.config._attn_implementation,
+            "encoder_config": encoder_config._attn_implementation,
+        }
         config = cls.config_class(**values)
         if config.features_from == "predictor" and config.action_dim != world_model.config.action_dim:
             raise ValueError(
@@ -349,9 +361,11 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
         if config.features_from == "predictor":
             with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze_encoder):
                 # Recorded actions and states would tell the answer: zeros stand for the mean turn and no key.
-                unknown = [features.new_zeros(len(features), steps, n) for n in (config.action_dim, config.state_dim)]
+                unknown = [
+                    features.new_zeros(features.shape[0], steps, n) for n in (config.action_dim, config.state_dim)
+                ]
                 features = world.predict(features, *unknown)
-        return features.to(next(self.head.parameters()).dtype)
+        return features.to(next(m for m in self.head.modules() if isinstance(m, nn.LayerNorm)).weight.dtype)
 
 
 class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
@@ -366,35 +380,29 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
         kinds = (config.continuous_columns, config.binary_columns, config.slot_columns)
         return tuple([config.action_space.index(c) for c in kind] for kind in kinds)  # type: ignore[return-value]
 
-    def _output(self, values: Tensor) -> VJEPA2ACActionHeadOutput:
-        """Numbers `(..., A)` of the head, continuous, then keys, then slots -> output without losses."""
-        sizes = [len(c) for c in self._columns]
-        parts = [part if part.shape[-1] else None for part in values.split(sizes, dim=-1)]
-        return VJEPA2ACActionHeadOutput(None, None, None, None, *parts)
+    def _output(self, values: Tensor, labels: Tensor | None, at: tuple = (...,)) -> VJEPA2ACActionHeadOutput:
+        """Numbers `(..., A)` of the head, continuous, then keys, then slots, with their losses where there are labels.
 
-    def _add_losses(self, output: VJEPA2ACActionHeadOutput, labels: Tensor, valid: Tensor | None = None) -> None:
-        """Put the losses into an output, `labels` `(..., A)`; `valid` `(...)` leaves predictions without labels out."""
-        config, columns = self.config, self._columns
-        kinds: list[tuple[Tensor, Tensor] | None] = []
-        for predicted, at in zip((output.continuous, output.binary_logits, output.slot_logits), columns, strict=True):
-            if predicted is None:
-                kinds.append(None)
-                continue
-            target = labels[..., at]
-            kinds.append((predicted.float(), target) if valid is None else (predicted.float()[valid], target[valid]))
-        if kinds[0] is not None:
-            output.continuous_loss = F.smooth_l1_loss(*kinds[0])
-        if kinds[1] is not None:
-            weight = None if config.pos_weight is None else labels.new_tensor(config.pos_weight)
-            output.binary_loss = F.binary_cross_entropy_with_logits(*kinds[1], pos_weight=weight)
-        if kinds[2] is not None:
-            logits, slots = kinds[2]
-            output.slot_loss = F.cross_entropy(logits.flatten(0, -2), slots.argmax(dim=-1).flatten())
-        losses = (output.continuous_loss, output.binary_loss, output.slot_loss)
-        output.loss = torch.stack([loss for loss in losses if loss is not None]).sum()
+        `at` indexes the predictions that the labels, of shape `(..., A)` after that, are given for.
+        """
+        columns = self._columns
+        continuous, binary, slot = (p if p.shape[-1] else None for p in values.split([len(c) for c in columns], dim=-1))
+        losses: list[Tensor | None] = [None, None, None]
+        if labels is not None:
+            true = [labels[..., c].to(values.device) for c in columns]
+            if continuous is not None:
+                losses[0] = F.smooth_l1_loss(continuous.float()[at], true[0])
+            if binary is not None:
+                logits, weights = binary.float()[at], self.config.pos_weight
+                weight = None if weights is None else logits.new_tensor(weights)
+                losses[1] = F.binary_cross_entropy_with_logits(logits, true[1], pos_weight=weight)
+            if slot is not None:
+                losses[2] = F.cross_entropy(slot.float()[at].flatten(0, -2), true[2].argmax(dim=-1).flatten())
+        loss = None if labels is None else torch.stack([one for one in losses if one is not None]).sum()
+        return VJEPA2ACActionHeadOutput(loss, losses[0], losses[1], losses[2], continuous, binary, slot)
 
     def _check_actions(self, name: str, actions: Tensor, batch: int, steps: int) -> Tensor:
-        """Actions as float32 after a check of shape and values."""
+        """Actions as float32 after a check of shape and, outside of compiled graphs, of values."""
         config = self.config
         if tuple(actions.shape) != (batch, steps, config.action_dim):
             raise ValueError(
@@ -402,6 +410,8 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
                 f"), found {tuple(actions.shape)}"
             )
         actions = actions.float()
+        if torch.compiler.is_compiling():  # what depends on data would break the graph
+            return actions
         _, binary, slot = self._columns
         bad = ~actions.isfinite().flatten(0, 1).all(dim=0)
         discrete = actions[..., binary + slot]
@@ -484,7 +494,7 @@ class VJEPA2ACInverseDynamicsHead(nn.Module):
         motion_PM = self.motion(*pairs)
         summary_PC = motion_PM[:, -self.motion.matching.summary_size :]
         values = self.fc2(F.gelu(self.fc1(motion_PM))) + self.direct(summary_PC)
-        return values.unflatten(0, (len(features_BTND), -1))
+        return values.unflatten(0, (-1, features_BTND.shape[1] - 1))
 
 
 class VJEPA2ACForInverseDynamics(VJEPA2ACActionHeadPreTrainedModel):
@@ -499,26 +509,24 @@ class VJEPA2ACForInverseDynamics(VJEPA2ACActionHeadPreTrainedModel):
     def _make_head(self, config: VJEPA2ACInverseDynamicsConfig) -> nn.Module:
         return VJEPA2ACInverseDynamicsHead(config)
 
+    @returns_output
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,
         features: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> VJEPA2ACActionHeadOutput | tuple:
+    ) -> VJEPA2ACActionHeadOutput:
         """
         Args:
             pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels, at least two tubelets; or
             features: `(B, T, N, D)` of `VJEPA2ACModel.encode`, instead.
             labels: `(B, T-1, A)`, the actions as `VJEPA2ACProcessor` normalises them; with them comes the loss.
-            return_dict: False returns a tuple.
         """
         features = self.read_features(pixel_values_videos, features, min_steps=2)
-        output = self._output(self.head(features))
+        values = self.head(features)
         if labels is not None:
-            labels = self._check_actions("labels", labels, len(features), features.shape[1] - 1)
-            self._add_losses(output, labels)
-        return output.to_tuple() if return_dict is False else output
+            labels = self._check_actions("labels", labels, features.shape[0], features.shape[1] - 1)
+        return self._output(values, labels)
 
 
 class VJEPA2ACActionAnticipationHead(nn.Module):
@@ -552,7 +560,7 @@ class VJEPA2ACActionAnticipationHead(nn.Module):
         """Features, actions and states of T steps -> `(B, T, F, A)`; at t, actions before t alone are used."""
         B, T = features_BTND.shape[:2]
         x_BTW = self.look(self.embed(features_BTND.flatten(0, 1))).unflatten(0, (B, T))
-        x_BTW = x_BTW + self.embed_step.weight[:T]
+        x_BTW = x_BTW + self.embed_step(torch.arange(T, device=x_BTW.device))
         if T > 1:
             pairs = [f.flatten(0, 1) for f in (features_BTND[:, :-1], features_BTND[:, 1:])]
             motion_BTW = self.embed_motion(self.motion(*pairs)).unflatten(0, (B, T - 1))
@@ -588,6 +596,7 @@ class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
     def _make_head(self, config: VJEPA2ACActionAnticipationConfig) -> nn.Module:
         return VJEPA2ACActionAnticipationHead(config)
 
+    @returns_output
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,
@@ -595,8 +604,7 @@ class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
         actions: Tensor | None = None,
         states: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> VJEPA2ACActionHeadOutput | tuple:
+    ) -> VJEPA2ACActionHeadOutput:
         """
         Args:
             pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels; or
@@ -605,7 +613,6 @@ class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
             states: `(B, T, S)`, normalised, with `use_states`.
             labels: `(B, T-1, A)`, all actions of the clip, normalised; with them comes the loss, over the actions that
                 lie within the clip.
-            return_dict: False returns a tuple.
 
         Returns:
             Predictions `(B, T, F, ...)`: at `[:, t, j]` those of action t + j.
@@ -620,14 +627,16 @@ class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
         if config.use_states and (states is None or tuple(states.shape) != (B, T, config.state_dim)):
             found = None if states is None else tuple(states.shape)
             raise ValueError(f"use_states is set: states must be ({B}, {T}, {config.state_dim}), found {found}")
-        output = self._output(self.head(features, actions, states))
-        if labels is not None:
-            if T < 2:
-                raise ValueError(f"labels need a clip of at least 2 tubelets, found {T}")
-            labels = self._check_actions("labels", labels, B, T - 1)
-            targets, valid = self.targets(labels)
-            self._add_losses(output, targets, valid.expand(B, -1, -1))
-        return output.to_tuple() if return_dict is False else output
+        values = self.head(features, actions, states)
+        if labels is None:
+            return self._output(values, None)
+        if T < 2:
+            raise ValueError(f"labels need a clip of at least 2 tubelets, found {T}")
+        labels = self._check_actions("labels", labels, B, T - 1)
+        # Places, not a mask: how many there are follows from the shapes alone, which compilers need.
+        told = [(t, j) for t in range(T) for j in range(config.anticipation_steps) if t + j < T - 1]
+        steps, ahead = [t for t, _ in told], [j for _, j in told]
+        return self._output(values, labels[:, [t + j for t, j in told]], (slice(None), steps, ahead))
 
     def targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Actions `(B, T-1, A)` of a clip as what each step is to tell, `(B, T, F, A)`, and which of them lie in the
@@ -654,7 +663,8 @@ class VJEPA2ACVideoClassificationHead(nn.Module):
 
     def forward(self, features_BTND: Tensor) -> Tensor:
         """`(B, T, N, D)` -> `(B, classes)`."""
-        x_BTNW = self.embed(features_BTND) + self.embed_step.weight[: features_BTND.shape[1], None]
+        step_TW = self.embed_step(torch.arange(features_BTND.shape[1], device=features_BTND.device))
+        x_BTNW = self.embed(features_BTND) + step_TW[:, None]
         x_BLW = x_BTNW.flatten(1, 2)
         for layer in self.layers:
             x_BLW = layer(x_BLW)
@@ -669,49 +679,51 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
     def _make_head(self, config: VJEPA2ACVideoClassificationConfig) -> nn.Module:
         return VJEPA2ACVideoClassificationHead(config)
 
+    @returns_output
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,
         features: Tensor | None = None,
         labels: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> VJEPA2ACVideoClassificationOutput | tuple:
+    ) -> VJEPA2ACVideoClassificationOutput:
         """
         Args:
             pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels; or
             features: `(B, T, N, D)` of `VJEPA2ACModel.encode`, instead.
             labels: `(B,)` int64, the class of each clip; or `(B, classes)`, 0 and 1, for several labels a clip.
-            return_dict: False returns a tuple.
         """
         features = self.read_features(pixel_values_videos, features, min_steps=1)
-        output = VJEPA2ACVideoClassificationOutput(logits=self.head(features))
-        if labels is not None:
-            output.loss = self._loss(output.logits.float(), labels)
-        return output.to_tuple() if return_dict is False else output
+        logits = self.head(features)
+        loss = None if labels is None else self._loss(logits.float(), labels)
+        return VJEPA2ACVideoClassificationOutput(loss, logits)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         names: dict[Any, Any] = {**(self.config.id2label or {})}
-        classes = len(names)
-        if self.config.problem_type is None:
-            self.config.problem_type = (
-                "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-            )
-        if self.config.problem_type == "multi_label_classification":
+        classes, kind = len(names), self.config.problem_type
+        if kind is None:
+            kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        compiling = torch.compiler.is_compiling()  # what depends on data would break the graph
+        if not compiling:
+            self.config.problem_type = kind
+        labels = labels.to(logits.device)
+        if kind == "multi_label_classification":
             if labels.shape != logits.shape:
                 raise ValueError(
                     f"for several labels a clip, labels must be {tuple(logits.shape)} (batch, classes), found "
                     f"{tuple(labels.shape)}"
                 )
             labels = labels.float()
-            if not bool(((labels == 0) | (labels == 1)).all()):
+            if not compiling and not bool(((labels == 0) | (labels == 1)).all()):
                 raise ValueError("labels must be 0 or 1, found values that are not finite or between them")
             return F.binary_cross_entropy_with_logits(logits, labels)
+        if kind != "single_label_classification":
+            raise ValueError(f"problem_type must be single_label_ or multi_label_classification, found {kind!r}")
         if labels.shape != logits.shape[:1] or labels.is_floating_point():
             raise ValueError(
-                f"for one label a clip, labels must be whole numbers ({len(logits)},), found {labels.dtype} "
+                f"for one label a clip, labels must be whole numbers ({logits.shape[0]},), found {labels.dtype} "
                 f"{tuple(labels.shape)}"
             )
-        if bool(((labels < 0) | (labels >= classes)).any()):
+        if not compiling and bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(
                 f"labels reach from {labels.min().item()} to {labels.max().item()}, the label map has the {classes} "
                 f"classes 0 to {classes - 1}: {names}"

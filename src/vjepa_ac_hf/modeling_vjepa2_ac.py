@@ -22,12 +22,35 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Encoder
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_vjepa2_ac import VJEPA2ACConfig
 
 KeyValues = tuple[Tensor, Tensor]
 Past = Cache | Sequence[KeyValues]
+LOSSES: dict[str, Callable] = {"mse": F.mse_loss, "l1": F.l1_loss}
 CONDITIONING_TOKENS = 2  # the action token and the state token in front of every step's frame tokens
+
+
+def returns_output(forward: Callable) -> Callable:
+    """Decorates a `forward` that returns a `ModelOutput`: a tuple where `return_dict`, given or configured, is False.
+
+    `output_hidden_states` and `output_attentions` are refused by name: neither is computed (docs/model.md).
+    """
+    with_tuple = can_return_tuple(forward)
+
+    @functools.wraps(forward)
+    def wrapped(
+        self: Any, *args: Any, output_hidden_states: bool = False, output_attentions: bool = False, **kwargs: Any
+    ) -> ModelOutput | tuple:
+        if output_hidden_states or output_attentions:
+            raise ValueError(
+                "output_hidden_states and output_attentions are not computed: hook model.encoder.layer[i] or "
+                "model.predictor.layers[i] (docs/model.md)"
+            )
+        return with_tuple(self, *args, **kwargs)
+
+    return wrapped
 
 
 @dataclass
@@ -198,8 +221,8 @@ def shared_context_attention(q_BHLd: Tensor, shared: KeyValues, own: KeyValues) 
         shared: keys and values `(contexts, H, P, head_dim)`.
         own: keys and values `(contexts * candidates, H, O, head_dim)`.
     """
-    contexts = len(shared[0])
-    candidates, length = len(q_BHLd) // contexts, q_BHLd.shape[2]
+    contexts = shared[0].shape[0]
+    candidates, length = q_BHLd.shape[0] // contexts, q_BHLd.shape[2]
     attention = None if torch.is_grad_enabled() and q_BHLd.requires_grad else attention_with_normaliser(q_BHLd)
     if attention is None:
         keys, values = (
@@ -219,12 +242,15 @@ def attention_with_normaliser(q_BHLd: Tensor) -> Callable[[Tensor, Tensor, Tenso
     These are the kernels behind `scaled_dot_product_attention`, whose public form keeps the normalisers to itself.
     """
     ops = torch.ops.aten
-    kind = (q_BHLd.device.type, q_BHLd.dtype)
-    if kind[0] == "cpu" and kind[1] in (torch.float32, torch.float64, torch.bfloat16):
+    if q_BHLd.device.type == "cpu" and q_BHLd.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return lambda q, k, v: ops._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-    if kind[0] == "cuda" and kind[1] in (torch.float16, torch.bfloat16) and q_BHLd.shape[-1] % 8 == 0:
+    if q_BHLd.device.type != "cuda" or q_BHLd.shape[-1] % 8:
+        return None
+    # Which of them this GPU has for this type and head width, PyTorch knows.
+    parameters = torch.backends.cuda.SDPAParams(q_BHLd, q_BHLd, q_BHLd, None, 0.0, False, False)
+    if torch.backends.cuda.can_use_flash_attention(parameters):
         return lambda q, k, v: ops._scaled_dot_product_flash_attention(q, k, v)[:2]
-    if kind == ("cuda", torch.float32):
+    if torch.backends.cuda.can_use_efficient_attention(parameters):
 
         def efficient(q: Tensor, k: Tensor, v: Tensor) -> KeyValues:
             out, normaliser = ops._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
@@ -248,7 +274,7 @@ class VJEPA2ACAttention(nn.Module):
 
     def forward(
         self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: Cache | KeyValues | None, shared: KeyValues | None
-    ) -> tuple[Tensor, KeyValues]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # `unbind` here and `split` in attention, not indices: the gradient of an index is a tensor of zeros around it.
         qkv = self.qkv(x_BLE).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         q_BHLd, k_BHLd, v_BHLd = (part.transpose(1, 2) for part in qkv)
@@ -263,7 +289,7 @@ class VJEPA2ACAttention(nn.Module):
         else:
             attention = FRAME_CAUSAL_ATTENTION[self.config._attn_implementation or "sdpa"]
             out_BHLd = attention(q_BHLd, k_BHLd, v_BHLd, self.tokens_per_step)
-        return self.proj(out_BHLd.transpose(1, 2).flatten(2)), (k_BHLd, v_BHLd)
+        return self.proj(out_BHLd.transpose(1, 2).flatten(2)), k_BHLd, v_BHLd
 
 
 class VJEPA2ACMLP(nn.Module):
@@ -278,7 +304,10 @@ class VJEPA2ACMLP(nn.Module):
 
 
 class VJEPA2ACLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer block. Returns its output and the keys and values of all steps seen so far."""
+    """Pre-norm transformer block. Returns its output, and the keys and the values of all steps seen so far.
+
+    Arguments and results are tensors, not tuples of them: re-entrant checkpointing loses the gradients of nested ones.
+    """
 
     def __init__(self, config: VJEPA2ACConfig, layer_index: int):
         super().__init__()
@@ -291,15 +320,28 @@ class VJEPA2ACLayer(GradientCheckpointingLayer):
             projection.init_divisor = (2 * (layer_index + 1)) ** 0.5
 
     def forward(
-        self, x_BLE: Tensor, cos_Ld: Tensor, sin_Ld: Tensor, past: Cache | KeyValues | None, shared: KeyValues | None
-    ) -> tuple[Tensor, KeyValues]:
-        attended_BLE, present = self.attention(self.norm1(x_BLE), cos_Ld, sin_Ld, past, shared)
+        self,
+        x_BLE: Tensor,
+        cos_Ld: Tensor,
+        sin_Ld: Tensor,
+        cache: Cache | None,
+        past_k: Tensor | None,
+        past_v: Tensor | None,
+        shared_k: Tensor | None,
+        shared_v: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        past = cache if past_k is None or past_v is None else (past_k, past_v)
+        shared = None if shared_k is None or shared_v is None else (shared_k, shared_v)
+        attended_BLE, k_BHLd, v_BHLd = self.attention(self.norm1(x_BLE), cos_Ld, sin_Ld, past, shared)
         x_BLE = x_BLE + attended_BLE
-        return x_BLE + self.mlp(self.norm2(x_BLE)), present
+        return x_BLE + self.mlp(self.norm2(x_BLE)), k_BHLd, v_BHLd
 
 
 class VJEPA2ACEncoder(VJEPA2Encoder):
-    """The V-JEPA 2 encoder of transformers, frozen: without gradients, and in eval mode whatever `train()` says."""
+    """The V-JEPA 2 encoder of transformers, frozen: without gradients, and in eval mode whatever `train()` says.
+
+    Where a head has made its parameters trainable again, its layers are checkpointed in training like all others.
+    """
 
     def __init__(self, config: VJEPA2Config):
         super().__init__(config)
@@ -310,7 +352,11 @@ class VJEPA2ACEncoder(VJEPA2Encoder):
         self.eval()
 
     def train(self, mode: bool = True) -> "VJEPA2ACEncoder":
-        return super().train(False)
+        super().train(False)
+        trained = mode and any(p.requires_grad for p in self.parameters())
+        for layer in self.layer:
+            layer.training = trained  # of the layer alone, which checkpointing asks for: what is in it keeps eval mode
+        return self
 
 
 class VJEPA2ACPredictor(nn.Module):
@@ -365,26 +411,27 @@ class VJEPA2ACPredictor(nn.Module):
         """
         T, N = features.shape[1:3]
         assert shared_context is None or T == 1
-        dtype = self.frame_embed.weight.dtype
+        dtype = self.norm.weight.dtype  # the others' may be those of quantised numbers
         x_BTNE = self.frame_embed(features.to(dtype))
-        a_BT1E = self.action_embed(actions.to(dtype)).unsqueeze(2)
-        s_BT1E = self.state_embed(states.to(dtype)).unsqueeze(2)
+        # Layers may lie on several devices, each of which accelerate's hooks bring their arguments to.
+        a_BT1E = self.action_embed(actions.to(dtype)).unsqueeze(2).to(x_BTNE.device)
+        s_BT1E = self.state_embed(states.to(dtype)).unsqueeze(2).to(x_BTNE.device)
         x_BLE = torch.cat([a_BT1E, s_BT1E, x_BTNE], dim=2).flatten(1, 2)
         cos_Ld, sin_Ld = self.rotary(first_step, T, x_BLE.device, x_BLE.dtype)
 
         presents = []
+        nothing: tuple[None, None] = (None, None)
+        cache, pasts = (past_key_values, None) if isinstance(past_key_values, Cache) else (None, past_key_values)
         for i, layer in enumerate(self.layers):
-            past = (
-                past_key_values if past_key_values is None or isinstance(past_key_values, Cache) else past_key_values[i]
-            )
-            shared = None if shared_context is None else shared_context[i]
-            x_BLE, (k_BHLd, v_BHLd) = layer(x_BLE, cos_Ld, sin_Ld, past, shared)
+            past = nothing if pasts is None else pasts[i]
+            shared = nothing if shared_context is None else shared_context[i]
+            x_BLE, k_BHLd, v_BHLd = layer(x_BLE, cos_Ld, sin_Ld, cache, *past, *shared)
             if present_steps is not None:
                 kept = present_steps * (N + CONDITIONING_TOKENS)
                 k_BHLd, v_BHLd = k_BHLd[:, :, :kept].clone(), v_BHLd[:, :, :kept].clone()
             presents.append((k_BHLd, v_BHLd))
         x_BTNE = x_BLE.unflatten(1, (T, N + CONDITIONING_TOKENS))[:, :, CONDITIONING_TOKENS:]
-        return self.head(self.norm(x_BTNE)), presents
+        return self.head(self.norm(x_BTNE)).to(features.device), presents
 
 
 class VJEPA2ACPreTrainedModel(PreTrainedModel):
@@ -407,11 +454,31 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """As in transformers, for the predictor; the encoder, whose attention has no mask, takes `sdpa` or `eager`."""
         if isinstance(attn_implementation, str):
-            attn_implementation = {
-                "": attn_implementation,
-                "encoder_config": _encoder_attention(attn_implementation),
-            }
+            attn_implementation = {"": attn_implementation, "encoder_config": attn_implementation}
+        if "encoder_config" in attn_implementation:
+            asked = attn_implementation["encoder_config"]
+            used = _encoder_attention(asked, attn_implementation.get("", self.config._attn_implementation))
+            attn_implementation = {**attn_implementation, "encoder_config": used}
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        for module in self.modules():
+            if isinstance(module, VJEPA2ACAttention):  # of a world model, whose configuration is not the head's
+                module.config._attn_implementation_internal = self.config._attn_implementation
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The first layer that sees pixels, as in transformers' V-JEPA 2."""
+        return self.get_encoder().embeddings.patch_embeddings
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        """The encoder, of a head's world model too."""
+        return getattr(self, self.base_model_prefix, self).encoder
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, at the layer through which frozen features enter the predictor, beside the pixels'."""
+        super().enable_input_require_grads()
+        predictor = getattr(self, self.base_model_prefix, self).predictor
+        if predictor is not None:
+            hook = predictor.frame_embed.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+            self._require_grads_hooks.append(hook)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -421,8 +488,13 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=std / getattr(module, "init_divisor", 1.0))
 
 
-def _encoder_attention(attn_implementation: str | None) -> str:
-    return "eager" if attn_implementation == "eager" else "sdpa"
+def _encoder_attention(asked: str | None, models: str | None) -> str:
+    """What the encoder uses, where it was asked for `asked` by itself or along with the model's `models`."""
+    if asked in ("sdpa", "eager"):
+        return asked
+    if asked in (None, models):
+        return "sdpa"
+    raise ValueError(f"attn_implementation of encoder_config must be 'sdpa' or 'eager', found {asked!r}")
 
 
 class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
@@ -432,9 +504,12 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
     """
 
     def __init__(self, config: VJEPA2ACConfig):
+        config.check()
         super().__init__(config)
         # The encoder is a plain module of a sub-configuration: it would fall back to eager attention by itself.
-        config.encoder_config._attn_implementation = _encoder_attention(config._attn_implementation)
+        config.encoder_config._attn_implementation = _encoder_attention(
+            config.encoder_config._attn_implementation, config._attn_implementation
+        )
         self.encoder = VJEPA2ACEncoder(config.encoder_config)
         self.predictor = VJEPA2ACPredictor(config)
         self.post_init()
@@ -474,8 +549,8 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             config = cls.config_class(encoder_config=pretrained.config, **config_kwargs)
         else:
             config = copy.deepcopy(config)
+            pretrained.config._attn_implementation = config.encoder_config._attn_implementation
             config.encoder_config = pretrained.config
-            config.check()
         with torch.device("meta"):
             model = cls(config)
         model.encoder.load_state_dict(pretrained.encoder.state_dict(), strict=True, assign=True)
@@ -507,12 +582,14 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         if frames == 0 or frames % encoder.tubelet_size:
             raise ValueError(f"{frames} frames are not a multiple of the tubelet size {encoder.tubelet_size}")
         steps, clips = frames // encoder.tubelet_size, pixel_values_videos
+        if self.config.encoding not in ("tubelet", "clip"):
+            raise ValueError(f"encoding must be 'tubelet' or 'clip', found {self.config.encoding!r}")
         if self.config.encoding == "tubelet":
             clips = clips.unflatten(1, (steps, encoder.tubelet_size)).flatten(0, 1)
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(trained):  # heads may train the encoder
-            hidden = self.encoder(clips).last_hidden_state
-            return self._normalize(hidden.reshape(len(pixel_values_videos), steps, -1, hidden.shape[-1]))
+            hidden = self.encoder(clips).last_hidden_state.to(pixel_values_videos.device)
+            return self._normalize(hidden.reshape(pixel_values_videos.shape[0], steps, -1, hidden.shape[-1]))
 
     def predict(self, features: Tensor, actions: Tensor, states: Tensor) -> Tensor:
         """Predictions of the next step at every step, from the true past (teacher forcing).
@@ -600,7 +677,8 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         parts = []
         for start in range(0, candidates, size):
             a, s = (t[:, start : start + size].flatten(0, 1) for t in (actions, states))
-            latest = features[:, -1:].to(self.predictor.head.weight.dtype).repeat_interleave(len(a) // batch, dim=0)
+            latest = features[:, -1:].to(self.predictor.norm.weight.dtype)
+            latest = latest.repeat_interleave(a.shape[0] // batch, dim=0)
             # The last context step holds the first action that differs: it is the first step of every candidate.
             rolled = self._continue_rollout(latest, None, a, s, context - 1, last_step, shared_context=shared)
             parts.append(rolled[:, 1:].unflatten(0, (batch, -1)))
@@ -642,6 +720,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             imagined.append(latest)
         return torch.cat(imagined, dim=1)
 
+    @returns_output
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,
@@ -650,8 +729,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         states: Tensor | None = None,
         return_loss: bool = True,
         auto_steps: int | None = None,
-        return_dict: bool | None = None,
-    ) -> VJEPA2ACOutput | tuple:
+    ) -> VJEPA2ACOutput:
         """Teacher forcing and rollout over a clip, with their losses.
 
         Args:
@@ -661,7 +739,8 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             states: `(B, T-1, S)` or more.
             return_loss: whether to compute the losses.
             auto_steps: steps of the rollout, instead of the configuration's.
-            return_dict: False returns a tuple.
+
+        With `return_dict=False` a tuple of those that are not None.
         """
         if (pixel_values_videos is None) == (features is None):
             raise ValueError("give either pixel_values_videos or features, and not both")
@@ -692,16 +771,21 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             teacher_forcing_loss = self._distance(predicted, target[:, 1:])
             rollout_loss = self._distance(rollout, target[:, 1 : auto_steps + 1])
             loss = teacher_forcing_loss + rollout_loss
-        output = VJEPA2ACOutput(loss, teacher_forcing_loss, rollout_loss, predicted, rollout, target)
-        return output.to_tuple() if return_dict is False else output
+        return VJEPA2ACOutput(loss, teacher_forcing_loss, rollout_loss, predicted, rollout, target)
 
     def _distance(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Mean distance over steps, tokens and width, in float32."""
-        loss = F.mse_loss if self.config.loss_type == "mse" else F.l1_loss
-        return loss(predicted.float(), target.float())
+        if self.config.loss_type not in LOSSES:
+            raise ValueError(f"loss_type must be one of {tuple(LOSSES)}, found {self.config.loss_type!r}")
+        return LOSSES[self.config.loss_type](predicted.float(), target.float())
 
     def _normalize(self, features: Tensor) -> Tensor:
         return F.layer_norm(features, features.shape[-1:]) if self.config.normalize_features else features
+
+    @property
+    def _hooked(self) -> bool:
+        """Whether hooks of accelerate (`device_map`, offloading) bring whatever is given to where a layer computes."""
+        return hasattr(self.predictor.norm, "_hf_hook")
 
     def _check_inputs(self, features: Tensor, actions: Tensor, states: Tensor, num_actions: int | None) -> None:
         """Ranks and sizes against the configuration; `num_actions` None: at least one action a context step."""
@@ -712,19 +796,16 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
                 f"features must be (batch, steps, {tokens}, {width}) for a grid of {config.grid_size} x "
                 f"{config.grid_size}, found {tuple(features.shape)}"
             )
-        steps, device = features.shape[1], self.predictor.head.weight.device
+        batch, steps = features.shape[:2]
+        device = self.predictor.norm.weight.device
         for name, tensor, columns in (
             ("features", features, width),
             ("actions", actions, config.action_dim),
             ("states", states, config.state_dim),
         ):
-            if name != "features" and (
-                tensor.ndim != 3 or tensor.shape[-1] != columns or tensor.shape[0] != len(features)
-            ):
-                raise ValueError(
-                    f"{name} must be (batch {len(features)}, steps, {columns}), found {tuple(tensor.shape)}"
-                )
-            if tensor.device != device:
+            if name != "features" and (tensor.ndim != 3 or tensor.shape[-1] != columns or tensor.shape[0] != batch):
+                raise ValueError(f"{name} must be (batch {batch}, steps, {columns}), found {tuple(tensor.shape)}")
+            if tensor.device != device and not self._hooked:
                 raise ValueError(f"{name} are on {tensor.device}, the predictor is on {device}: move them there")
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} must be floating-point numbers (see VJEPA2ACProcessor), found {tensor.dtype}")
@@ -750,6 +831,8 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         context = features.shape[1]
         for name, tensor, shared in (("actions", actions, context - 1), ("states", states, context)):
             known = tensor[:, :, :shared]
+            if torch.compiler.is_compiling():  # what depends on data would break the graph
+                continue
             if known.shape[1] > 1 and not torch.equal(known, known[:, :1].expand_as(known)):
                 raise ValueError(
                     f"candidates must share their context: {name} of its first {shared} steps differ among the "
@@ -770,10 +853,10 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         if not held:
             return 0
         config, tokens = self.config, self.config.grid_size**2 + CONDITIONING_TOKENS
-        weight = self.predictor.head.weight
         heads = config.pred_num_attention_heads
-        expected = (len(features), heads, config.pred_hidden_size // heads, weight.device)
-        found = {(k.shape[0], k.shape[1], k.shape[3], k.device) for k in held}
+        device = None if self._hooked else self.predictor.norm.weight.device
+        expected = (features.shape[0], heads, config.pred_hidden_size // heads, device)
+        found = {(k.shape[0], k.shape[1], k.shape[3], device and k.device) for k in held}
         if len(held) != config.pred_num_hidden_layers or found != {expected}:
             raise ValueError(
                 f"past_key_values are of another model or batch: expected {config.pred_num_hidden_layers} layers of "

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,8 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         if not self.config.data_files:
             raise ValueError(f"vpt_tubelets needs data_files or data_dir, found {self.config.data_files}")
-        names = {split: list(map(str, files)) for split, files in self.config.data_files.items()}
+        # Plain names: datasets' own print as NamedSplit('train').
+        names = {str(split): list(map(str, files)) for split, files in self.config.data_files.items()}
         paths = dl_manager.download(self.config.data_files)
         download_config = dl_manager.download_config
         # Listed as one, so that a recording or player found in two splits is noticed.
@@ -126,15 +127,30 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
             raise ValueError(
                 f"no recording (.mp4 with .jsonl) to build in {sum(map(len, names.values()))} files: "
                 + report.summary()
+                + '; give data_files="shards/*.tar" or data_dir= (without either, datasets takes the working folder)'
             )
         if len(names) == 1 and "train" in names:
             splits = self._split_by_name(listed)
         else:
             splits = self._given_splits(names, listed)
+        # A stream is not prepared: whoever reads all shards of a split must notice that none of them gave a clip.
+        needed = {split for split in splits if dl_manager.is_streaming and self._is_needed(split, splits)}
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"shards": shards, "download_config": download_config})
+            datasets.SplitGenerator(
+                name=split,
+                gen_kwargs={
+                    "shards": shards,
+                    "download_config": download_config,
+                    "split": split,
+                    "must_give": len(shards) if split in needed else 0,
+                },
+            )
             for split, shards in splits.items()
         ]
+
+    def _is_needed(self, split: str, splits: Collection[str]) -> bool:
+        """Whether a split without clips is an error; else it is left out, with a warning."""
+        return split == "train" or self.config.split_options.asks_for_validation or len(splits) == 1
 
     def _split_by_name(self, shards: list[Shard]) -> dict[str, list[Shard]]:
         options = self.config.split_options
@@ -171,19 +187,16 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
         empty = [name for name, split in self.info.splits.items() if split.num_examples == 0]
         if not empty:
             return
-        if "train" in empty or self.config.split_options.asks_for_validation or len(empty) == len(self.info.splits):
-            raise ValueError(
-                f"no clip could be built for the split {empty[0]!r}: all of its recordings were rejected or left out "
-                "by a selection option; the warnings above have the reasons"
-            )
+        if len(empty) == len(self.info.splits) or any(self._is_needed(name, self.info.splits) for name in empty):
+            raise _no_clip(empty[0])
         for name in empty:
             logger.warning("no clip could be built for the split %r: there is none", name)
             del self.info.splits[name]
 
-    def _generate_shards(self, shards, download_config) -> Iterator[str]:
+    def _generate_shards(self, shards, **others) -> Iterator[str]:
         yield from (shard.source for shard in shards)
 
-    def _generate_examples(self, shards, download_config) -> Iterator[tuple[Key, dict]]:
+    def _generate_examples(self, shards, download_config, split, must_give) -> Iterator[tuple[Key, dict]]:
         if os.getpid() != _IMPORTED_IN:
             # A forked worker (num_proc=): OpenMP's threads do not survive fork, and resizing would wait for them for
             # ever. There is a process per share of the shards anyway.
@@ -194,6 +207,15 @@ class VPTTubelets(datasets.GeneratorBasedBuilder):
             for row_index, row in enumerate(iter_clips(pairs, self.config.build_options, report)):
                 yield Key(shard_index, row_index), row
         logger.log(logging.WARNING if report.rejected else logging.INFO, report.summary())
+        if must_give == len(shards) and not report.clips:
+            raise _no_clip(split)
+
+
+def _no_clip(split: str) -> ValueError:
+    return ValueError(
+        f"no clip could be built for the split {split!r}: all of its recordings were rejected or left out by a "
+        "selection option; the warnings above have the reasons"
+    )
 
 
 def _all_files(data_dir: str, found: DataFilesDict) -> DataFilesDict:

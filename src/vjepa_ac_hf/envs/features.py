@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -192,7 +193,7 @@ def token_similarities(features: np.ndarray, goal: np.ndarray) -> np.ndarray:
     return (one @ other.swapaxes(-1, -2)).astype(np.float32)
 
 
-class VJEPA2ACFeatureWrapper(gymnasium.Wrapper):
+class VJEPA2ACFeatureWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """Features of the latest frames of one environment; `VJEPA2ACVectorFeatureWrapper` is for many.
 
     Observations: in place of frames, float32 `(T * D,)` ("mean") or `(T, N, D)` ("none") features of the latest
@@ -212,15 +213,21 @@ class VJEPA2ACFeatureWrapper(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, **options: Any):
         if isinstance(env, gymnasium.vector.VectorEnv):
             raise ValueError("a vector environment needs VJEPA2ACVectorFeatureWrapper")
-        super().__init__(env)
+        # The model in the specification is this one, not a copy.
+        RecordConstructorArgs.__init__(self, _disable_deepcopy=True, model=model, processor=processor, **options)
+        gymnasium.Wrapper.__init__(self, env)
         self.encoder = FrameEncoder(model, processor, env.observation_space, **options)
         self.observation_space = self.encoder.space
+        self._begun = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         seen, info = self.env.reset(seed=seed, options=options)
+        self._begun = True
         return self._encode(seen, begins=True), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+        if not self._begun:
+            raise RuntimeError("no episode was begun: call reset()")
         seen, reward, terminated, truncated, info = self.env.step(action)
         return self._encode(seen, begins=False), reward, terminated, truncated, info
 

@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 from ..actions_vjepa2_ac import wrap_degrees
 from .steps import ModelStepWrapper, raw_action
@@ -44,7 +45,7 @@ def view_distance(state: np.ndarray, goal: np.ndarray) -> float:
     return math.hypot(wrap_degrees(float(state[0]) - float(goal[0])), float(state[1]) - float(goal[1]))
 
 
-class GoalViewWrapper(gymnasium.Wrapper):
+class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """Episodes with a goal: a frame that an oracle has seen some steps from the start.
 
     `reset` draws start and actions, plays them, keeps the last frame as goal, and begins again at the same start:
@@ -86,9 +87,23 @@ class GoalViewWrapper(gymnasium.Wrapper):
         success_reward: float = 0.0,
         max_steps: int = 10,
     ):
-        if not isinstance(env, ModelStepWrapper):
+        steps_wrapper: Any = env
+        while isinstance(steps_wrapper, gymnasium.Wrapper) and not isinstance(steps_wrapper, ModelStepWrapper):
+            steps_wrapper = steps_wrapper.env  # Gymnasium's own checks go between
+        if not isinstance(steps_wrapper, ModelStepWrapper) or env.observation_space != steps_wrapper.observation_space:
             raise ValueError(f"GoalViewWrapper goes around a ModelStepWrapper, found {env}")
-        super().__init__(env)
+        RecordConstructorArgs.__init__(
+            self,
+            steps=steps,
+            turn=turn,
+            walk=walk,
+            tolerance_degrees=tolerance_degrees,
+            tolerance_units=tolerance_units,
+            hold=hold,
+            success_reward=success_reward,
+            max_steps=max_steps,
+        )
+        gymnasium.Wrapper.__init__(self, env)
         if not 1 <= steps[0] <= steps[1] <= max_steps:
             raise ValueError(f"steps must be 1 <= least <= most <= max_steps {max_steps}, found {steps}")
         most = max_steps - steps[1] + 1
@@ -111,8 +126,8 @@ class GoalViewWrapper(gymnasium.Wrapper):
         self.steps, self.turn, self.walk, self.max_steps = steps, turn, walk, max_steps
         self.tolerance_degrees, self.tolerance_units, self.hold = tolerance_degrees, tolerance_units, hold
         self.goal: GoalEpisode | None = None
-        goal = spaces.Box(0, 255, env.game.frame_shape, np.uint8)
-        self.observation_space = spaces.Dict({**env.views, "goal": goal})
+        goal = spaces.Box(0, 255, steps_wrapper.game.frame_shape, np.uint8)
+        self.observation_space = spaces.Dict({**steps_wrapper.views, "goal": goal})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """A new goal.
@@ -136,7 +151,8 @@ class GoalViewWrapper(gymnasium.Wrapper):
         return self._observe(seen), {**info, **self._progress(seen, info)}
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
-        assert self.goal is not None
+        if self.goal is None:
+            raise RuntimeError("no episode was begun: call reset()")
         seen, _, terminated, truncated, info = self.env.step(action)
         self._done += 1
         before, self._potential = self._potential, self._distance(seen, info)[2]

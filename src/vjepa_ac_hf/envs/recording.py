@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.utils import RecordConstructorArgs
 
 from ..records import write_file
 from .vizdoom_env import FIRST_START, FPS, VizDoomVPTEnv
@@ -75,8 +76,9 @@ class VPTWriter:
             self._frames = []
 
 
-class RecordVPT(gymnasium.Wrapper):
-    """Records every episode of a `VizDoomVPTEnv` as a VPT recording, a player each: episodes go into splits one by one.
+class RecordVPT(gymnasium.Wrapper, RecordConstructorArgs):
+    """Records every episode of a `VizDoomVPTEnv` as a VPT recording, a player each: episodes go into
+    splits one by one.
 
     Goes directly around the environment, under wrappers that change its observations. The last frame gets a line
     without input, unless it is beyond a death or teleport. Files are complete when the episode has ended, or after the
@@ -92,10 +94,12 @@ class RecordVPT(gymnasium.Wrapper):
     """
 
     def __init__(self, env: gymnasium.Env, folder: str | Path, alias: str = "vizdoom-loop"):
-        if not isinstance(env, VizDoomVPTEnv):
+        game = env.unwrapped
+        if not isinstance(game, VizDoomVPTEnv) or env.observation_space != game.observation_space:
             raise ValueError(f"RecordVPT goes directly around a VizDoomVPTEnv, found {env}")
-        super().__init__(env)
-        self.game = env
+        RecordConstructorArgs.__init__(self, folder=folder, alias=alias)
+        gymnasium.Wrapper.__init__(self, env)
+        self.game = game
         self.folder, self.alias, self.episodes = Path(folder), alias, 0
         self._writer: VPTWriter | None = None
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
 from ..recordings.clips import ClipSpec, aggregate_actions
@@ -44,7 +45,7 @@ def raw_action(*, turn: float = 0.0, look: float = 0.0, pressed: Sequence[str] =
     return action
 
 
-class ModelStepWrapper(gymnasium.Wrapper):
+class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """One step is one step of the model: `tubelet_size * 20 / fps` ticks (8), as clips divide a recording.
 
     Actions: float32 `(38,)`, raw, columns `ACTION_COLUMNS`. What a player decides is taken from them: mouse movement,
@@ -74,7 +75,9 @@ class ModelStepWrapper(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, fps: int = 5, tubelet_size: int = 2):
         if not isinstance(env.unwrapped, VizDoomVPTEnv):
             raise ValueError(f"ModelStepWrapper is for VizDoomVPTEnv, found {env}")
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, fps=fps, tubelet_size=tubelet_size)
+        gymnasium.Wrapper.__init__(self, env)
+        self._frame: np.ndarray | None = None
         self.game: VizDoomVPTEnv = env.unwrapped
         self._lines: list[dict[str, Any]] = []
         spec = ClipSpec(native_fps=FPS, fps=fps, frames_per_clip=2 * tubelet_size, tubelet_size=tubelet_size)
@@ -99,7 +102,10 @@ class ModelStepWrapper(gymnasium.Wrapper):
 
         Raises:
             ValueError: another shape, values that are not finite or too large.
+            RuntimeError: the episode has ended, or none was begun.
         """
+        if self._frame is None:
+            raise RuntimeError("no episode was begun: call reset()")
         # The tick before is needed too: a slot that differs from it counts as a key.
         lines, frames = self._lines[-1:], []
         reward, blocked = 0.0, False
@@ -148,7 +154,7 @@ def _read_action(lines: list[dict], first: int) -> np.ndarray:
     return aggregate_actions(recording, np.array([first]), spec)[0, 0]
 
 
-class DiscreteActions(gymnasium.ActionWrapper):
+class DiscreteActions(gymnasium.ActionWrapper, RecordConstructorArgs):
     """A numbered choice of whole actions, for agents that choose among few.
 
     Args:
@@ -160,7 +166,8 @@ class DiscreteActions(gymnasium.ActionWrapper):
     """
 
     def __init__(self, env: gymnasium.Env, actions: Mapping[str, np.ndarray] | None = None):
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, actions=actions)
+        gymnasium.ActionWrapper.__init__(self, env)
         if actions is None:
             turns = {f"turn {degrees}": raw_action(turn=degrees) for degrees in (-20, -5, 5, 20)}
             actions = {**turns, "ahead": raw_action(pressed=["key.w"])}

@@ -82,6 +82,7 @@ class VizDoomVPTEnv(gymnasium.Env):
         self.start_time = FIRST_START
         self.line: dict[str, Any] = {}
         self._alive = False
+        self._frame: Any = None
         self._yaw = self._angle = self._pitch = 0.0
         self.frame_shape = (self.game.get_screen_height(), self.game.get_screen_width(), 3)
         self.observation_space: spaces.Dict = spaces.Dict(
@@ -159,6 +160,13 @@ class VizDoomVPTEnv(gymnasium.Env):
         return self._yaw, self._pitch
 
     def render(self) -> np.ndarray | None:
+        """The frame now.
+
+        Raises:
+            RuntimeError: no episode was begun.
+        """
+        if self._frame is None:
+            raise RuntimeError("no episode was begun: call reset()")
         return self._frame.copy() if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ a batch holds, `streaming` reads Parquet where it lies; `feature_cache` stores t
 `cache_key`, `quantization` halves them, `cached_clips` reads them. Open `loader.py` first.
 """
 
-from .clips import load_clips
+from .clips import ClipCollator, load_clips
 from .loader import ClipLoader
 
-__all__ = ["ClipLoader", "load_clips"]
+__all__ = ["ClipCollator", "ClipLoader", "load_clips"]

@@ -218,17 +218,20 @@ class ClipCollator:
         processor: makes the tensors.
         normalize_pixels: False leaves frames as uint8 `frames` for `processor.normalize_pixels` on another device: a
             quarter of the bytes to hand over. Likewise cached features stay as they are stored, for `restore_features`.
+        names: False leaves `clips` out: the batch then holds what `VJEPA2ACModel` takes and no more, as the `Trainer`
+            of transformers needs it (docs/training.md).
     """
 
-    def __init__(self, processor: VJEPA2ACProcessor, *, normalize_pixels: bool = True):
-        self.processor, self.normalize_pixels = processor, normalize_pixels
+    def __init__(self, processor: VJEPA2ACProcessor, *, normalize_pixels: bool = True, names: bool = True):
+        self.processor, self.normalize_pixels, self.names = processor, normalize_pixels, names
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
             "actions": self.processor.normalize_actions(np.array([r["actions"] for r in rows])),
             "states": self.processor.normalize_states(np.array([r["states"] for r in rows])),
-            "clips": [f"{r['recording_id']}@{r['start_tick']}" for r in rows],
         }
+        if self.names:
+            batch["clips"] = [f"{r['recording_id']}@{r['start_tick']}" for r in rows]
         if "features" in rows[0]:
             names = [name for name in ("features", "feature_scales") if name in rows[0]]
             stored = {name: torch.stack([r[name] for r in rows]) for name in names}
