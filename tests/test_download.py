@@ -358,10 +358,12 @@ def test_rejected_recordings_are_not_used_not_got_again_and_retried_on_request(s
     assert report.downloaded == 3 and on_disk(out) == files
 
 
-def test_lengths_may_differ_by_5_percent(server, tmp_path):
-    server.files[f"{STEMS[0]}.mp4"] = make_video(TICKS - 4)  # exactly 5 %
-    assert fetch(server, tmp_path / "out", STEMS[:1]).downloaded == 1
-    assert manifest(tmp_path / "out")[STEMS[0]]["frames"] == TICKS - 4
+def test_one_frame_more_than_lines_is_what_recorders_write_and_any_other_difference_is_not(server, tmp_path):
+    for stem, frames in zip(STEMS, (TICKS + 1, TICKS - 1, TICKS + 2), strict=True):
+        server.files[f"{stem}.mp4"] = make_video(frames)
+    report = fetch(server, tmp_path / "out")
+    assert (report.downloaded, report.rejected) == (1, 2)
+    assert manifest(tmp_path / "out")[STEMS[0]]["frames"] == TICKS + 1
 
 
 # ------------------------------------------------------------------------------------------------ manifest, disk
@@ -549,7 +551,7 @@ def test_a_data_set_on_the_hub(files, tmp_path):
 
         hub.requests.clear()
         assert fetch(None, tmp_path / "out", index=index).already_there == 3 and not hub.requests
-        stored[f"{STEMS[0]}.jsonl"] = to_log(make_lines(TICKS + 1))
+        stored[f"{STEMS[0]}.jsonl"] = to_log(make_lines(TICKS - 1))
         index = read_index("hf://datasets/org/vpt/data", endpoint=hub.url)
         assert fetch(None, tmp_path / "out", index=index).downloaded == 1
         assert (tmp_path / "out" / f"{STEMS[0]}.jsonl").read_bytes() == stored[f"{STEMS[0]}.jsonl"]

@@ -351,7 +351,7 @@ def test_stream_whose_recordings_are_all_rejected_ends_as_a_table_does(cache, tm
     files = tmp_path / "files"
     write_recording(files, name_of("good"), 70)
     write_recording(files, name_of("short"), 30)
-    streams = load(cache, data_dir=str(files), validation_sessions=["silly-short"], streaming=True)
+    streams = load(cache, data_dir=str(files), validation_players=["silly-short"], streaming=True)
     assert len(list(streams["train"])) == 1
     with pytest.raises(ValueError, match="no clip could be built for the split 'validation': all of its recordings"):
         list(streams["validation"])
