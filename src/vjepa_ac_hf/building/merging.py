@@ -153,7 +153,9 @@ is in both.
 - `video`: {clip.frames_per_clip} frames, {options.resolution}x{options.resolution}, H.264 ({crop}).
 - `actions`: float32 ({clip.num_tubelets - 1}, 38), raw units. Row k covers every tick of the log from the start of
   tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
-  keys and buttons pressed in any tick, hotbar slot (one-hot) and open GUI at the first tick.
+  keys and buttons pressed in any tick, hotbar slot (one-hot; all 0 where the log does not tell it) and open GUI at the
+  first tick. A change of slot counts as its number key in the tick that \
+{"caused" if options.hotbar_injection == "cause" else "shows (as OpenAI's loader has it)"} it.
 - `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
 - `recording_id`, `session_id` (player and day), `player_id`, `start_tick`: where the clip comes from.
 
