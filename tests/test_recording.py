@@ -265,19 +265,15 @@ def test_keys_in_guis_are_pressed_as_logged_and_counted_where_they_move_nobody()
         lines[tick] |= {"isGuiOpen": bool(gui), "isGuiInventory": None if inventory is None else bool(inventory)}
         lines[tick]["keyboard"]["keys"] = [f"key.keyboard.{key}" for key in keys]
     recording = parse_recording(to_log(lines), "rec")
-    assert (recording.observed["movement_keys_in_inventory"], recording.observed["movement_keys_in_other_gui"]) == (
-        1,
-        2,
-    )
+    counts = [recording.observed[f"movement_keys_in_{where}"] for where in ("inventory", "other_gui")]
+    assert counts == [1, 2]
     assert pressed(recording, "key.w") == [True, True] + [False] * 6, "columns say what was pressed"
 
 
 def test_keys_without_a_column_are_counted_by_name():
     lines = still(40)
     for tick, line in enumerate(lines):
-        line["keyboard"]["keys"] = ["key.keyboard.w", f"key.keyboard.f{tick}"] + ["key.keyboard.t"] * (
-            2 if tick < 5 else 0
-        )
+        line["keyboard"]["keys"] = [f"key.keyboard.{name}" for name in ("w", f"f{tick}", *["t", "t"] * (tick < 5))]
     lines[7]["keyboard"]["keys"] = ["key.keyboard.F3", "<b>", "key.mouse.4"]
     recording = parse_recording(to_log(lines), "rec")
     assert recording.observed["other_keys"] == 40

@@ -52,7 +52,7 @@ LARGEST_LOG = 256 * 2**20  # bytes
 LONGEST_LINE = 2**20  # bytes
 MOST_TICKS = 2**17  # 1.8 hours at 20 per second
 MOST_KEYS = 64  # keys, or mouse buttons, in one line
-MOST_OTHER_KEYS = 32  # keys without a column that are counted by name
+_MOST_OTHER_KEYS = 32  # keys without a column that are counted by name
 
 _KEY_PREFIX, _KEY_NAME, _NO_KEY_NAME = "key.keyboard.", re.compile(r"key\.keyboard\.[a-z0-9.]{1,24}"), "(other names)"
 _KEY_COLUMN = {
@@ -425,7 +425,7 @@ def _press_keys(pressed: np.ndarray, lines: list[_Line], observed: dict[str, int
                 without_column.add(key[len(_KEY_PREFIX) :] if _KEY_NAME.fullmatch(key) else _NO_KEY_NAME)
         observed["other_keys"] += bool(without_column)
         others.update(without_column)
-    return dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))[:MOST_OTHER_KEYS])
+    return dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_MOST_OTHER_KEYS])
 
 
 def _press_buttons(
