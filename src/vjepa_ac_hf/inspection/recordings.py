@@ -106,10 +106,7 @@ def summarize(facts: Sequence[Mapping[str, Any]], rejected: Iterable[Rejection] 
         `degrees_per_pixel`, `cursor_per_pixel` (`[lowest, median, highest]`, null without any), `windows` and
         `gui_scales` (recordings by the options beside them).
     """
-    lone = [
-        {"recording": r.recording, "shard": r.shard, "recorder_version": None, "reason": r.reason} for r in rejected
-    ]
-    every = [*facts, *lone]
+    every = [*facts, *({"recording": r.recording, "shard": r.shard, "reason": r.reason} for r in rejected)]
     versions = sorted({fact["recorder_version"] or _UNKNOWN_VERSION for fact in facts}, key=_version_order)
     of = {v: [fact for fact in facts if (fact["recorder_version"] or _UNKNOWN_VERSION) == v] for v in versions}
     return {"all": _count(every), "versions": {version: _count(chosen) for version, chosen in of.items()}}
@@ -181,9 +178,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     lines.append("by recorder version: recordings, usable, without a slot; a pixel's degrees, cursor pixels in GUIs")
     for version, part in summary["versions"].items():
         scale = f" (logged x{GUI_MOUSE_SCALE[version]:g})" if version in GUI_MOUSE_SCALE else ""
-        mouse = ", ".join(
-            "-" if part[n] is None else f"{part[n][1]:g}" for n in ("degrees_per_pixel", "cursor_per_pixel")
-        )
+        medians = (part["degrees_per_pixel"], part["cursor_per_pixel"])
+        mouse = ", ".join("-" if spread is None else f"{spread[1]:g}" for spread in medians)
         without = part["repairs"]["no_hotbar"]["recordings"]
         lines.append(f"  {version:<8}{part['recordings']:>7}{part['usable']:>7}{without:>7}   {mouse}{scale}")
     return "\n".join(lines)
