@@ -358,6 +358,21 @@ def test_rejected_recordings_are_not_used_not_got_again_and_retried_on_request(s
     assert report.downloaded == 3 and on_disk(out) == files
 
 
+def test_recordings_of_recorders_before_6_11_whose_logs_have_no_slot_are_kept(server, tmp_path):
+    lines = make_lines(TICKS)
+    for line in lines:
+        del line["hotbar"]
+    server.files[f"{STEMS[0]}.jsonl"] = to_log(lines)
+    assert fetch(server, tmp_path / "out", STEMS[:1]).downloaded == 1
+    for line in lines[:30]:
+        line["hotbar"] = 0
+    server.files[f"{STEMS[0]}.jsonl"] = to_log(lines)
+    assert fetch(server, tmp_path / "half", STEMS[:1]).rejected == 1
+    assert (
+        "line 31: field 'hotbar': expected in all lines or in none" in manifest(tmp_path / "half")[STEMS[0]]["reason"]
+    )
+
+
 def test_lengths_may_differ_by_5_percent(server, tmp_path):
     server.files[f"{STEMS[0]}.mp4"] = make_video(TICKS - 4)  # exactly 5 %
     assert fetch(server, tmp_path / "out", STEMS[:1]).downloaded == 1
