@@ -380,7 +380,7 @@ def test_whole_counts_carry_their_rounding(totals, parts, ticks, pitch):
 @given(seed=st.integers(0, 10_000), parts=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_slots_and_number_keys_are_read_back_as_told(seed, parts):
-    """Any slots and keys; where a slot changes without its key, the builder adds that key a step before, and no other."""
+    """Any slots and keys; where a slot changes without its key, the builder adds that key, a step before."""
     rng = np.random.default_rng(seed)
     slots, keys = rng.integers(0, 3, 12), rng.random((12, 9)) < 0.25
     actions = np.zeros((12, 38))

@@ -311,7 +311,7 @@ def _choose_slots(raw: Tensor, actions: Tensor, chosen: Mapping[str, Tensor]) ->
     for key in keys:
         newly = (chosen[key] != 0) & (actions[0, COLUMN[key]] == 0)
         raw[:, 0, others] *= (~newly).to(raw)[:, None]
-    slot = recorded[0].argmax().expand(len(raw)).clone()  # 0 where none is recorded
+    slot = torch.where(recorded[0].any(), recorded[0].argmax(), -1).expand(len(raw)).clone()  # -1: none is recorded
     for column in SLOTS:
         if column in chosen:
             this = SLOTS.index(column)
@@ -344,7 +344,7 @@ def _follow_view(raw: Tensor, view: str, pitch: float, *, by_mouse: bool) -> Non
 
 
 def _follow_slots(raw: Tensor, number: Tensor, slot: Tensor) -> None:
-    """Slots of raw actions, in place: `slot` `(M,)`, -1 where not known, then what the number keys `(M, H)` (0: none) select."""
+    """Slots of raw actions, in place: `slot` `(M,)` (-1: not known), then what number keys `(M, H)` (0: none) select."""
     for step in range(number.shape[1]):
         raw[:, step, _SLOTS] = torch.nn.functional.one_hot(slot + 1, NUM_SLOTS + 1)[:, 1:].to(raw)
         slot = torch.where(number[:, step] > 0, number[:, step] - 1, slot)
