@@ -344,7 +344,7 @@ def _follow_view(raw: Tensor, view: str, pitch: float, *, by_mouse: bool) -> Non
 
 
 def _follow_slots(raw: Tensor, number: Tensor, slot: Tensor) -> None:
-    """Slots of raw actions, in place: `slot` `(M,)` (-1: not known), then what number keys `(M, H)` (0: none) select."""
+    """Slots of raw actions, in place: `slot` `(M,)` (-1: unknown), then what number keys `(M, H)` (0: none) choose."""
     for step in range(number.shape[1]):
         raw[:, step, _SLOTS] = torch.nn.functional.one_hot(slot + 1, NUM_SLOTS + 1)[:, 1:].to(raw)
         slot = torch.where(number[:, step] > 0, number[:, step] - 1, slot)
