@@ -176,9 +176,7 @@ def run_check(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_folder_of_recordings_is_counted(run_check, tmp_path, monkeypatch, num_proc):
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))  # its processes find it by its name
+def test_a_folder_of_recordings_is_counted(run_check, tmp_path):
     folder = tmp_path / "in"
     old = lines_of(60, keys={3: "2", 9: ["f3"]})
     for tick, line in enumerate(old):
@@ -195,7 +193,7 @@ def test_a_folder_of_recordings_is_counted(run_check, tmp_path, monkeypatch, num
     write(folder / "7.1", lost, "cedar-wren-0c1d2e3f4a5c-20220105-102330")
     (folder / "7.1" / "alone-0c1d2e3f4a5c-20220105-102330.jsonl").write_bytes(to_log(old))
 
-    status, text, errors = run_check("--shards", folder, "--output", tmp_path / "out", "--num_proc", num_proc)
+    status, text, errors = run_check("--shards", folder, "--output", tmp_path / "out")
     assert status == 0, errors
     found = json.loads((tmp_path / "out" / "recordings.json").read_text())
     every, versions = found["all"], found["versions"]
@@ -220,6 +218,19 @@ def test_a_folder_of_recordings_is_counted(run_check, tmp_path, monkeypatch, num
     assert status == 0 and "1 of 2 recordings can be used, 60 ticks" in text
     status, _, errors = run_check("--shards", tmp_path / "nothing")
     assert status == 1 and "error: --shards " in errors
+
+
+@pytest.mark.slow
+def test_processes_count_the_same(run_check, tmp_path):
+    for version, name in (("6.9", "a"), ("7.1", "b"), ("7.1", "c")):
+        write(tmp_path / "in" / version, make_lines(30, seed=ord(name)), name)
+    assert run_check("--shards", tmp_path / "in", "--output", tmp_path / "one")[0] == 0
+    command = [sys.executable, str(PROGRAMS / "check_recordings.py"), "--shards", str(tmp_path / "in")]
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path / "two"), "--num_proc", "2"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "two" / "recordings.json").read_text() == (tmp_path / "one" / "recordings.json").read_text()
 
 
 def test_nothing_at_all_can_be_described(tmp_path):
