@@ -18,14 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from vjepa_ac_hf.inspection.recordings import describe, inspect_recording, summarize
-from vjepa_ac_hf.recordings.shards import Rejection, Shard, find_files, list_shards, read_pairs
-from vjepa_ac_hf.records import write_json
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +33,18 @@ def parse_arguments() -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, found {value}")
     return arguments
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vjepa_ac_hf.inspection.recordings import describe, inspect_recording, summarize
+from vjepa_ac_hf.recordings.shards import Rejection, Shard, find_files, list_shards, read_pairs
+from vjepa_ac_hf.records import write_json
 
 
 def inspect_shard(shard: Shard, with_video: bool) -> list[dict[str, Any]]:
