@@ -183,8 +183,8 @@ def dataset_summary(
         dict: `recordings` (`found`, `accepted`, `rejected`, `skipped` by option), `players` and `sessions` with clips,
         `clips`, `hours` (`recordings`: ticks of accepted recordings; `clips`: frames of clips, at their own rate),
         `splits` (players, sessions and recordings with clips), `gui` (`ticks`: share of the ticks of accepted
-        recordings, `actions`: share of actions), `repairs` (`ticks` and `recordings` of each), `observed` (numbers
-        of what is doubtful and left as it is), `other_keys` (ticks with each key that has no column), `skipped_clips` by
+        recordings, `actions`: share of actions), `repairs` (`ticks` and `recordings` of each), `observed` (numbers of
+        what is doubtful and left as it is), `other_keys` (ticks with each key that has no column), `skipped_clips` by
         option, `rejected` by reason, `other_files`, `bytes`, `pressed` (share of actions of each binary column),
         `actions` (histograms).
 
