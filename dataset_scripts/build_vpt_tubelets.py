@@ -23,8 +23,10 @@ from pathlib import Path
 REPAIRS = (
     "null_mouse",
     "null_keyboard",
+    "null_gui",
     "unknown_buttons",
     "stuck_attack",
+    "no_hotbar",
     "hotbar_injected",
     "mouse_scaled",
     "frames_timed",
@@ -88,6 +90,7 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resize_mode", choices=("crop", "squash"), default="crop", help="default: %(default)s")
     add("--draw_cursor", action="store_true", help="paint the cursor into frames with a GUI open")
     add("--skip_repairs", nargs="+", default=[], metavar="NAME", help=f"not to be done, of: {', '.join(REPAIRS)}")
+    add("--hotbar_injection", choices=("cause", "vpt"), default="cause", help="default: %(default)s")
     add("--exclude", type=Path, metavar="FILE", help="recording ids to leave out, one a line (# begins a comment)")
     add("--session_fraction", type=float, help="share of sessions to keep, by a stable hash")
     add("--max_clips_per_session", type=int, help="clips of one session to keep at most")

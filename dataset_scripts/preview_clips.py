@@ -121,8 +121,8 @@ def clip_spec(report: dict[str, Any] | None, steps: int) -> ClipSpec:
     return ClipSpec(frames_per_clip=steps * default.tubelet_size)
 
 
-def read_recordings(files: Sequence[str], names: set[str], skip_repairs: Sequence[str]) -> dict[str, Recording]:
-    """The raw logs of recordings, by name.
+def read_recordings(files: Sequence[str], names: set[str], options: dict[str, Any]) -> dict[str, Recording]:
+    """The raw logs of recordings, by name, read with the options of the build.
 
     Raises:
         ValueError: a recording that no shard has or that cannot be read.
@@ -139,7 +139,9 @@ def read_recordings(files: Sequence[str], names: set[str], skip_repairs: Sequenc
                 pair.log,
                 f"{name}.jsonl",
                 recorder_version=pair.entry.recorder_version,
-                skip_repairs=skip_repairs,
+                skip_repairs=options.get("skip_repairs", ()),
+                # Data sets built before there was a choice have the key where OpenAI's loader puts it.
+                hotbar_injection=options.get("hotbar_injection", "vpt" if options else "cause"),
             )
     missing = sorted(names - recordings.keys())
     if missing:
@@ -184,8 +186,7 @@ def show_clips(arguments: argparse.Namespace) -> int:
     recordings: dict[str, Recording] = {}
     if raw_files:
         names = {choice.candidate.recording_id for choice in choices}
-        skip_repairs = ((report or {}).get("options") or {}).get("skip_repairs", ())
-        recordings = read_recordings(raw_files, names, skip_repairs)
+        recordings = read_recordings(raw_files, names, (report or {}).get("options") or {})
     shown = [
         load_clip(clips, choice, report, recordings.get(choice.candidate.recording_id))
         for choice in tqdm(choices, desc="reading", unit="clip")

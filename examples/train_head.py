@@ -151,6 +151,7 @@ from vjepa_ac_hf.training.distributed import end_processes, from_main
 from vjepa_ac_hf.training.heads import (
     TASKS,
     ClipLabels,
+    clips_with_label,
     evaluate_head,
     fit_key_thresholds,
     fit_pos_weight,
@@ -207,12 +208,15 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
 
 
 def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
+    """The clips of train and validation, and how many are left out for want of a label."""
     splits = {split: load_clips(arguments.dataset, split) for split in ("train", "validation")}
     check_players(arguments.dataset, splits)
     for split, clips in splits.items():
         check_clips(clips, processor, f"{arguments.dataset}, split {split}")
     wanted = (arguments.max_train_clips, arguments.eval_clips)
-    return [clips.select(spread(len(clips), number)) for clips, number in zip(splits.values(), wanted, strict=True)]
+    chosen = [clips.select(spread(len(clips), number)) for clips, number in zip(splits.values(), wanted, strict=True)]
+    labelled = [clips_with_label(clips, arguments.labels) for clips in chosen]
+    return labelled, sum(map(len, chosen)) - sum(map(len, labelled))
 
 
 def build_head(arguments: argparse.Namespace, world, processor, train, validation):
@@ -372,7 +376,9 @@ def main() -> None:
     set_seed(arguments.seed)
     world = load_world_model(arguments)
     processor = build_processor(arguments, world)
-    splits = load_splits(arguments, processor)
+    splits, without_label = load_splits(arguments, processor)
+    if without_label:
+        accelerator.print(f"--labels {arguments.labels}: {without_label} clips have no label and are left out")
     model, labels = build_head(arguments, world, processor, *splits)
     model.to(accelerator.device)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
@@ -384,6 +390,7 @@ def main() -> None:
         figures = train(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
         counts = {unit + "s": len(splits[1].unique(f"{unit}_id")) for unit in ("session", "player")}
+        counts |= {"clips_without_label": without_label} if labels is not None else {}
         save_all(arguments, model, processor, {**counts, **figures}, len(splits[0]))
     end_processes(accelerator)
 

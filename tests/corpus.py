@@ -72,13 +72,13 @@ def changed(field_name: str, value: str, line: int = 40) -> bytes:
     return to_log(lines).replace(b'"@@"', value.encode("utf-8", "surrogateescape"))
 
 
-def without(field_name: str) -> bytes:
+def without(field_name: str, *, everywhere: bool = False) -> bytes:
     lines = make_lines(NUM_TICKS)
     *path, last = field_name.split(".")
-    target = lines[40]
-    for part in path:
-        target = target[part]
-    del target[last]
+    for target in lines if everywhere else lines[40:41]:
+        for part in path:
+            target = target[part]
+        del target[last]
     return to_log(lines)
 
 
@@ -109,12 +109,15 @@ def number_cases() -> Iterator[tuple[str, bytes, str]]:
     for name, value in (("9", "9"), ("minus", "-1"), ("2**70", str(2**70))):
         yield f"hotbar-{name}", changed("hotbar", value), "field 'hotbar': expected 0 to 8"
     for name, value in (("half", "0.5"), ("minus-zero", "-0.0"), ("whole-float", "3.0")):
-        yield f"hotbar-{name}", changed("hotbar", value), "Expected `int`, got `float`"
+        yield f"hotbar-{name}", changed("hotbar", value), r"Expected `int \| null`, got `float`"
 
 
 def structure_cases() -> Iterator[tuple[str, bytes, str]]:
-    for name in ("yaw", "pitch", "hotbar", "isGuiOpen", "mouse", "keyboard", "mouse.dx", "mouse.buttons"):
+    for name in ("yaw", "pitch", "mouse.dx", "mouse.buttons"):
         yield f"no-{name}", without(name), f"missing required field `{name.split('.')[-1]}`"
+    yield "no-hotbar", without("hotbar"), "line 41: field 'hotbar': expected in all lines or in none, found it missing"
+    for name in ("isGuiOpen", "mouse", "keyboard"):
+        yield f"no-{name}-anywhere", without(name, everywhere=True), f"field '{name}': missing in all 70 lines"
     for name in ("mouse", "keyboard"):
         for value in ("[]", "3", '"x"', "true", "{}"):
             yield f"{name}-{value}", changed(name, value), f"Expected `object|missing required field.*{name}"
@@ -122,8 +125,8 @@ def structure_cases() -> Iterator[tuple[str, bytes, str]]:
         yield f"keys-{value}", changed("keyboard.keys", value), "Expected `(array|str)`"
     for value in ("null", "{}", "[true]", '["0"]', "[[0]]", "0"):
         yield f"buttons-{value}", changed("mouse.buttons", value), "Expected `(array|float)`"
-    for value in ("0", '"false"', "null", "[]"):
-        yield f"gui-{value}", changed("isGuiOpen", value), "Expected `bool`"
+    for value in ("0", '"false"', "[]"):
+        yield f"gui-{value}", changed("isGuiOpen", value), r"Expected `bool \| null`"
     many = json.dumps(["key.keyboard.w"] * 65)
     yield "65-keys", changed("keyboard.keys", many), "field 'keyboard.keys': expected at most 64 entries, found 65"
     many = json.dumps(["key.keyboard.w"] * 100_000)
@@ -186,6 +189,11 @@ def built_logs() -> Iterator[tuple[str, bytes]]:
     yield "64-keys", changed("keyboard.keys", json.dumps(["key.keyboard.x"] * 64))
     yield "tiny-float", changed("unused", "1e-99999999")
     yield "invalid-utf-8-ignored", changed("unused", '"\udcff"')
+    yield "gui-null", changed("isGuiOpen", "null")
+    yield "hotbar-null", changed("hotbar", "null")
+    for name in ("isGuiOpen", "mouse", "keyboard"):
+        yield f"no-{name.lower()}", without(name)
+    yield "no-hotbar-anywhere", without("hotbar", everywhere=True)
 
 
 def label(text: str) -> str:

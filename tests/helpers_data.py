@@ -1,5 +1,6 @@
 """Synthetic VPT recordings with real videos, and an oracle that shares no code with the package."""
 
+import itertools
 import json
 import math
 import tarfile
@@ -102,51 +103,105 @@ def shard_of(folder: Path, path: Path, names: list[str]) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------ oracle
+# Column by column as docs/data.md defines them ("Actions", "Hotbar slots", "Repairs"), each from the log's own lines:
+# slow, and without a thought for how the package does it.
+
+KEY_COLUMNS = [f"key.{key}" for key in KEYS]
+BUTTON_COLUMNS = ["mouse.left", "mouse.right", "mouse.middle"]
+ORACLE_COLUMNS = KEY_COLUMNS + BUTTON_COLUMNS
 
 
-def oracle_inputs(lines: list[dict], gui_scale: float = 1.0) -> list[tuple[float, float, set[str]]]:
+def keys_in(line: dict) -> set[str]:
+    keyboard = line.get("keyboard")
+    return set() if keyboard is None else {key.replace("key.keyboard.", "key.", 1) for key in keyboard["keys"]}
+
+
+def oracle_slots(lines: list[dict]) -> list[int | None]:
+    """The slot that each line shows: as logged, else what the input of all lines before it has led to."""
+    if all("hotbar" in line for line in lines):
+        return [line["hotbar"] for line in lines]
+    shown: list[int | None] = [None]
+    turned = 0.0
+    for line, before in zip(lines, [None, *lines], strict=False):
+        slot = shown[-1]
+        if not line["isGuiOpen"]:
+            notches = (line.get("mouse") or {}).get("dwheel", 0.0)
+            turned = notches if turned * notches < 0 else turned + notches
+            while abs(turned) >= 1:
+                step = 1 if turned > 0 else -1
+                turned -= step
+                slot = None if slot is None else [8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0][slot + 1 - step]
+            fresh = [n for n in range(9) if f"key.{n + 1}" in keys_in(line) - keys_in(before or {})]
+            slot = max(fresh) if fresh else slot
+        shown.append(slot)
+    return shown[:-1]
+
+
+def oracle_number_keys(lines: list[dict], injection: str) -> set[tuple[int, str]]:
+    """(tick, number key) for every change of the slot between two lines that both show one."""
+    slots = oracle_slots(lines)
+    found = set()
+    for j in range(1, len(lines)):
+        if slots[j] != slots[j - 1] and slots[j] is not None and slots[j - 1] is not None:
+            found.add(({"cause": j - 1, "vpt": j}[injection], f"key.{slots[j] + 1}"))
+    return found
+
+
+def attack_is_real(lines: list[dict], tick: int) -> bool:
+    """Not the press that recorders report from line 0 on until attack is pressed anew."""
+    if (lines[0].get("mouse") or {}).get("newButtons") != [0]:
+        return True
+    return any(0 in line["mouse"]["newButtons"] for line in lines[1 : tick + 1] if line.get("mouse"))
+
+
+def oracle_inputs(
+    lines: list[dict], gui_scale: float = 1.0, injection: str = "cause"
+) -> list[tuple[float, float, set[str]]]:
     """Per tick: mouse dx, dy and the names of what is pressed, after all repairs."""
-    ticks = []
-    stuck = bool(lines[0]["mouse"]) and lines[0]["mouse"]["newButtons"] == [0]
+    injected = oracle_number_keys(lines, injection)
+    found = []
     for tick, line in enumerate(lines):
-        mouse = line["mouse"] or {"dx": 0, "dy": 0, "buttons": [], "newButtons": []}
-        if tick and 0 in mouse["newButtons"]:
-            stuck = False
-        down = {"key." + key[13:] for key in (line["keyboard"] or {"keys": []})["keys"] if key[13:] in KEYS}
-        for button, side in ((0, "left"), (1, "right"), (2, "middle")):
-            if button in mouse["buttons"] and not (button == 0 and stuck):
-                down.add(f"mouse.{side}")
-        if tick and line["hotbar"] != lines[tick - 1]["hotbar"]:
-            down.add(f"key.{line['hotbar'] + 1}")
-        factor = gui_scale if line["isGuiOpen"] else 1.0
-        ticks.append((mouse["dx"] * factor, mouse["dy"] * factor, down))
-    return ticks
-
-
-ORACLE_COLUMNS = [f"key.{key}" for key in KEYS] + ["mouse.left", "mouse.right", "mouse.middle"]
+        down = {column for column in KEY_COLUMNS if column in keys_in(line) or (tick, column) in injected}
+        mouse = line.get("mouse")
+        if mouse is None:
+            found.append((0.0, 0.0, down))
+            continue
+        down |= {column for button, column in enumerate(BUTTON_COLUMNS) if button in mouse["buttons"]}
+        if not attack_is_real(lines, tick):
+            down -= {"mouse.left"}
+        scale = gui_scale if line["isGuiOpen"] else 1.0
+        found.append((mouse["dx"] * scale, mouse["dy"] * scale, down))
+    return found
 
 
 def oracle_actions(
-    lines: list[dict], start: int, *, tubelets: int = 8, ticks: int = 8, gui_scale: float = 1.0
+    lines: list[dict],
+    start: int,
+    *,
+    tubelets: int = 8,
+    ticks: int = 8,
+    gui_scale: float = 1.0,
+    injection: str = "cause",
 ) -> np.ndarray:
-    inputs = oracle_inputs(lines, gui_scale)
-    rows = []
-    for k in range(tubelets - 1):
-        first, last = start + k * ticks, start + (k + 1) * ticks
-        turn = math.fmod(lines[last]["yaw"] - lines[first]["yaw"], 360)
-        turn = turn - 360 if turn >= 180 else turn + 360 if turn < -180 else turn
-        row = [
-            sum(inputs[tick][0] for tick in range(first, last)),
-            sum(inputs[tick][1] for tick in range(first, last)),
-            turn,
-            lines[last]["pitch"] - lines[first]["pitch"],
-        ]
-        row += [float(any(name in inputs[tick][2] for tick in range(first, last))) for name in ORACLE_COLUMNS]
-        row += [float(lines[first]["hotbar"] == slot) for slot in range(9)]
-        rows.append([*row, float(lines[first]["isGuiOpen"])])
-    return np.array(rows, dtype=np.float32)
+    """float32 (tubelets - 1, 38) of the clip that starts at a tick."""
+    inputs, slots = oracle_inputs(lines, gui_scale, injection), oracle_slots(lines)
+    starts = [start + ticks * k for k in range(tubelets)]
+    actions = []
+    for here, following in itertools.pairwise(starts):
+        covered = inputs[here:following]
+        turn = lines[following]["yaw"] - lines[here]["yaw"]
+        action = {
+            "mouse_dx": sum(dx for dx, _, _ in covered),
+            "mouse_dy": sum(dy for _, dy, _ in covered),
+            "yaw_delta": turn - 360 * math.floor((turn + 180) / 360),
+            "pitch_delta": lines[following]["pitch"] - lines[here]["pitch"],
+        }
+        action |= {column: any(column in down for _, _, down in covered) for column in ORACLE_COLUMNS}
+        action |= {f"hotbar.{slot}": slots[here] == slot for slot in range(9)}
+        actions.append([float(value) for value in (action | {"gui_open": lines[here]["isGuiOpen"]}).values()])
+    return np.array(actions, dtype=np.float32)
 
 
 def oracle_states(lines: list[dict], start: int, *, tubelets: int = 8, ticks: int = 8) -> np.ndarray:
-    at = [start + ticks * k for k in range(tubelets)]
-    return np.array([[lines[tick]["yaw"], lines[tick]["pitch"]] for tick in at], dtype=np.float32)
+    shown = lines[start::ticks][:tubelets]
+    return np.array([(line["yaw"], line["pitch"]) for line in shown], dtype=np.float32)

@@ -44,12 +44,18 @@ def test_impossible_specs_are_refused_with_their_values(options, message):
     num_ticks=st.integers(61, 150),
     stride=st.integers(1, 70),
     shape=st.sampled_from([(5, 16, 2), (10, 8, 2), (20, 6, 3), (4, 4, 1), (2.5, 6, 2)]),
+    injection=st.sampled_from(["cause", "vpt"]),
+    with_slot=st.booleans(),
 )
-def test_actions_and_states_equal_the_oracle(seed, num_ticks, stride, shape):
+def test_actions_and_states_equal_the_oracle(seed, num_ticks, stride, shape, injection, with_slot):
     fps, frames, tubelet = shape
     spec = ClipSpec(fps=fps, frames_per_clip=frames, tubelet_size=tubelet, clip_stride=stride)
     lines = make_lines(num_ticks, seed)
-    recording = parse_recording(to_log(lines), "6.8/a")
+    for line in lines if not with_slot else []:
+        del line["hotbar"]
+        if line["mouse"]:
+            line["mouse"]["dwheel"] = [0.0, 1.0, -1.0, 0.5, -2.0][int(line["mouse"]["dx"]) % 5]
+    recording = parse_recording(to_log(lines), "6.8/a", hotbar_injection=injection)
     starts = clip_starts(num_ticks, spec)
     span = round(20 / fps) * (frames - 1) + 1
     assert starts.tolist() == [s for s in range(0, num_ticks, stride) if s + span <= num_ticks]
@@ -57,7 +63,7 @@ def test_actions_and_states_equal_the_oracle(seed, num_ticks, stride, shape):
     assert actions.dtype == states.dtype == np.float32
     sizes = {"tubelets": frames // tubelet, "ticks": round(20 / fps) * tubelet}
     for index, start in enumerate(starts.tolist()):
-        expected = oracle_actions(lines, start, gui_scale=2.0, **sizes)
+        expected = oracle_actions(lines, start, gui_scale=2.0, injection=injection, **sizes)
         np.testing.assert_allclose(actions[index], expected, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(np.delete(actions[index], 2, axis=-1), np.delete(expected, 2, axis=-1))
         np.testing.assert_array_equal(states[index], oracle_states(lines, start, **sizes))

@@ -366,6 +366,21 @@ def test_one_frame_more_than_lines_is_what_recorders_write_and_any_other_differe
     assert manifest(tmp_path / "out")[STEMS[0]]["frames"] == TICKS + 1
 
 
+def test_recordings_of_recorders_before_6_11_whose_logs_have_no_slot_are_kept(server, tmp_path):
+    lines = make_lines(TICKS)
+    for line in lines:
+        del line["hotbar"]
+    server.files[f"{STEMS[0]}.jsonl"] = to_log(lines)
+    assert fetch(server, tmp_path / "out", STEMS[:1]).downloaded == 1
+    for line in lines[:30]:
+        line["hotbar"] = 0
+    server.files[f"{STEMS[0]}.jsonl"] = to_log(lines)
+    assert fetch(server, tmp_path / "half", STEMS[:1]).rejected == 1
+    assert (
+        "line 31: field 'hotbar': expected in all lines or in none" in manifest(tmp_path / "half")[STEMS[0]]["reason"]
+    )
+
+
 # ------------------------------------------------------------------------------------------------ manifest, disk
 
 

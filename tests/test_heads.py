@@ -252,6 +252,26 @@ def test_action_losses_are_those_worked_out_by_hand(cls, space):
     assert ("hotbar.3" in model.config.binary_columns) == (len(columns) == 3)
 
 
+@pytest.mark.parametrize("cls", [VJEPA2ACForInverseDynamics, VJEPA2ACForActionAnticipation])
+def test_actions_without_a_slot_are_no_label_of_the_slot(cls):
+    """Their slots weigh nothing in loss and gradients; their other columns count."""
+    model, labels, features = head(cls), random_actions(), random_features()
+    at = [i for i, c in enumerate(model.config.action_space) if c.startswith("hotbar.")]
+    labels[1, :, at] = 0  # the second clip is of a recorder that logs no slot
+    both = model(features=features, labels=labels)
+    first = model(features=features[:1], labels=labels[:1])
+    torch.testing.assert_close(both.slot_loss, first.slot_loss)
+    full = model(features=features, labels=random_actions())
+    torch.testing.assert_close((both.continuous_loss, both.binary_loss), (full.continuous_loss, full.binary_loss))
+    (gradient,) = torch.autograd.grad(both.slot_loss, both.slot_logits)
+    assert not gradient[1].any() and gradient[0].any()
+    labels[..., at] = 0
+    none = model(features=features, labels=labels)
+    assert none.slot_loss.item() == 0 and torch.isfinite(none.loss)
+    none.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.head.parameters() if p.grad is not None)
+
+
 def test_classification_losses_are_those_worked_out_by_hand():
     features, labels = random_features(), torch.tensor([2, 0])
     model = head(VJEPA2ACForVideoClassification, id2label={0: "a", 1: "b", 2: "c"})

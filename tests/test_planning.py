@@ -42,6 +42,7 @@ from vjepa_ac_hf.planning import (
     to_vpt_lines,
     vary_columns,
 )
+from vjepa_ac_hf.planning.planner import next_slot
 from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
 from vjepa_ac_hf.recordings.log import parse_recording
 
@@ -192,6 +193,22 @@ def test_sampled_actions_keep_bounds_and_follow_from_the_decisions(
         low, high = bounds["pitch_delta"]
         inside = (actions[..., 3] >= low - 1e-9) & (actions[..., 3] <= high + 1e-9)
         assert (inside | (reached.abs() > 90 - 1e-9)).all()
+
+
+def test_a_slot_that_is_not_known_is_none_until_a_number_key():
+    space = SearchSpace(["key.2", "key.5"])
+    decisions = torch.zeros(1, 4, space.width, dtype=torch.float64)
+    decisions[0, 1, -1] = 5
+    actions = space.complete(decisions, pitch=0, slot=None)[0]
+    slots = actions[:, AT["hotbar.0"] : AT["hotbar.8"] + 1]
+    assert [row.nonzero().flatten().tolist() for row in slots] == [[], [], [4], [4]]
+
+    unknown = torch.zeros(2, 38)
+    assert next_slot(unknown[:0]) == 0 and next_slot(unknown) is None
+    unknown[1, AT["key.3"]] = 1
+    assert next_slot(unknown) == 2 and next_slot(unknown[:1]) is None
+    unknown[0, AT["hotbar.6"]] = 1
+    assert next_slot(unknown[:1]) == 6
 
 
 def test_what_is_free_and_what_is_not():

@@ -179,6 +179,7 @@ def test_choices_and_defaults_are_the_packages(monkeypatch):
     from vjepa_ac_hf.recordings.alignment import AlignmentOptions
     from vjepa_ac_hf.recordings.clips import ClipSpec
     from vjepa_ac_hf.recordings.log import REPAIRS
+    from vjepa_ac_hf.recordings.slots import HOTBAR_INJECTIONS
     from vjepa_ac_hf.training.estimates import HARDWARE
     from vjepa_ac_hf.training.heads import TASKS
 
@@ -188,6 +189,7 @@ def test_choices_and_defaults_are_the_packages(monkeypatch):
         **{(name, "resize_mode"): RESIZE_MODES for name in ("build", "train", "train-head")},
         **{(name, "cache_dtype"): CACHE_DTYPES for name in ("train", "train-head")},
         ("train-head", "task"): sorted(TASKS),
+        ("build", "hotbar_injection"): HOTBAR_INJECTIONS,
         ("label", "keys"): KEY_DECISIONS,
     }
     if importlib.util.find_spec("stable_baselines3") is not None:
@@ -201,7 +203,7 @@ def test_choices_and_defaults_are_the_packages(monkeypatch):
     clip, build, download, transfer = ClipSpec(), BuildOptions(), DownloadOptions(), TransferOptions()
     defaults = {
         **{("build", n): getattr(clip, n) for n in ("native_fps", "fps", "frames_per_clip", "tubelet_size")},
-        **{("build", n): getattr(build, n) for n in ("resolution", "resize_mode")},
+        **{("build", n): getattr(build, n) for n in ("resolution", "resize_mode", "hotbar_injection")},
         **{
             ("check-alignment", n): getattr(AlignmentOptions(), n)
             for n in ("max_lag", "max_ticks", "num_windows", "flag_over")
@@ -326,7 +328,7 @@ def test_from_download_to_evaluation_without_the_clone(installed, tmp_path):
         "--output=clips",
         "--resolution=32",
         "--clip_stride=32",
-        "--validation_sessions",
+        "--validation_players",
         "silly-s2",
         "--num_proc=2",
     ]

@@ -20,12 +20,17 @@ from test_heads import head
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.configuration_heads_vjepa2_ac import VJEPA2ACActionAnticipationConfig, VJEPA2ACInverseDynamicsConfig
+from vjepa_ac_hf.evaluation.head_report import facts
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 from vjepa_ac_hf.training.heads import (
     ClipLabels,
+    action_figures,
     best_f1_threshold,
+    clips_with_label,
     fit_pos_weight,
     head_parameter_groups,
+    headline,
     read_labels,
 )
 from vjepa_ac_hf.training.presets import build_config
@@ -284,6 +289,49 @@ def test_labels_come_from_columns_files_and_the_hotbar(workspace, tmp_path):
     assert labels.several and labels(names[:3]).tolist() == [[1, 1], [0, 0], [1, 1]]
     with pytest.raises(ValueError, match="2 labels .* expected one"):
         ClipLabels({"x@0": ["a", "b"]}, several=False)
+
+
+def test_clips_without_a_slot_are_left_out_of_labels_from_the_hotbar(workspace):
+    clips = load_clips(str(workspace / "clips"), "validation")
+    actions = np.zeros_like(np.array(clips["actions"]))
+    actions[[1, 4], 0, 28 + 2] = 1
+    actions[5, 1:, 28] = 1  # known later, not at the start
+    held = clips.remove_columns("actions").add_column("actions", actions.tolist())
+    chosen = clips_with_label(held, "hotbar")
+    assert chosen["start_tick"] == [held["start_tick"][i] for i in (1, 4)]
+    assert set(map(tuple, read_labels(chosen, "hotbar").values())) == {("slot 2",)}
+    assert clips_with_label(held, "session_id") is held
+    with pytest.raises(ValueError, match="--labels hotbar: 2 of 2 clips have no label: their logs tell no slot"):
+        clips_with_label(held.select([0, 5]), "hotbar")
+
+
+@pytest.mark.parametrize("horizons", [False, True])
+def test_figures_of_the_slot_leave_out_rows_without_one_and_count_them(horizons):
+    kind = VJEPA2ACActionAnticipationConfig if horizons else VJEPA2ACInverseDynamicsConfig
+    config = kind(action_space="vpt-38")
+    slots = [config.action_space.index(f"hotbar.{i}") for i in range(9)]
+    rng = np.random.default_rng(0)
+    told, true, last = rng.normal(size=(6, 38)), np.zeros((6, 38)), np.zeros((6, 38))
+    cases = [(3, 3, 3), (3, 5, 5), (0, None, 0), (1, None, 1), (2, 2, 4), (7, 7, None)]
+    for row, (likeliest, held, before) in enumerate(cases):
+        told[row, slots[likeliest]] = 9
+        for values, slot in ((true, held), (last, before)):
+            if slot is not None:
+                values[row, slots[slot]] = 1
+    rows = {"told": told, "true": true} | ({"last": last, "horizon": np.ones(6, int)} if horizons else {})
+    figures = action_figures(rows, config)
+    if horizons:  # compared with the last action: rows in which that has none are left out too
+        assert figures["horizons"][0]["slot"] == {"rows": 3, "without_slot": 3, "model": 2 / 3, "repeat_last": 2 / 3}
+    else:
+        slot = figures["slot"]
+        assert (slot["clips"], slot["without_slot"], slot["accuracy"]) == (4, 2, 0.75)
+    rows["true"] = np.zeros((6, 38))
+    figures = action_figures(rows, config)
+    found = figures["horizons"][0]["slot"] if horizons else figures["slot"]
+    assert found == {"rows" if horizons else "clips": 0, "without_slot": 6}
+    # The report's sentences and the training log's numbers are made without any slot.
+    assert "validation_accuracy" not in headline({"loss": 1.0, **figures})
+    assert not any("slot" in sentence for sentence in facts(figures))
 
 
 def test_weights_of_keys_are_those_of_the_training_split(workspace):

@@ -397,7 +397,11 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
                 weight = None if weights is None else logits.new_tensor(weights)
                 losses[1] = F.binary_cross_entropy_with_logits(logits, true[1], pos_weight=weight)
             if slot is not None:
-                losses[2] = F.cross_entropy(slot.float()[at].flatten(0, -2), true[2].argmax(dim=-1).flatten())
+                # Actions without a slot (recorders before 6.11 log none) have no label: they count for nothing.
+                known, logits = true[2].any(dim=-1).flatten(), slot.float()[at].flatten(0, -2)
+                target = torch.where(known, true[2].argmax(dim=-1).flatten(), -100)
+                summed = F.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+                losses[2] = summed / known.sum().clamp(min=1)
         loss = None if labels is None else torch.stack([one for one in losses if one is not None]).sum()
         return VJEPA2ACActionHeadOutput(loss, losses[0], losses[1], losses[2], continuous, binary, slot)
 
@@ -417,12 +421,12 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
         discrete = actions[..., binary + slot]
         bad[binary + slot] |= ((discrete != 0) & (discrete != 1)).flatten(0, 1).any(dim=0)
         if slot:
-            bad[slot] |= (actions[..., slot].sum(dim=-1) != 1).any()
+            bad[slot] |= (actions[..., slot].sum(dim=-1) > 1).any()  # none: not known
         if bad.any():
             names = [c for c, b in zip(config.action_space, bad.tolist(), strict=True) if b]
             raise ValueError(
-                f"{name}: columns {names} hold values that are not finite, keys that are neither 0 nor 1, or hotbar "
-                "slots that are not one of nine"
+                f"{name}: columns {names} hold values that are not finite, keys that are neither 0 nor 1, or more than "
+                "one hotbar slot"
             )
         return actions
 

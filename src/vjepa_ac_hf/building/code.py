@@ -9,6 +9,8 @@ _SOURCES = (
     "../recordings/names.py",
     "../recordings/log.py",
     "../recordings/clips.py",
+    "../recordings/observed.py",
+    "../recordings/slots.py",
     "../recordings/mp4.py",
     "../recordings/timing.py",
     "../recordings/video.py",

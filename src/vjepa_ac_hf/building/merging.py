@@ -141,6 +141,7 @@ def write_card(output: Path, report: dict, options: BuildOptions) -> None:
 def _card_text(report: dict, options: BuildOptions) -> str:
     clip, split_by = options.clip, report["split"]["split_by"]
     crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
+    injected = {"cause": "caused", "vpt": "shows (as OpenAI's loader has it)"}[options.hotbar_injection]
     return f"""# VPT tubelets
 
 Clips of first-person play with keyboard and mouse, cut from recordings in the layout of OpenAI's VPT contractor data
@@ -153,7 +154,8 @@ is in both.
 - `video`: {clip.frames_per_clip} frames, {options.resolution}x{options.resolution}, H.264 ({crop}).
 - `actions`: float32 ({clip.num_tubelets - 1}, 38), raw units. Row k covers every tick of the log from the start of
   tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
-  keys and buttons pressed in any tick, hotbar slot (one-hot) and open GUI at the first tick.
+  keys and buttons pressed in any tick, hotbar slot (one-hot; all 0 where the log does not tell it) and open GUI at the
+  first tick. A change of slot counts as its number key in the tick that {injected} it.
 - `states`: float32 ({clip.num_tubelets}, 2), yaw and pitch in degrees at the start of every tubelet, as logged.
 - `recording_id`, `session_id` (player and day), `player_id`, `start_tick`: where the clip comes from.
 

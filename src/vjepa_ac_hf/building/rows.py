@@ -14,6 +14,7 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..processing_vjepa2_ac import resize_frames
 from ..recordings.clips import ClipSpec, aggregate_actions, clip_starts, clip_states, frame_ticks
 from ..recordings.log import REPAIRS, Recording, RecordingError, parse_recording
+from ..recordings.observed import OBSERVED
 from ..recordings.shards import RecordingPair, Rejection, Shard
 from ..recordings.video import VideoError, VideoReader, check_frame_rate, draw_cursor, encode_clip
 from .selection import CLIP_SELECTIONS, RECORDING_SELECTIONS, BuildOptions, select_clips
@@ -36,6 +37,7 @@ class RecordingReport:
         clips: rows built.
         repairs: ticks touched, by repair; those that touched none are left out.
         skipped_clips: clips left out, by the option; those that left out none are left out.
+        observed: what is doubtful and left as it is, by name; what does not occur is left out.
     """
 
     recording: str
@@ -48,6 +50,7 @@ class RecordingReport:
     clips: int
     repairs: dict[str, int]
     skipped_clips: dict[str, int]
+    observed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,6 +63,8 @@ class BuildReport:
         clips: rows built.
         rejected: what was left out, with its reason.
         repairs: ticks touched in accepted recordings, by repair.
+        observed: what accepted recordings hold that is doubtful and left as it is, by name (`OBSERVED`).
+        other_keys: ticks of accepted recordings with each key that has no column.
         skipped_clips: clips left out by a selection option, by its name, or for `unsure` ticks.
         skipped_recordings: recordings left out, unread, by a selection option, by its name.
         other_files: files that belong to no recording.
@@ -71,18 +76,21 @@ class BuildReport:
     clips: int = 0
     rejected: list[Rejection] = field(default_factory=list)
     repairs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REPAIRS, 0))
+    observed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OBSERVED, 0))
+    other_keys: dict[str, int] = field(default_factory=dict)
     skipped_clips: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CLIP_SELECTIONS, 0))
     skipped_recordings: dict[str, int] = field(default_factory=lambda: dict.fromkeys(RECORDING_SELECTIONS, 0))
     other_files: int = 0
     per_recording: list[RecordingReport] = field(default_factory=list)
 
-    def accept(self, recording: RecordingReport) -> None:
+    def accept(self, recording: RecordingReport, other_keys: dict[str, int]) -> None:
         self.recordings += 1
         self.accepted += 1
         self.clips += recording.clips
         self.per_recording.append(recording)
-        for total, part in ((self.repairs, recording.repairs), (self.skipped_clips, recording.skipped_clips)):
-            _add_counts(total, part)
+        for name in ("repairs", "skipped_clips", "observed"):
+            _add_counts(getattr(self, name), getattr(recording, name))
+        _add_counts(self.other_keys, other_keys)
 
     def skip(self, recordings: dict[str, int]) -> None:
         self.recordings += sum(recordings.values())
@@ -100,7 +108,7 @@ class BuildReport:
         self.other_files += other.other_files
         self.rejected.extend(other.rejected)
         self.per_recording.extend(other.per_recording)
-        for name in ("repairs", "skipped_clips", "skipped_recordings"):
+        for name in ("repairs", "observed", "other_keys", "skipped_clips", "skipped_recordings"):
             _add_counts(getattr(self, name), getattr(other, name))
         return self
 
@@ -193,7 +201,9 @@ def iter_clips(
                 clips=len(rows),
                 repairs={name: count for name, count in recording.repairs.items() if count},
                 skipped_clips={name: count for name, count in skipped.items() if count},
-            )
+                observed={name: count for name, count in recording.observed.items() if count},
+            ),
+            recording.other_keys,
         )
         yield from rows
 
@@ -202,7 +212,11 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
     """A recording's log, rows, and how many clips each selection option has left out."""
     name, spec = pair.entry.recording_id, options.clip
     recording = parse_recording(
-        pair.log, f"{name}.jsonl", recorder_version=pair.entry.recorder_version, skip_repairs=options.skip_repairs
+        pair.log,
+        f"{name}.jsonl",
+        recorder_version=pair.entry.recorder_version,
+        skip_repairs=options.skip_repairs,
+        hotbar_injection=options.hotbar_injection,
     )
     reader = VideoReader(pair.video, f"{name}.mp4")
     frames_of_ticks = _match_video(recording, reader, options)
@@ -212,6 +226,8 @@ def _recording_clips(pair: RecordingPair, options: BuildOptions) -> tuple[Record
     starts, skipped = select_clips(
         recording, name, starts, options, pair.entry.max_clips, has_frame=frames_of_ticks >= 0
     )
+    over_pause = recording.after_pause[starts[:, None] + np.arange(1, spec.span)].any(axis=1)
+    recording.observed["clips_over_pause"] = int(over_pause.sum())
     actions = aggregate_actions(recording, starts, spec)
     states = clip_states(recording, starts, spec)
     rows = [

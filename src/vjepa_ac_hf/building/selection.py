@@ -10,6 +10,7 @@ from ..processing_vjepa2_ac import RESIZE_MODES
 from ..recordings.clips import ClipSpec, frame_ticks
 from ..recordings.log import Recording, check_repairs
 from ..recordings.shards import Shard
+from ..recordings.slots import check_hotbar_injection
 from ..recordings.splits import stable_share
 
 # What leaves out clips of a recording, in the order in which it is asked, and the options for whole recordings. Clips
@@ -35,6 +36,7 @@ class BuildOptions:
         resize_mode: `crop` or `squash`, as `resize_frames` takes it.
         draw_cursor: paint the mouse cursor into frames with a GUI open.
         skip_repairs: repairs (`REPAIRS`) that are not done.
+        hotbar_injection: the tick of the number key that stands for a change of slot, "cause" or "vpt".
         max_gui_fraction: leave out clips with a GUI open in a larger share of their ticks; None keeps all.
         min_action_fraction: leave out clips with any input in a smaller share of the ticks that their actions cover;
             None keeps all.
@@ -49,6 +51,7 @@ class BuildOptions:
     resize_mode: str = "crop"
     draw_cursor: bool = False
     skip_repairs: tuple[str, ...] = ()
+    hotbar_injection: str = "cause"
     max_gui_fraction: float | None = None
     min_action_fraction: float | None = None
     clip_fraction: float | None = None
@@ -59,6 +62,7 @@ class BuildOptions:
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {self.resize_mode!r}")
         check_repairs(self.skip_repairs)
+        check_hotbar_injection(self.hotbar_injection)
         for name in ("max_gui_fraction", "min_action_fraction"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:

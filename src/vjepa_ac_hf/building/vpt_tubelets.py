@@ -46,6 +46,8 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
         validation_sessions: sessions for validation, likewise.
         draw_cursor: paint the mouse cursor into frames with a GUI open.
         skip_repairs: repairs of the log (docs/data.md, "Repairs") that are not to be done.
+        hotbar_injection: number keys that stand for changes of slot are pressed in the tick that caused them (`cause`),
+            or in the one that shows them, as OpenAI's loader has it (`vpt`).
         exclude: recording ids to leave out.
         session_fraction: share of sessions to keep, by a stable hash.
         max_clips_per_session: clips of one session to keep at most.
@@ -70,6 +72,7 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
     validation_sessions: Sequence[str] | None = None
     draw_cursor: bool = False
     skip_repairs: Sequence[str] = ()
+    hotbar_injection: str = "cause"
     exclude: Sequence[str] = ()
     session_fraction: float | None = None
     max_clips_per_session: int | None = None

@@ -106,7 +106,7 @@ class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         """
         if self._frame is None:
             raise RuntimeError("no episode was begun: call reset()")
-        # The tick before is needed too: a slot that differs from it counts as a key.
+        # The tick before goes first: attack newly pressed in a log's first line is read as the stuck-attack fault.
         lines, frames = self._lines[-1:], []
         reward, blocked = 0.0, False
         known = len(lines)

@@ -67,7 +67,7 @@ def facts(record: Mapping[str, Any]) -> list[str]:
                 f"Horizon {horizon['horizon']}: macro F1 of the keys {_number(keys['model'])}; of the last action "
                 f"repeated {_number(keys['repeat_last'])}."
             )
-        if "slot" in horizon:
+        if "model" in horizon.get("slot", {}):
             slot = horizon["slot"]
             sentences.append(
                 f"Horizon {horizon['horizon']}: accuracy of the slot {_number(slot['model'])}; of the last one "

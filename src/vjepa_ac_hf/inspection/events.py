@@ -36,7 +36,10 @@ def _gui_changes(actions: np.ndarray) -> np.ndarray:
 
 
 def _slot_changes(actions: np.ndarray) -> np.ndarray:
-    return _changes(actions[..., _SLOTS].argmax(axis=-1))
+    slots = actions[..., _SLOTS]
+    known = np.asarray(slots.any(axis=-1))
+    both = known & np.concatenate([known[..., :1], known[..., :-1]], axis=-1)
+    return _changes(slots.argmax(axis=-1)) * both
 
 
 def _clicks(actions: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_RECORDED = "not recorded"
+_MOST_KEYS_SHOWN = 20
 BINARY_COLUMNS: tuple[str, ...] = ACTION_COLUMNS[len(CONTINUOUS_COLUMNS) :]
 
 # Lower ends of the bins of positive values, less 0; negative values mirror them and an exact 0 has a bin of its own.
@@ -182,7 +183,8 @@ def dataset_summary(
         dict: `recordings` (`found`, `accepted`, `rejected`, `skipped` by option), `players` and `sessions` with clips,
         `clips`, `hours` (`recordings`: ticks of accepted recordings; `clips`: frames of clips, at their own rate),
         `splits` (players, sessions and recordings with clips), `gui` (`ticks`: share of the ticks of accepted
-        recordings, `actions`: share of actions), `repairs` (`ticks` and `recordings` of each), `skipped_clips` by
+        recordings, `actions`: share of actions), `repairs` (`ticks` and `recordings` of each), `observed` (numbers of
+        what is doubtful and left as it is), `other_keys` (ticks with each key that has no column), `skipped_clips` by
         option, `rejected` by reason, `other_files`, `bytes`, `pressed` (share of actions of each binary column),
         `actions` (histograms).
 
@@ -238,6 +240,8 @@ def dataset_summary(
             name: {"ticks": ticks, "recordings": _count_repaired(recordings, name)}
             for name, ticks in report["repairs"].items()
         },
+        "observed": report.get("observed"),
+        "other_keys": _most_frequent(report.get("other_keys")),
         "skipped_clips": dict(report.get("skipped_clips", {})),
         "rejected": dict(sorted(kinds.items(), key=lambda item: (-item[1], item[0]))),
         "other_files": report.get("other_files"),
@@ -292,6 +296,10 @@ def _recording_hours(recordings: Sequence[Mapping] | None, clip: ClipSpec | None
 def _share(recordings: Sequence[Mapping] | None, part: str, whole: str) -> float | None:
     total = sum(recording[whole] for recording in recordings or ())
     return sum(recording[part] for recording in recordings or ()) / total if total else None
+
+
+def _most_frequent(counts: Mapping[str, int] | None) -> dict[str, int] | None:
+    return None if counts is None else dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _count_repaired(recordings: Sequence[Mapping] | None, repair: str) -> int | None:
@@ -352,6 +360,16 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
             [[name, _count(part["ticks"]), _count(part["recordings"])] for name, part in summary["repairs"].items()],
         ),
         (
+            "Doubtful, and left as it is",
+            ["what (docs/data.md, What is only counted)", "number"],
+            _rows(summary["observed"]),
+        ),
+        (
+            "Keys without a column",
+            ["key", "ticks"],
+            _rows(summary["other_keys"])[:_MOST_KEYS_SHOWN],
+        ),
+        (
             "Left out by options",
             ["option", "what", "number"],
             [[name, kind, _count(count)] for (name, count), kind in zip(left_out, kinds, strict=True)],
@@ -363,6 +381,12 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     if summary["actions"] is not None:
         tables += _histogram_tables(summary["actions"])
     return tables
+
+
+def _rows(counts: Mapping[str, int] | None) -> list[list[str]]:
+    if counts is None:
+        return [["", NOT_RECORDED]]
+    return [[name, _count(number)] for name, number in counts.items() if number] or [["none", "0"]]
 
 
 def _histogram_tables(actions: Mapping[str, Any]) -> list[Table]:

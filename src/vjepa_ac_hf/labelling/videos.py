@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from ..planning.actions import COLUMN
+from ..planning.actions import COLUMN, NUMBER_KEYS
 from ..planning.environments import VPTLog
 from ..recordings.log import GUI_MOUSE_SCALE, MOST_TICKS
 from ..recordings.names import recorder_version_of
@@ -128,8 +128,12 @@ def _steps(labeller: Labeller, part: Part) -> Iterator[tuple[np.ndarray, list[fl
             action, confidences = np.array(values), told
             if slots:
                 slot = labeller.choose_slot(slots, slot)
-                action[COLUMN["hotbar.0"] + slot] = 1
                 confidences = [*told, slots[slot]]
+            if slot is not None:
+                action[COLUMN["hotbar.0"] + slot] = 1
+            if not slots:  # the head does not tell it: it follows from the number keys, from the first one on
+                pressed = np.flatnonzero(action[[COLUMN[key] for key in NUMBER_KEYS]])
+                slot = int(pressed[-1]) if len(pressed) else slot
             lowest = min((confidences[i] for i in labeller.counted), default=None)
             yield action, confidences, lowest, lowest is not None and lowest < labeller.min_confidence
 

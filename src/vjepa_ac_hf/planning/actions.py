@@ -244,13 +244,14 @@ class SearchSpace:
 
     # --- whole actions ----------------------------------------------------------------------------------------
 
-    def complete(self, decisions: Tensor, *, pitch: float, slot: int) -> Tensor:
+    def complete(self, decisions: Tensor, *, pitch: float, slot: int | None) -> Tensor:
         """All action columns that follow from decisions.
 
         Args:
             decisions: `(M, H, width)`.
             pitch: degrees at the first step: a view change beyond +-90 is cut to what is left.
-            slot: hotbar slot 0..8 at the first step. A number key pressed at a step selects its slot for the next.
+            slot: hotbar slot 0..8 at the first step, None where it is not known: no slot is set then, until a number
+                key is pressed. A number key pressed at a step selects its slot for the next.
 
         Returns:
             `(M, H, 38)`, raw units, columns `ACTION_COLUMNS`.
@@ -266,7 +267,7 @@ class SearchSpace:
             _follow_view(raw, view, pitch, by_mouse=mouse in self.continuous)
         number = decisions[..., -1].long()
         raw[..., _NUMBER_KEYS] = torch.nn.functional.one_hot(number, NUM_SLOTS + 1).double()[..., 1:]
-        _follow_slots(raw, number, torch.full_like(number[:, 0], slot))
+        _follow_slots(raw, number, torch.full_like(number[:, 0], -1 if slot is None else slot))
         return raw
 
 
@@ -310,7 +311,7 @@ def _choose_slots(raw: Tensor, actions: Tensor, chosen: Mapping[str, Tensor]) ->
     for key in keys:
         newly = (chosen[key] != 0) & (actions[0, COLUMN[key]] == 0)
         raw[:, 0, others] *= (~newly).to(raw)[:, None]
-    slot = recorded[0].argmax().expand(len(raw)).clone()  # 0 where none is recorded
+    slot = torch.where(recorded[0].any(), recorded[0].argmax(), -1).expand(len(raw)).clone()  # -1: none is recorded
     for column in SLOTS:
         if column in chosen:
             this = SLOTS.index(column)
@@ -343,9 +344,9 @@ def _follow_view(raw: Tensor, view: str, pitch: float, *, by_mouse: bool) -> Non
 
 
 def _follow_slots(raw: Tensor, number: Tensor, slot: Tensor) -> None:
-    """Slots of raw actions, in place: `slot` `(M,)`, then what the number keys `(M, H)` (0: none) select."""
+    """Slots of raw actions, in place: `slot` `(M,)` (-1: unknown), then what number keys `(M, H)` (0: none) choose."""
     for step in range(number.shape[1]):
-        raw[:, step, _SLOTS] = torch.nn.functional.one_hot(slot, NUM_SLOTS).to(raw)
+        raw[:, step, _SLOTS] = torch.nn.functional.one_hot(slot + 1, NUM_SLOTS + 1)[:, 1:].to(raw)
         slot = torch.where(number[:, step] > 0, number[:, step] - 1, slot)
 
 

@@ -107,7 +107,8 @@ class Controller:
             frames: uint8 `(F, 3, Y, X)` or `(F, Y, X, 3)`, at the clip's frame rate, since the last call: at the first
                 call the frame now, F = 1; later F = tubelet_size, those during the step that is done and the one now.
             state: `(2,)`, yaw and pitch now, degrees.
-            slot: hotbar slot now; None: as the number keys pressed so far leave it, 0 at first.
+            slot: hotbar slot now; None: as the number keys pressed so far leave it, 0 at first; not known where
+                `executed` tells none.
             executed: `(38,)`, the raw action that was really taken since the last call; None: the one returned.
 
         Returns:

@@ -112,7 +112,9 @@ class VPTLog:
 
     The first line's `newButtons` is empty: readers of VPT take `[0]` there for the stuck-attack fault. The slot changes
     where the actions say so: within a step that presses the new slot's number key, else with the next step's first
-    tick, where readers add the key (docs/data.md, "Repairs", `hotbar_injected`).
+    tick; readers then add the key to the tick before it (docs/data.md, "Hotbar slots"). Where an action sets no hotbar
+    column the slot is not known, and its lines have `"hotbar": null`. So actions that were read from a log are read
+    again from these lines (with `hotbar_injection="cause"`).
 
     Args:
         state: `(2,)`, yaw and pitch in degrees at the first tick.
@@ -126,7 +128,8 @@ class VPTLog:
         self.yaw, self.pitch = (float(x) for x in torch.as_tensor(state).double().reshape(2))
         self.ticks_per_step, self.whole_mouse, self.clamp_pitch = ticks_per_step, whole_mouse, clamp_pitch
         self.ticks = 0
-        self._slot, self._gui = 0, False
+        self._slot: int | None = None
+        self._gui = False
         self._keys: list[str] = []
         self._buttons: list[int] | None = None
         self._left_over = [0.0, 0.0]  # of the mouse, by axis
@@ -136,7 +139,7 @@ class VPTLog:
         """Lines of the steps that are complete: the last one given waits for the next, which says its last slot.
 
         Args:
-            actions: `(38,)` or `(steps, 38)`, raw. Where no hotbar column is set, the slot follows from number keys.
+            actions: `(38,)` or `(steps, 38)`, raw.
         """
         values = _check(actions, self.ticks_per_step)
         lines = []
@@ -161,13 +164,11 @@ class VPTLog:
         held += _pressed(row, 0, ["key.right.shift"])
         numbers = _pressed(row, 0, NUMBER_KEYS)
         buttons = [BUTTONS.index(c) for c in _pressed(row, 0, BUTTONS)]
-        self._slot = _slot_of(values, self._slot)
-        self._gui = bool(values[COLUMN["gui_open"]])
-        next_slot = NUMBER_KEYS.index(numbers[-1]) if numbers else self._slot
-        if following is not None and NUMBER_KEYS[_slot_of(following, next_slot)] in numbers:
-            next_slot = _slot_of(following, next_slot)
-        elif following is not None:
-            next_slot = self._slot
+        self._slot, self._gui = _slot_of(values), bool(values[COLUMN["gui_open"]])
+        slots = [NUMBER_KEYS.index(name) for name in numbers]
+        # Without a step to come, the last key counts.
+        chosen = slots[-1:] if following is None else [slot for slot in slots if slot == _slot_of(following)]
+        next_slot = chosen[0] if chosen else self._slot
         dx, dy = (self._mouse(axis, values[COLUMN[c]]) for axis, c in enumerate(("mouse_dx", "mouse_dy")))
         turn, look = (_divide(values[COLUMN[c]], ticks) for c in ("yaw_delta", "pitch_delta"))
         lines = []
@@ -212,7 +213,7 @@ class VPTLog:
         return line
 
 
-def _slot_of(values: np.ndarray, otherwise: int) -> int:
-    """The slot of an action, or another number where no hotbar column is set."""
+def _slot_of(values: np.ndarray) -> int | None:
+    """The slot of an action; None where no hotbar column is set."""
     slots = values[COLUMN[SLOTS[0]] : COLUMN[SLOTS[-1]] + 1]
-    return int(slots.argmax()) if slots.any() else otherwise
+    return int(slots.argmax()) if slots.any() else None

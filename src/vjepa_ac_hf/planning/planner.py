@@ -31,13 +31,13 @@ class Context:
         features: `(C, N, D)`, on the model's device.
         states: `(C, 2)`, yaw and pitch in degrees.
         actions: `(C - 1, 38)`, raw; action t led from step t to t+1.
-        slot: hotbar slot 0..8 now.
+        slot: hotbar slot 0..8 now; None where it is not known.
     """
 
     features: Tensor
     states: Tensor
     actions: Tensor
-    slot: int
+    slot: int | None
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def encode_context(
         features: `(C, N, D)` of `model.encode`, instead.
         states: `(C, 2)`, yaw and pitch in degrees at each step.
         actions: `(C - 1, 38)`, raw; not needed for C = 1.
-        slot: hotbar slot 0..8 now; None: as the last action leaves it, 0 without one.
+        slot: hotbar slot 0..8 now; None: as the last action leaves it, 0 without any action. Where the last action
+            tells no slot (recorders before 6.11 log none) it is not known: imagined actions then hold none either,
+            until a number key is pressed.
 
     Raises:
         ValueError: missing or contradicting parts; the message has what was expected and found.
@@ -221,18 +223,19 @@ def encode_context(
     if states[:, 1].abs().max() > PITCH_SCALE:
         raise ValueError(f"pitch must be within [-90, 90] degrees, found {float(states[:, 1].abs().max()):g}")
     slot = next_slot(actions) if slot is None else slot
-    if slot not in range(NUM_SLOTS):
+    if slot is not None and slot not in range(NUM_SLOTS):
         raise ValueError(f"slot must be a whole number from 0 to {NUM_SLOTS - 1}, found {slot!r}")
-    return Context(features.to(model.device), states, actions, int(slot))
+    return Context(features.to(model.device), states, actions, None if slot is None else int(slot))
 
 
-def next_slot(actions: Tensor) -> int:
-    """Hotbar slot after raw actions `(steps, 38)`: of the last number key, else as it was; 0 where nothing says so."""
+def next_slot(actions: Tensor) -> int | None:
+    """Hotbar slot after raw actions `(steps, 38)`: of the last number key, else as it was; 0 without any action, None
+    where the last one does not tell."""
     if len(actions) == 0:
         return 0
     keys = actions[-1, [COLUMN[name] for name in NUMBER_KEYS]].nonzero().flatten().tolist()
     slots = actions[-1, [COLUMN[name] for name in SLOTS]].nonzero().flatten().tolist()
-    return (keys or slots or [0])[-1]
+    return (keys or slots or [None])[-1]
 
 
 def encode_goal(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, goal: Any) -> Tensor:

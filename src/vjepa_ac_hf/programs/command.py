@@ -23,6 +23,10 @@ PROGRAMS = {
     "download": ("dataset_scripts/download_vpt.py", "download VPT recordings"),
     "pack": ("dataset_scripts/pack_shards.py", "pack recordings into tar shards"),
     "build": ("dataset_scripts/build_vpt_tubelets.py", "build a data set of clips from recordings"),
+    "check-recordings": (
+        "dataset_scripts/check_recordings.py",
+        "count what recordings hold: repairs, rejects",
+    ),
     "check-alignment": ("dataset_scripts/check_alignment.py", "tell whether log and video of recordings are in step"),
     "preview": ("dataset_scripts/preview_clips.py", "show clips with their actions on a page"),
     "report": ("dataset_scripts/report_dataset.py", "report what a data set holds"),

@@ -1,7 +1,8 @@
 """Are log and video in step? Estimated from the pictures alone (docs/data.md, "Alignment check").
 
 When the view turns, the picture moves sideways: its shift from frame v to v + 1 must follow the yaw change that the log
-has for the same tick. The lag at which it follows best tells whether line t of the log belongs to frame t.
+has for the same tick. The lag at which it follows best tells whether line t of the log belongs to frame t, to a whole
+tick: the game draws frames between two ticks, so that up to one tick is jitter.
 """
 
 import time

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, wrap_degrees
-from .log import FIRST_PRESSED, NUM_SLOTS, PRESSED_COLUMNS, Recording
+from .log import FIRST_PRESSED, PRESSED_COLUMNS, Recording
+from .slots import NUM_SLOTS
 
 _FIRST_HOTBAR = ACTION_COLUMNS.index("hotbar.0")
 
@@ -97,7 +98,7 @@ def aggregate_actions(recording: Recording, starts: np.ndarray, spec: ClipSpec) 
     Returns:
         float32 (n, num_tubelets - 1, 38), columns `ACTION_COLUMNS`: mouse movement summed in pixels, yaw
         change circular in [-180, 180) and pitch change in degrees, keys and buttons down in any tick, hotbar slot
-        (one-hot) and GUI at the first tick.
+        (one-hot, all 0 where it is not known) and GUI at the first tick.
 
     Raises:
         ValueError: a clip that reaches beyond the recording.
@@ -115,7 +116,7 @@ def aggregate_actions(recording: Recording, starts: np.ndarray, spec: ClipSpec) 
     actions[..., 2][actions[..., 2] >= 180] = -180
     actions[..., 3] = recording.pitch[last] - recording.pitch[first]
     actions[..., FIRST_PRESSED : FIRST_PRESSED + len(PRESSED_COLUMNS)] = recording.pressed[ticks].any(axis=-2)
-    actions[..., _FIRST_HOTBAR : _FIRST_HOTBAR + NUM_SLOTS] = np.eye(NUM_SLOTS)[recording.hotbar[first]]
+    actions[..., _FIRST_HOTBAR : _FIRST_HOTBAR + NUM_SLOTS] = recording.hotbar[first][..., None] == np.arange(NUM_SLOTS)
     actions[..., ACTION_COLUMNS.index("gui_open")] = recording.gui_open[first]
     return actions
 

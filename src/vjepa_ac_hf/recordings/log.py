@@ -1,31 +1,46 @@
 """The log of a VPT recording: one JSON line per video frame, parsed once (docs/data.md, "Recordings")."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from .names import recorder_version_of
+from .observed import MOVEMENT_KEYS, OBSERVED, count_input, find_pauses
+from .slots import (
+    NUM_SLOTS,
+    UNKNOWN_SLOT,
+    check_hotbar_injection,
+    count_causes,
+    follow_slots,
+    injected_ticks,
+)
 
 # Columns that say whether a key or mouse button is down: key.1 .. mouse.middle, contiguous in ACTION_COLUMNS.
 FIRST_PRESSED = ACTION_COLUMNS.index("key.1")
 PRESSED_COLUMNS: tuple[str, ...] = ACTION_COLUMNS[FIRST_PRESSED : ACTION_COLUMNS.index("mouse.middle") + 1]
-NUM_SLOTS = 9
+NUMBER_COLUMNS = slice(0, NUM_SLOTS)  # of PRESSED_COLUMNS: key.1 .. key.9
 
 REPAIRS: tuple[str, ...] = (
     "null_mouse",
     "null_keyboard",
+    "null_gui",
     "unknown_buttons",
     "stuck_attack",
+    "no_hotbar",
     "hotbar_injected",
     "mouse_scaled",
     "frames_timed",
 )
 
-# Recorder versions that logged GUI mouse movement at another scale (VPT's contractor data, arXiv 2206.11795).
+# Recorder versions that logged GUI mouse movement at another scale: a table of openai/Video-Pre-Training's
+# data_loader.py (which does not use it itself); neither its README nor the paper (arXiv 2206.11795) has it.
 GUI_MOUSE_SCALE = {"5.7": 0.5, "5.8": 0.5, "6.7": 2.0, "6.8": 2.0, "6.9": 2.0}
 
 # Beyond this, float32 no longer resolves one degree or one pixel: no real log comes near it.
@@ -37,15 +52,18 @@ LARGEST_LOG = 256 * 2**20  # bytes
 LONGEST_LINE = 2**20  # bytes
 MOST_TICKS = 2**17  # 1.8 hours at 20 per second
 MOST_KEYS = 64  # keys, or mouse buttons, in one line
+_MOST_OTHER_KEYS = 32  # keys without a column that are counted by name
 
+_KEY_PREFIX, _KEY_NAME, _NO_KEY_NAME = "key.keyboard.", re.compile(r"key\.keyboard\.[a-z0-9.]{1,24}"), "(other names)"
 _KEY_COLUMN = {
-    "key.keyboard." + column.removeprefix("key."): index
+    _KEY_PREFIX + column.removeprefix("key."): index
     for index, column in enumerate(PRESSED_COLUMNS)
     if column.startswith("key.")
 }
 _BUTTON_COLUMN = {
     button: PRESSED_COLUMNS.index(column) for button, column in enumerate(("mouse.left", "mouse.right", "mouse.middle"))
 }
+_MOVEMENT = [PRESSED_COLUMNS.index(column) for column in MOVEMENT_KEYS]
 _NOT_A_NUMBER = re.compile(rb'"(\w{1,40})"\s*:\s*(-?(?:NaN|Infinity|inf))\b', re.IGNORECASE)
 
 
@@ -60,6 +78,7 @@ class _Mouse(msgspec.Struct):
     newButtons: list[float] = []
     x: float | None = None
     y: float | None = None
+    dwheel: float | None = None
 
 
 class _Keyboard(msgspec.Struct):
@@ -67,12 +86,18 @@ class _Keyboard(msgspec.Struct):
 
 
 class _Line(msgspec.Struct):
-    mouse: _Mouse | None
-    keyboard: _Keyboard | None
-    isGuiOpen: bool
-    hotbar: int
+    """What is read; everything else is skipped, whatever its bytes. Fields that all lines may lack: `_check_fields`."""
+
     yaw: float
     pitch: float
+    mouse: _Mouse | UnsetType | None = UNSET
+    keyboard: _Keyboard | UnsetType | None = UNSET
+    isGuiOpen: bool | UnsetType | None = UNSET
+    hotbar: int | UnsetType | None = UNSET
+    isGuiInventory: bool | None = None
+    tick: float | None = None
+    milli: float | None = None
+    serverTick: float | None = None
     unsure: bool = False
 
 
@@ -91,10 +116,13 @@ class Recording:
         cursor_x, cursor_y: float64 (n,), GUI cursor in 1280x720 pixels, NaN where the log has none.
         yaw, pitch: float64 (n,), degrees as logged: yaw unbounded, pitch positive looking down.
         pressed: bool (n, 24), keys and mouse buttons down during the tick, columns `PRESSED_COLUMNS`.
-        hotbar: int64 (n,), selected slot 0..8.
+        hotbar: int64 (n,), selected slot 0..8, -1 where the log does not tell it.
         gui_open: bool (n,).
         unsure: bool (n,), ticks that whoever wrote the log marked: no action of a clip covers them.
+        after_pause: bool (n,), ticks before which the game was paused (`find_pauses`).
         repairs: number of ticks affected, for every name of `REPAIRS`.
+        observed: numbers of what is doubtful or worth knowing and left as it is, for every name of `OBSERVED`.
+        other_keys: ticks with each key that has no column, by name; the most frequent ones.
 
     Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Recordings" and "Repairs".
     """
@@ -111,7 +139,10 @@ class Recording:
     hotbar: np.ndarray
     gui_open: np.ndarray
     unsure: np.ndarray
+    after_pause: np.ndarray
     repairs: dict[str, int]
+    observed: dict[str, int]
+    other_keys: dict[str, int]
 
     @property
     def num_ticks(self) -> int:
@@ -135,7 +166,12 @@ def check_repairs(names: Collection[str]) -> None:
 
 
 def parse_recording(
-    log: bytes, name: str, *, recorder_version: str | None = None, skip_repairs: Collection[str] = ()
+    log: bytes,
+    name: str,
+    *,
+    recorder_version: str | None = None,
+    skip_repairs: Collection[str] = (),
+    hotbar_injection: str = "cause",
 ) -> Recording:
     """Parse and repair a VPT log.
 
@@ -144,7 +180,10 @@ def parse_recording(
         name: the recording's name, for messages and its recorder version; folders and suffix may be part of it.
         recorder_version: such as "6.8"; None takes it from a folder in `name`, where there is one.
         skip_repairs: names of `REPAIRS` not to be done: values stay as logged, and what cannot be used as logged
-            (`null_mouse`, `null_keyboard`, `unknown_buttons`) is an error. `frames_timed` concerns the video alone.
+            (`null_mouse`, `null_keyboard`, `null_gui`, `unknown_buttons`, `no_hotbar`) is an error. `frames_timed`
+            concerns the video alone.
+        hotbar_injection: the tick of the number key that stands for a change of slot, "cause" or "vpt"
+            (`injected_ticks`).
 
     Returns:
         Recording: arrays per tick, repaired, with the number of ticks every repair touched.
@@ -153,48 +192,58 @@ def parse_recording(
         RecordingError: an empty log, one beyond the limits of this module, a line that is not a JSON object, a field
             that is missing, of another type, not finite or out of range, a fault whose repair is switched off. The
             message names file, line, field and what was found.
-        ValueError: `skip_repairs` has a name that is no repair.
+        ValueError: `skip_repairs` has a name that is no repair, or `hotbar_injection` is another.
 
     Source: VPT (arXiv 2206.11795, contractor data); docs/data.md, "Repairs".
     """
     check_repairs(skip_repairs)
+    check_hotbar_injection(hotbar_injection)
     lines = _decode_lines(log, name)
-    mice = [line.mouse for line in lines]
-    repairs = dict.fromkeys(REPAIRS, 0)
+    _check_fields(name, lines)
+    mice = [line.mouse or None for line in lines]
+    repairs, observed = dict.fromkeys(REPAIRS, 0), dict.fromkeys(OBSERVED, 0)
     repairs["null_mouse"] = sum(mouse is None for mouse in mice)
-    repairs["null_keyboard"] = sum(line.keyboard is None for line in lines)
+    repairs["null_keyboard"] = sum(not line.keyboard for line in lines)
+    repairs["null_gui"] = sum(not isinstance(line.isGuiOpen, bool) for line in lines)
     _refuse_faults(name, lines, skip_repairs)
 
-    hotbar = _numbers(name, "hotbar", [line.hotbar for line in lines], 0, NUM_SLOTS - 1).astype(np.int64)
-    gui_open = np.array([line.isGuiOpen for line in lines])
-    mouse_dx = _numbers(name, "mouse.dx", [mouse.dx if mouse else 0.0 for mouse in mice])
-    mouse_dy = _numbers(name, "mouse.dy", [mouse.dy if mouse else 0.0 for mouse in mice])
+    gui_open = _gui_open(lines)
     version = recorder_version or recorder_version_of(name)
     scale = 1.0 if "mouse_scaled" in skip_repairs else GUI_MOUSE_SCALE.get(version or "", 1.0)
-    if scale != 1.0:
-        repairs["mouse_scaled"] = int((gui_open & ((mouse_dx != 0) | (mouse_dy != 0))).sum())
-        mouse_dx[gui_open] *= scale
-        mouse_dy[gui_open] *= scale
-
+    mouse_dx, mouse_dy = _movement(name, mice, gui_open, scale, repairs, observed)
+    wheel = _numbers(name, "mouse.dwheel", [(mouse.dwheel if mouse else None) or 0.0 for mouse in mice])
     pressed = np.zeros((len(lines), len(PRESSED_COLUMNS)), dtype=bool)
-    _press_keys(pressed, lines)
+    other_keys = _press_keys(pressed, lines, observed)
     _press_buttons(pressed, mice, repairs, release_stuck_attack="stuck_attack" not in skip_repairs)
+    hotbar = _slots(name, lines, pressed[:, NUMBER_COLUMNS], wheel, gui_open, repairs, observed)
     if "hotbar_injected" not in skip_repairs:
-        _inject_hotbar_keys(pressed, hotbar, repairs)
+        ticks, slots = injected_ticks(hotbar, hotbar_injection)
+        # The scroll wheel changes the slot without a key: the key that would have done it counts as pressed.
+        repairs["hotbar_injected"] = int((~pressed[ticks, slots]).sum())
+        pressed[ticks, slots] = True
+    cursor_x = _numbers(name, "mouse.x", [mouse.x if mouse else None for mouse in mice])
+    cursor_y = _numbers(name, "mouse.y", [mouse.y if mouse else None for mouse in mice])
+    inventory = np.array([line.isGuiInventory is True for line in lines])
+    observed |= count_input(gui_open, inventory, pressed[:, _MOVEMENT], cursor_x, cursor_y)
+    clocks = [[getattr(line, clock) for line in lines] for clock in ("tick", "milli", "serverTick")]
+    after_pause, of_clocks = find_pauses(*(np.array(clock, dtype=np.float64) for clock in clocks))
     return Recording(
         name=name,
         recorder_version=version,
         mouse_dx=mouse_dx,
         mouse_dy=mouse_dy,
-        cursor_x=_numbers(name, "mouse.x", [mouse.x if mouse else None for mouse in mice]),
-        cursor_y=_numbers(name, "mouse.y", [mouse.y if mouse else None for mouse in mice]),
+        cursor_x=cursor_x,
+        cursor_y=cursor_y,
         yaw=_numbers(name, "yaw", [line.yaw for line in lines]),
         pitch=_numbers(name, "pitch", [line.pitch for line in lines]),
         pressed=pressed,
         hotbar=hotbar,
         gui_open=gui_open,
         unsure=np.array([line.unsure for line in lines]),
+        after_pause=after_pause,
         repairs=repairs,
+        observed=observed | of_clocks,
+        other_keys=other_keys,
     )
 
 
@@ -245,7 +294,7 @@ def _split_lines(log: bytes) -> Iterator[bytes]:
 
 def _limit_entries(where: str, line: _Line) -> None:
     lists: list[tuple[str, list]] = [("keyboard.keys", line.keyboard.keys)] if line.keyboard else []
-    if line.mouse:
+    if isinstance(line.mouse, _Mouse):
         lists += [("mouse.buttons", line.mouse.buttons), ("mouse.newButtons", line.mouse.newButtons)]
     for field, entries in lists:
         if len(entries) > MOST_KEYS:
@@ -254,22 +303,94 @@ def _limit_entries(where: str, line: _Line) -> None:
             )
 
 
+def _check_fields(name: str, lines: list[_Line]) -> None:
+    """Fields that some lines may lack, or have as null: what cannot be known then is an error."""
+    for field in ("mouse", "keyboard", "isGuiOpen"):
+        values = [getattr(line, field) for line in lines]
+        if all(value is UNSET for value in values) or (field == "isGuiOpen" and not {True, False} & set(values)):
+            raise RecordingError(f"{name}: field {field!r}: missing in all {len(lines)} lines")
+    without = [line.hotbar is UNSET for line in lines]
+    if any(without) and not all(without):
+        odd = without.index(not without[0])
+        first, then = ("missing", "present") if without[0] else ("present", "missing")
+        raise RecordingError(
+            f"{name}: line {odd + 1}: field 'hotbar': expected in all lines or in none, found it {then} here and "
+            f"{first} in lines 1 to {odd}"
+        )
+
+
+def _gui_open(lines: list[_Line]) -> np.ndarray:
+    """bool (n,); a line that does not tell is like the one before, the first ones are closed."""
+    is_open, found = False, []
+    for line in lines:
+        is_open = line.isGuiOpen if isinstance(line.isGuiOpen, bool) else is_open
+        found.append(is_open)
+    return np.array(found)
+
+
+def _movement(
+    name: str,
+    mice: list[_Mouse | None],
+    gui_open: np.ndarray,
+    gui_scale: float,
+    repairs: dict[str, int],
+    observed: dict[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mouse dx and dy, float64 (n,) each."""
+    mouse_dx = _numbers(name, "mouse.dx", [mouse.dx if mouse else 0.0 for mouse in mice])
+    mouse_dy = _numbers(name, "mouse.dy", [mouse.dy if mouse else 0.0 for mouse in mice])
+    moved = gui_open & ((mouse_dx != 0) | (mouse_dy != 0))
+    observed["gui_mouse"] = int(moved.sum())
+    if gui_scale != 1.0:
+        repairs["mouse_scaled"] = int(moved.sum())
+        mouse_dx[gui_open] *= gui_scale
+        mouse_dy[gui_open] *= gui_scale
+    return mouse_dx, mouse_dy
+
+
+def _slots(
+    name: str,
+    lines: list[_Line],
+    numbers: np.ndarray,
+    wheel: np.ndarray,
+    gui_open: np.ndarray,
+    repairs: dict[str, int],
+    observed: dict[str, int],
+) -> np.ndarray:
+    """int64 (n,): the slots that the log has, with null for one that is not known; followed where it has none."""
+    if lines[0].hotbar is UNSET:
+        repairs["no_hotbar"] = len(lines)
+        hotbar = follow_slots(numbers, wheel, gui_open)
+    else:
+        logged = _numbers(name, "hotbar", [line.hotbar for line in lines], 0, NUM_SLOTS - 1)
+        hotbar = np.where(np.isnan(logged), UNKNOWN_SLOT, logged).astype(np.int64)
+        observed |= count_causes(hotbar, numbers, wheel)
+    observed["slot_unknown"] = int((hotbar == UNKNOWN_SLOT).sum())
+    return hotbar
+
+
 def _refuse_faults(name: str, lines: list[_Line], skip_repairs: Collection[str]) -> None:
     """What cannot be used as logged is an error where its repair is switched off."""
-    if not {"null_mouse", "null_keyboard", "unknown_buttons"} & set(skip_repairs):
+    if not {"null_mouse", "null_keyboard", "null_gui", "no_hotbar", "unknown_buttons"} & set(skip_repairs):
         return
     for number, line in enumerate(lines, start=1):
         buttons = line.mouse.buttons if line.mouse else []
         strange = [button for button in buttons if button not in _BUTTON_COLUMN]
         for repair, field, fault in (
-            ("null_mouse", "mouse", "null" if line.mouse is None else ""),
-            ("null_keyboard", "keyboard", "null" if line.keyboard is None else ""),
+            ("null_mouse", "mouse", _absence(line.mouse)),
+            ("null_keyboard", "keyboard", _absence(line.keyboard)),
+            ("null_gui", "isGuiOpen", _absence(line.isGuiOpen)),
+            ("no_hotbar", "hotbar", _absence(line.hotbar) if line.hotbar is UNSET else ""),
             ("unknown_buttons", "mouse.buttons", strange),
         ):
             if fault and repair in skip_repairs:
                 raise RecordingError(
                     f"{name}: line {number}: field {field!r}: found {fault}, and the repair {repair!r} is switched off"
                 )
+
+
+def _absence(value: Any) -> str:
+    return "nothing" if value is UNSET else "null" if value is None else ""
 
 
 def _numbers(
@@ -291,12 +412,20 @@ def _numbers(
     return numbers
 
 
-def _press_keys(pressed: np.ndarray, lines: list[_Line]) -> None:
+def _press_keys(pressed: np.ndarray, lines: list[_Line], observed: dict[str, int]) -> dict[str, int]:
+    """Press what has a column; ticks with each of the other keys."""
+    others: Counter[str] = Counter()
     for tick, line in enumerate(lines):
+        without_column = set()
         for key in line.keyboard.keys if line.keyboard else ():
             column = _KEY_COLUMN.get(key)
             if column is not None:
                 pressed[tick, column] = True
+            else:
+                without_column.add(key[len(_KEY_PREFIX) :] if _KEY_NAME.fullmatch(key) else _NO_KEY_NAME)
+        observed["other_keys"] += bool(without_column)
+        others.update(without_column)
+    return dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_MOST_OTHER_KEYS])
 
 
 def _press_buttons(
@@ -316,10 +445,3 @@ def _press_buttons(
             repairs["unknown_buttons"] += 1
         for button, column in _BUTTON_COLUMN.items():
             pressed[tick, column] = button in mouse.buttons and not (attack_is_stuck and button == 0)
-
-
-def _inject_hotbar_keys(pressed: np.ndarray, hotbar: np.ndarray, repairs: dict[str, int]) -> None:
-    # The scroll wheel changes the slot without a key: the key that would have done it counts as pressed.
-    ticks = np.flatnonzero(np.diff(hotbar)) + 1
-    repairs["hotbar_injected"] = int((~pressed[ticks, hotbar[ticks]]).sum())
-    pressed[ticks, hotbar[ticks]] = True

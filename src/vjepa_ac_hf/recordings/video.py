@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .mp4 import check_mp4, sample_times
+from .observed import CURSOR_HEIGHT, CURSOR_WIDTH
 from .timing import GRID_TOLERANCE, RATE_TOLERANCE, even_ticks, frame_rate, frames_of_ticks
 
 # How clips are stored, chosen by measurement (docs/LOG.md, "How clips are stored"): at 256x256, 40.0 dB PSNR in 126 kB
@@ -26,8 +27,6 @@ CLIP_TUNE = "fastdecode"
 # tree on memory it has not written (seen on small frames; costs 0.2 dB at the same size).
 CLIP_X264_PARAMS = "mbtree=0:aq-mode=0"
 
-# The log gives the cursor in these coordinates whatever the size of the video.
-CURSOR_WIDTH, CURSOR_HEIGHT = 1280, 720
 _CURSOR_SIZE = 28
 
 

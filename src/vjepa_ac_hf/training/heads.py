@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,26 @@ class ClipLabels:
         return labels
 
 
+def _first_slots(clips: Dataset) -> Iterator[np.ndarray]:
+    """The hotbar columns `(9,)` of each clip's first action; all 0 where the log does not tell the slot."""
+    return (np.asarray(row["actions"])[0, HOTBAR] for row in clips.select_columns(["actions"]))
+
+
+def clips_with_label(clips: Dataset, source: str | None) -> Dataset:
+    """The clips that can be used with labels from `source`: with "hotbar", those whose slot is known at their start
+    (recorders before 6.11 log none); else all.
+
+    Raises:
+        ValueError: "hotbar", and no clip has a slot.
+    """
+    if source != "hotbar":
+        return clips
+    chosen = [row for row, slot in enumerate(_first_slots(clips)) if slot.any()]
+    if not chosen:
+        raise ValueError(f"--labels hotbar: {len(clips)} of {len(clips)} clips have no label: their logs tell no slot")
+    return clips.select(chosen)
+
+
 def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
     """Class names of every clip of a split, by "recording_id@start_tick".
 
@@ -130,8 +150,7 @@ def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
     elif source in columns:
         values = list(clips[source])
     elif source == "hotbar":
-        first = (np.asarray(row["actions"])[0, HOTBAR] for row in clips.select_columns(["actions"]))
-        values = [f"slot {int(a.argmax())}" if a.any() else None for a in first]
+        values = [f"slot {int(slot.argmax())}" if slot.any() else None for slot in _first_slots(clips)]
     else:
         raise ValueError(f"--labels {source}: neither a .json file nor 'hotbar' nor one of the columns {columns}")
     missing = [k for k, v in zip(keys, values, strict=True) if v is None or v != v]
@@ -287,7 +306,11 @@ def label_figures(rows: dict[str, np.ndarray], classes: Sequence[str]) -> dict[s
 
 
 def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
-    """`camera`, `keys` and `slot` of rows of actions; by horizon, next to the last action, where rows have one."""
+    """`camera`, `keys` and `slot` of rows of actions; by horizon, next to the last action, where rows have one.
+
+    Rows whose true action tells no slot (by horizon: or whose last one does not) are left out of `slot` and counted
+    there, `without_slot`.
+    """
     from ..evaluation.head_metrics import AnticipationMetric, CameraMetric, KeyMetric, LabelMetric
 
     space = config.action_space
@@ -299,11 +322,15 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
         told = {"predictions": rows["told"][:, chosen], "references": rows["true"][:, chosen]}
         told |= {"repeated": rows["last"][:, chosen], "horizon": rows["horizon"]}
         figures = AnticipationMetric().compute(**told, columns=columns, continuous=config.continuous_columns)
-        for horizon in figures["horizons"]:
+        for horizon in figures["horizons"] if "slot" in at else ():
             here = rows["horizon"] == horizon["horizon"]
-            if "slot" in at:
-                true, last, slots = (rows[k][here][:, at["slot"]].argmax(axis=1) for k in ("true", "last", "told"))
-                horizon["slot"] = {"model": float((slots == true).mean()), "repeat_last": float((last == true).mean())}
+            parts = {k: rows[k][here][:, at["slot"]] for k in ("true", "last", "told")}
+            known = parts["true"].any(axis=1) & parts["last"].any(axis=1)
+            horizon["slot"] = {"rows": int(known.sum()), "without_slot": int((~known).sum())}
+            if known.any():
+                true, last, slots = (values[known].argmax(axis=1) for values in parts.values())
+                accuracies = {"model": float((slots == true).mean()), "repeat_last": float((last == true).mean())}
+                horizon["slot"] |= accuracies
         return figures
     figures = {}
     columns = kinds["keys"]
@@ -317,7 +344,11 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
             figures[kind] = metric().compute(**pair, columns=kinds[kind])
     if "slot" in at:
         pair = {"predictions": rows["told"][:, at["slot"]], "references": rows["true"][:, at["slot"]]}
-        figures["slot"] = LabelMetric().compute(**pair, classes=kinds["slot"])
+        known = pair["references"].any(axis=1)
+        figures["slot"] = {"clips": 0, "without_slot": int((~known).sum())}
+        if known.any():
+            pair = {name: values[known] for name, values in pair.items()}
+            figures["slot"] |= LabelMetric().compute(**pair, classes=kinds["slot"])
     return figures
 
 
