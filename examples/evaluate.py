@@ -4,6 +4,7 @@ python examples/evaluate.py --model out --dataset data/tubelets --output report
 """
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ if __name__ == "__main__":
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import cached_file
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
@@ -53,7 +55,7 @@ from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.records import command_line, versions
+from vjepa_ac_hf.records import command_line, tensor_digests, versions, weights_digest
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -64,6 +66,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     dataset = load_clips(args.dataset, args.split, streaming=True)  # read in order, twice: no copy is worth it
     clip_data.check_columns(dataset)
     return model, processor, dataset.select(clip_data.spread(len(dataset), args.max_clips))
+
+
+def identify(name: str, model: Any) -> dict[str, Any]:
+    """Digest of the weights that are evaluated, and the step that they are of, where the model's folder says it."""
+    weights = weights_digest(tensor_digests(model.state_dict().items()))
+    record = cached_file(name, "training_args.json", _raise_exceptions_for_missing_entries=False)
+    training = {} if record is None else json.loads(Path(record).read_text())
+    return {"step": training["step"] if training.get("weights_sha256") == weights else None, "weights_sha256": weights}
 
 
 def make_pictures(
@@ -151,6 +161,7 @@ def main() -> None:
         "shuffles": args.shuffles,
         "seed": args.seed,
         "model": args.model,
+        **identify(args.model, model),
         "dataset": args.dataset,
         "split": args.split,
         "horizons": aggregate_rows(table_rows(table), seed=args.seed),

@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # This folder holds evaluate.py, which must not hide the library of that name.
@@ -200,7 +200,6 @@ class Run:
     step: int = 0  # finished optimizer steps
     saved: int | None = None  # step of the newest checkpoint
     best: dict | None = None  # step and validation loss of the best checkpoint
-    metrics: dict = field(default_factory=dict)  # logged last
 
     @property
     def checkpoints(self) -> Path:
@@ -299,7 +298,6 @@ def log_step(run: Run, metrics: dict, evaluate: bool) -> bool:
     if evaluate and run.arguments.log_pictures:
         with whole_parameters(run.model):
             log_pictures(run.model, run.validation, run.accelerator, run.arguments.output_dir, run.step)
-    run.metrics = metrics
     return improved
 
 
@@ -319,14 +317,14 @@ def save(run: Run, at: dict) -> None:
     run.saved = run.step
     if run.accelerator.is_main_process:
         if run.pusher is not None and run.step < run.arguments.max_steps:
-            run.pusher.submit(run.step, saved, run.metrics)
+            run.pusher.submit(run.step, saved)
         if run.best is not None:
             write_best(run.checkpoints, run.best)
         prune_checkpoints(run.checkpoints, run.arguments.keep_checkpoints, run.best and run.best["step"])
 
 
-def train(run: Run) -> dict:
-    """Optimise until `max_steps`, writing metrics and checkpoints. Returns the last logged metrics.
+def train(run: Run) -> None:
+    """Optimise until `max_steps`, writing metrics and checkpoints.
 
     Raises:
         SystemExit: status `EXIT_INTERRUPTED`, after a signal and with a checkpoint.
@@ -371,13 +369,12 @@ def train(run: Run) -> dict:
             write_status(arguments.output_dir, "interrupted", run.step)
         accelerator.print(f"stopped after step {run.step} with a checkpoint: start the same command again")
         raise SystemExit(EXIT_INTERRUPTED)
-    return run.metrics or MetricsLog.last(arguments.output_dir / "metrics.jsonl")
 
 
-def finish_push(arguments, pusher) -> int:
-    """Wait for the final model to be on the Hub and say whether it is. Returns the exit status."""
+def finish_push(arguments, pusher, wait: float) -> int:
+    """Wait so many seconds for the final model to be on the Hub and say whether it is. Returns the exit status."""
     print(f"the model is in {arguments.output_dir}; pushing it to {arguments.hub_model_id}", flush=True)
-    if pusher.finish(arguments.max_steps, arguments.hub_wait):
+    if pusher.finish(wait):
         print(f"pushed to {arguments.hub_model_id}: all is up")
         return 0
     later = f"python examples/push.py --output_dir {arguments.output_dir}"
@@ -444,14 +441,14 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
                 pusher.begin(run.step)
                 run.pusher = pusher
             with stop.deferred():
-                metrics = train(run)
-            model = whole_model(model)
-            if description is not None:
-                save_final_model(arguments.output_dir, model, processor, description, run.step, metrics)
-                write_status(arguments.output_dir, "finished", run.step)
+                train(run)
+                model = whole_model(model)
+                if description is not None:
+                    save_final_model(arguments.output_dir, model, processor, description, run.step)
+                    write_status(arguments.output_dir, "finished", run.step)
         run.wrapped = model
         end_processes(accelerator)  # the other processes need not wait for the Hub
-        return 0 if pusher is None else finish_push(arguments, pusher)
+        return 0 if pusher is None else finish_push(arguments, pusher, 0 if stop.requested else arguments.hub_wait)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class HubServer:
         commits: of all repositories: (name, summary, files after it).
         objects: large files by sha256.
         read_only: names of repositories that the token may read only.
+        squashed: (name, message) whenever a repository's history was made one commit.
         part_size: large files are asked for in parts of so many bytes; None for whole ones.
         requests, log: all, in order, as "METHOD path" and with what became of them.
         port: to listen on; 0 for any.
@@ -76,6 +77,7 @@ class HubServer:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.verified: list[str] = []
         self.read_only: set[str] = set()
+        self.squashed: list[tuple[str, str]] = []
         self.part_size: int | None = None
         self.requests: list[str] = []
         self.log: list[Request] = []
@@ -232,6 +234,9 @@ class HubServer:
             return self.error(403, "Forbidden") if name in self.read_only else self.json({})
         if call == "preupload":
             return self.json({"files": [self.upload_mode(f["path"], files, large) for f in json.loads(body)["files"]]})
+        if call == "super-squash":
+            self.squashed.append((name, json.loads(body)["message"]))
+            return self.json({})
         if call == "commit":
             return self.commit(name, files, large, body)
         if call == "tree":
@@ -259,6 +264,8 @@ class HubServer:
             value = entry["value"]
             if entry["key"] == "header":
                 summary = value["summary"]
+                if value.get("parentCommit", self.commit_of(files)) != self.commit_of(files):
+                    return self.error(412, "A commit has happened since. Please refresh and try again.")
             elif entry["key"] == "file":
                 changed[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":

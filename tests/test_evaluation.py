@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -931,4 +932,20 @@ def test_script_with_fewer_clips_and_one_horizon(folders, tmp_path, script):
     )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["clips"] == 3 and [h["horizon"] for h in metrics["horizons"]] == [1]
+    weights = records.tensor_digests(records.tensors_of(folders / "model" / "model.safetensors"))
+    assert metrics["step"] is None and metrics["weights_sha256"] == records.weights_digest(weights)
+
+
+def test_script_tells_the_step_of_the_very_weights(folders, tmp_path, script):
+    """training_args.json says it, of the weights whose digest it has; beside others it says nothing."""
+    model = shutil.copytree(folders / "model", tmp_path / "model")
+    weights = records.weights_digest(records.tensor_digests(records.tensors_of(model / "model.safetensors")))
+    for saved, step in ((weights, 70), ("0" * 64, None)):
+        (model / "training_args.json").write_text(json.dumps({"step": 70, "weights_sha256": saved}))
+        script(
+            *("--model", model, "--dataset", folders / "data", "--output", tmp_path, "--device", "cpu"),
+            *("--max_clips", 3, "--horizon", 1, "--context_steps", 1, "--num_pictures", 0),
+        )
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert (metrics["step"], metrics["weights_sha256"]) == (step, weights)
     assert not list(tmp_path.glob("clip-*.png"))

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vjepa_ac_hf.evaluation.head_metrics import (
-    AnticipationMetric,
-    CameraMetric,
-    KeyMetric,
-    LabelMetric,
+from vjepa_ac_hf.evaluation.head_figures import (
+    anticipation_figures,
     average_precision,
+    camera_figures,
+    keys_figures,
+    label_figures,
     wrap_difference,
 )
+from vjepa_ac_hf.evaluation.head_metrics import AnticipationMetric, CameraMetric, KeyMetric, LabelMetric
 
 
 def brute_average_precision(scores, references):
@@ -78,6 +79,24 @@ def test_keys():
     assert found["columns"]["key.e"]["pressed"] == references[:, 1].sum() > 0
     assert found["macro_f1"] == pytest.approx(np.mean([f["f1"] for f in expected]))
     assert found["mean_average_precision"] == pytest.approx(np.mean([f["average_precision"] for f in expected]))
+
+
+def test_metrics_equal_the_functions():
+    """Rows that come batch by batch give what the functions give of all, to the last bit."""
+    scores, references = example_rows()
+    columns, rows = ["key.w", "yaw_delta", "mouse.left"], {"predictions": scores, "references": references}
+    one = {"predictions": scores, "references": np.eye(3)[scores.argmax(axis=1)[::-1]]}
+    ahead = {**rows, "repeated": references[::-1], "horizon": np.arange(60) % 2 + 1}
+    for metric, function, of, options in (
+        (KeyMetric, keys_figures, rows, {"columns": columns, "threshold": 0.5, "even_odds": [0.1, 0.2, -0.3]}),
+        (CameraMetric, camera_figures, rows, {"columns": columns}),
+        (LabelMetric, label_figures, one, {"classes": columns}),
+        (AnticipationMetric, anticipation_figures, ahead, {"columns": columns, "continuous": ["yaw_delta"]}),
+    ):
+        filled = metric()
+        for part in (slice(25), slice(25, None)):
+            filled.add_batch(**{name: values[part] for name, values in of.items()})
+        assert filled.compute(**options) == function(**of, **options)
 
 
 def test_accuracy_at_even_odds_undoes_a_weight_of_the_loss():

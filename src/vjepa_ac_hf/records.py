@@ -1,18 +1,19 @@
 """What programs leave behind: files that appear whole, the versions and weights that numbers depend on."""
 
+import hashlib
 import json
 import os
 import platform
 import shlex
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 PACKAGES = ("vjepa-ac-hf", "torch", "transformers", "datasets", "accelerate", "evaluate", "torchcodec", "numpy")
 
@@ -73,3 +74,33 @@ def weights_checksum(module: "nn.Module") -> str:
         content = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
         checksum = zlib.crc32(content, zlib.crc32(name.encode(), checksum))
     return f"{checksum:08x}"
+
+
+def tensors_of(path: Path) -> "Iterator[tuple[str, Tensor]]":
+    """Names and tensors of a safetensors file, one in memory at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            yield name, file.get_tensor(name)
+
+
+def tensor_digests(tensors: "Iterable[tuple[str, Tensor]]") -> dict[str, str]:
+    """SHA-256 of each tensor's type, shape and values, by name."""
+    import torch
+
+    digests = {}
+    for name, tensor in tensors:
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """What names a model's weights wherever they lie: SHA-256 of the lines "name digest" in order of the names.
+
+    Unlike the digest of a file it is the same in memory, on the disk, in one file or in several.
+    """
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()

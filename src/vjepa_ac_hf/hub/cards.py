@@ -1,4 +1,5 @@
-"""Model cards: what a model is, how it was trained, and its figures as the Hub lists them (`model-index`)."""
+"""What the Hub is told of a model beside its weights: the card, its figures as the Hub lists them (`model-index`), and
+records of the run. All figures are of the very weights beside them, and nothing names a folder of the machine."""
 
 import argparse
 import json
@@ -10,31 +11,32 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import versions
+from ..records import tensor_digests, tensors_of, versions, weights_digest
 from ..training.health import SPEED
-from ..training.run_log import jsonable
 
-# Figures of a horizon in metrics.json (docs/evaluation.md) that a card names: key, type of the metric, name.
-_HORIZON_FIGURES = (
-    ("error", "mae", "mean absolute difference"),
-    ("persistence", "mae", "mean absolute difference of persistence"),
-    ("error_over_persistence", "ratio", "error over persistence"),
-    ("shuffled_over_error", "ratio", "error with shuffled actions over error"),
-    ("win_rate", "accuracy", "win rate of the true action"),
-    ("win_rate_large_turns", "accuracy", "win rate of the true action, large turns"),
+# Figures of a horizon that a card names: key in metrics.json (docs/evaluation.md), type of the metric, name, and how
+# training's own validation calls it in its rows.
+_FIGURES = (
+    ("error", "mae", "mean absolute difference", "error"),
+    ("error_over_persistence", "ratio", "error over persistence", "persistence_ratio"),
+    ("shuffled_over_error", "ratio", "error with shuffled actions over error", "shuffled_ratio"),
 )
 # What figures were measured on, as metrics.json names it (metrics.jsonl: with validation_ before).
 _COUNTS = ("clips", "sessions", "players", "interval_unit")
-_HEADLINES = ("error", "error_over_persistence", "shuffled_over_error")
-# Training's own validation (docs/evaluation.md, "During training") has them in its rows under these names, by horizon.
-_VALIDATION_FIGURE = re.compile(r"validation_(error|persistence|persistence_ratio|shuffled_ratio|win_rate)_h(\d+)")
+_ERROR = re.compile(r"validation_error_h(\d+)")
 _SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
-_VALIDATION_NAMES = {"persistence_ratio": "error_over_persistence", "shuffled_ratio": "shuffled_over_error"}
+# Arguments of training that others need to train the same; the rest is the machine's, and may name its folders.
+_PUBLISHED = (
+    *("dataset", "action_space", "action_stats", "resize_mode", "streaming", "shuffle_buffer", "cache_dtype"),
+    *("model_config", "encoder", "auto_steps", "loss_type", "max_steps", "per_device_batch_size"),
+    *("gradient_accumulation_steps", "global_batch_size", "learning_rate", "start_learning_rate"),
+    *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "mixed_precision"),
+    *("seed", "eval_every", "eval_clips", "hub_model_id", "hub_private"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class RunDescription:
 
     Attributes:
         template: of the card, in Jinja (model_cards/model_card.md).
-        repo_id: ORG/NAME, or the folder of a model that is not pushed.
+        repo_id: ORG/NAME, or the name of the folder of a model that is not pushed.
         config, processor: the model's.
         parameters: number of parameters of `encoder` and `predictor`.
-        training: `arguments`, `encoder` (where its weights come from), `clips_per_step`, `num_processes`, `versions`.
+        training: `arguments` (those that others need), `encoder` (where its weights come from), `clips_per_step`,
+            `num_processes`, `versions`.
     """
 
     template: Path
@@ -70,108 +73,171 @@ class RunDescription:
         parts = {"encoder": model.encoder, "predictor": model.predictor}
         per_process = arguments.per_device_batch_size * arguments.gradient_accumulation_steps
         training = {
-            "arguments": jsonable(vars(arguments)),
-            "encoder": "random weights" if encoder == "random" else encoder,
+            "arguments": published_arguments(vars(arguments)),
+            "encoder": "random weights" if encoder == "random" else public_name(encoder),
             "clips_per_step": per_process * num_processes,
             "num_processes": num_processes,
             "versions": versions(),
         }
         parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-        repo_id = arguments.hub_model_id or str(arguments.output_dir)
+        repo_id = arguments.hub_model_id or Path(arguments.output_dir).name
         config = cast(VJEPA2ACConfig, model.config)
         return cls(template, repo_id, config, processor, parameters, training)
 
     @classmethod
     def of_folder(cls, template: Path, folder: Path, repo_id: str) -> "RunDescription":
-        """Of a model that a run has left.
+        """Of a model that a run has left; `training` has its step, digest and time too.
 
         Raises:
-            ValueError: the folder holds no model of `examples/train.py`; names the file that is missing.
+            ValueError: the folder holds no model of `examples/train.py` (names the file that is missing), or other
+                weights than training_args.json says.
         """
         for name in ("config.json", "model.safetensors", "training_args.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder / name} is missing: the folder holds no model of examples/train.py")
-        parameters = {"encoder": 0, "predictor": 0}
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                part = name.split(".")[0]
-                parameters[part] = parameters.get(part, 0) + math.prod(file.get_slice(name).get_shape())
-        config, processor = VJEPA2ACConfig.from_pretrained(folder), VJEPA2ACProcessor.from_pretrained(folder)
         training = json.loads((folder / "training_args.json").read_text())
+        parameters, digests = {"encoder": 0, "predictor": 0}, dict[str, str]()
+        for name, tensor in tensors_of(folder / "model.safetensors"):
+            parameters[name.split(".")[0]] += tensor.numel()
+            digests |= tensor_digests([(name, tensor)])
+        weights = weights_digest(digests)
+        if training.setdefault("weights_sha256", weights) != weights:
+            raise ValueError(
+                f"{folder}: model.safetensors has the digest {weights}, training_args.json (step {training['step']}) "
+                f"says {training['weights_sha256']}: training was killed while it saved; start its command again"
+            )
+        training.setdefault("made", (folder / "model.safetensors").stat().st_mtime_ns)
+        training["arguments"] = published_arguments(training["arguments"])
+        training["encoder"] = public_name(training["encoder"])
+        config, processor = VJEPA2ACConfig.from_pretrained(folder), VJEPA2ACProcessor.from_pretrained(folder)
         return cls(template, repo_id, config, processor, parameters, training)
 
     @property
     def dataset(self) -> str:
         return self.training["arguments"]["dataset"]
 
-    def training_args(self, step: int) -> dict[str, Any]:
-        """The content of training_args.json."""
-        return {**self.training, "step": step}
+    def texts(self, output_dir: Path, step: int, weights: str, made: int) -> dict[str, bytes]:
+        """The files beside the model of a step, by their names in the repository.
 
-    def card(self, step: int, metrics: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> ModelCard:
+        README.md, training_args.json, metrics.jsonl up to the step, and evaluation/metrics.json if that in `output_dir`
+        is of these weights.
+
+        Args:
+            output_dir: of the run.
+            step: optimizer steps done.
+            weights: digest of the model's (`weights_digest`).
+            made: when it was saved, in nanoseconds.
+        """
+        lines, rows = [], []
+        path = output_dir / "metrics.jsonl"
+        for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
+            if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
+                lines.append(line)
+                rows.append(row)
+        evaluation = read_evaluation(output_dir, weights)
+        training = {**self.training, "step": step, "weights_sha256": weights, "made": made}
+        texts = {
+            "README.md": str(self.card(step, weights, rows, evaluation)),
+            "training_args.json": json.dumps(training, indent=2) + "\n",
+        }
+        if lines:
+            texts["metrics.jsonl"] = "".join(lines)
+        if evaluation is not None:
+            public = {k: v for k, v in evaluation.items() if k != "command"}
+            public |= {"model": self.repo_id, "dataset": public_name(str(evaluation.get("dataset")))}
+            texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
+        return {name: text.encode() for name, text in texts.items()}
+
+    def card(
+        self,
+        step: int,
+        weights: str,
+        rows: Sequence[Mapping[str, Any]],
+        evaluation: Mapping[str, Any] | None = None,
+    ) -> ModelCard:
         """The card of the model of a step.
 
         Args:
             step: optimizer steps done.
-            metrics: last row of metrics.jsonl; its validation figures are the results where there is no evaluation.
-            evaluation: metrics.json of `examples/evaluate.py`.
+            weights: digest of the model's.
+            rows: of metrics.jsonl up to the step; if the last validation was at this step, its figures are the results
+                where there is no evaluation.
+            evaluation: metrics.json of `examples/evaluate.py`, of these weights.
 
         Raises:
             ValueError: an evaluation without figures.
         """
-        model_name = self.repo_id.rstrip("/").split("/")[-1]
+        logged = rows[-1] if rows else {}
+        validated: Mapping[str, Any] = next(
+            (row for row in reversed(rows) if any(name.startswith("validation_") for name in row)), {}
+        )
+        figures: dict[str, Any]
         if evaluation is None:
-            counts = {name: metrics.get(f"validation_{name}") for name in _COUNTS}
-            figures = {
-                **counts,
-                "dataset": self.dataset,
-                "split": "validation",
-                "horizons": validation_horizons(metrics),
-            }
-            headlines = validation_headlines(metrics)
+            own = validated if validated.get("step") == step else {}
+            figures = {name: own.get(f"validation_{name}") for name in _COUNTS}
+            figures |= {"dataset": self.dataset, "horizons": horizons(own)}
+            headlines = validation_headlines(own)
+        elif not evaluation.get("horizons"):
+            raise ValueError("the evaluation has no horizons: expected metrics.json of examples/evaluate.py")
         else:
-            headlines = []
-            figures = {**evaluation, "horizons": [horizon_figures(row) for row in evaluation.get("horizons", ())]}
-            if not figures["horizons"]:
-                raise ValueError("the evaluation has no horizons: expected metrics.json of examples/evaluate.py")
-        is_repository = not Path(self.dataset).exists()
+            named = [
+                {"horizon": row["horizon"], **{k: row.get(k) for k, *_ in _FIGURES}} for row in evaluation["horizons"]
+            ]
+            figures, headlines = {**evaluation, "dataset": public_name(evaluation["dataset"]), "horizons": named}, []
+        figures |= {"step": step, "weights_sha256": weights}
+        arguments, model_name = self.training["arguments"], self.repo_id.split("/")[-1]
         data = ModelCardData(
             library_name="transformers",
             license="apache-2.0",
             tags=["vjepa2", "world-model", "action-conditioned", "vpt", "vjepa-ac-hf"],
-            datasets=[self.dataset] if is_repository else None,
+            datasets=[self.dataset] if is_repository_name(self.dataset) else None,
             base_model=self.training["encoder"] if is_repository_name(self.training["encoder"]) else None,
             eval_results=model_index(figures, headlines) or None,
             model_name=model_name,
         )
-        arguments = self.training["arguments"]
         return ModelCard.from_template(
             data,
             template_path=str(self.template),
             model_name=model_name,
-            repo_id=self.repo_id,
-            config=self.config,
-            processor=self.processor,
-            dataset=self.dataset,
-            encoder=self.training["encoder"],
-            encoder_parameters=self.parameters["encoder"],
-            predictor_parameters=self.parameters["predictor"],
+            run=self,
             step=step,
+            weights=weights,
             max_steps=arguments["max_steps"],
-            clips_per_step=self.training["clips_per_step"],
             recipe={k: arguments[k] for k in ("learning_rate", "weight_decay", "mixed_precision", "seed")},
-            metrics={k: v for k, v in metrics.items() if is_figure(k, v)},
+            metrics={k: v for k, v in logged.items() if is_figure(k, v)},
+            logged_at=logged.get("step"),
+            validated_at=validated.get("step"),
             headlines=[(name, value) for _, name, value in headlines],
             is_evaluated=evaluation is not None,
             figures=figures,
             arguments=json.dumps(arguments, indent=2),
-            versions=", ".join(f"{k} {v}" for k, v in self.training["versions"].items()),
         )
 
 
 def is_repository_name(name: str) -> bool:
     """A name like facebook/vjepa2-vitl-fpc64-256, and no folder of that name."""
-    return name.count("/") == 1 and " " not in name and not name.startswith(("/", ".")) and not Path(name).exists()
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """A repository's name as it is; of a path the last part."""
+    return name if is_repository_name(name) else Path(name).name
+
+
+def published_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What others need of the arguments of a training, with names for paths."""
+    published = {name: arguments[name] for name in _PUBLISHED if name in arguments}
+    for name in ("dataset", "action_stats", "model_config", "encoder"):
+        if published.get(name) is not None:
+            published[name] = public_name(str(published[name]))
+    return published
+
+
+def read_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
+    """The evaluation that lies with a run (`evaluation/metrics.json`), if it is of these weights."""
+    path = folder / "evaluation" / "metrics.json"
+    evaluation = json.loads(path.read_text()) if path.is_file() else {}
+    return evaluation if evaluation.get("weights_sha256") == weights else None
 
 
 def is_figure(name: str, value: Any) -> bool:
@@ -180,69 +246,43 @@ def is_figure(name: str, value: Any) -> bool:
     return is_number and name not in SPEED | {"step", "learning_rate"} and not name.startswith("validation_")
 
 
-def validation_headlines(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+def horizons(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of a row of metrics.jsonl by horizon, as metrics.json calls them; empty without a validation."""
+    found = sorted(int(match[1]) for match in map(_ERROR.fullmatch, row) if match)
+    return [{"horizon": h, **{key: row.get(f"validation_{own}_h{h}") for key, _, _, own in _FIGURES}} for h in found]
+
+
+def validation_headlines(row: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """What a card names of training's own validation beside the horizons: type of the metric, name, value."""
-    found = []
-    for key, value in metrics.items():
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            if match := _SENSITIVITY.fullmatch(key):
-                found.append(("ratio", f"sensitivity to actions, {match[1]}", value))
-            elif key == "validation_retrieval_top1":
-                found.append(("accuracy", "retrieval top-1", value))
-    return found
+    numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    groups = [(match[1], numbers[match[0]]) for match in map(_SENSITIVITY.fullmatch, numbers) if match]
+    found = [("ratio", f"sensitivity to actions, {group}", value) for group, value in groups]
+    top = numbers.get("validation_retrieval_top1")
+    return found if top is None else [*found, ("accuracy", "retrieval top-1", top)]
 
 
-def horizon_figures(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A horizon of metrics.json with its ratios; a figure that could not be measured is None."""
-
-    def ratio(over: str, under: str) -> float | None:
-        return row[over] / row[under] if row.get(over) is not None and row.get(under) else None
-
-    ratios = {
-        "error_over_persistence": ratio("error", "persistence"),
-        "shuffled_over_error": ratio("shuffled_actions", "error"),
-    }
-    return {**dict.fromkeys(key for key, _, _ in _HORIZON_FIGURES), **ratios, **row}
-
-
-def validation_horizons(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The same from a row of metrics.jsonl; empty where nothing was validated."""
-    rows: dict[int, dict[str, Any]] = {}
-    for name, value in metrics.items():
-        if match := _VALIDATION_FIGURE.fullmatch(name):
-            key, horizon = _VALIDATION_NAMES.get(match[1], match[1]), int(match[2])
-            rows.setdefault(horizon, {"horizon": horizon})[key] = value
-    missing = dict.fromkeys(key for key, _, _ in _HORIZON_FIGURES)
-    return [{**missing, **rows[horizon]} for horizon in sorted(rows)]
-
-
-def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, float]] = ()) -> list[EvalResult]:
-    """The headline figures as the Hub lists them; those that could not be measured are left out.
-
-    Error, error over persistence and shuffled over error of every horizon, then `headlines`; all else stays in
-    metrics.jsonl and evaluation/metrics.json.
-    """
-    dataset, split = str(figures.get("dataset") or "unknown"), figures.get("split") or "validation"
-    arguments = {k: figures[k] for k in ("context_steps", *_COUNTS) if figures.get(k) is not None}
-    results = []
-    for row in figures["horizons"]:
-        for key, kind, name in _HORIZON_FIGURES:
-            if key in _HEADLINES and row.get(key) is not None:
-                metric = (kind, f"{name}, horizon {row['horizon']}")
-                results.append(_result(dataset, split, metric, row[key], {"horizon": row["horizon"], **arguments}))
-    results += [_result(dataset, split, (kind, name), value, arguments) for kind, name, value in headlines]
-    return results
-
-
-def _result(dataset: str, split: str, metric: tuple[str, str], value: float, arguments: dict) -> EvalResult:
-    return EvalResult(
-        task_type="other",
-        task_name="Prediction of features from actions",
-        dataset_type=dataset if is_repository_name(dataset) else "vpt_tubelets",
-        dataset_name=dataset.rstrip("/").split("/")[-1],
-        dataset_split=split,
-        metric_type=metric[0],
-        metric_name=metric[1],
-        metric_value=round(float(value), 6),
-        metric_args=arguments,
-    )
+def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, float]]) -> list[EvalResult]:
+    """The figures of a card as the Hub lists them, by horizon, then `headlines`; without those that are None."""
+    dataset, names = figures["dataset"], ("context_steps", *_COUNTS, "step", "weights_sha256")
+    arguments = {k: figures[k] for k in names if figures.get(k) is not None}
+    found = [(kind, name, value, arguments) for kind, name, value in headlines]
+    for row in reversed(figures["horizons"]):
+        h = {"horizon": row["horizon"]}
+        found[:0] = [
+            (kind, f"{name}, horizon {h['horizon']}", row[key], h | arguments) for key, kind, name, _ in _FIGURES
+        ]
+    return [
+        EvalResult(
+            task_type="other",
+            task_name="Prediction of features from actions",
+            dataset_type=dataset if is_repository_name(dataset) else "vpt_tubelets",
+            dataset_name=dataset.split("/")[-1],
+            dataset_split=figures.get("split", "validation"),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(value), 6),
+            metric_args=of,
+        )
+        for kind, name, value, of in found
+        if value is not None
+    ]

@@ -1,12 +1,14 @@
-"""Models on the Hub while training goes on: what is to be pushed lies on disk, processes of their own push it.
+"""Models on the Hub while training goes on: training adds snapshots, processes of their own push the newest.
 
-`OUT/.hub/` holds `pending.json` (the model that is to be on the Hub and is not yet), `pushed.json` (the one that is),
-`step-00000100/` (its predictor and card; a hard link to the checkpoint's), `base/` (what all steps share) and
-`upload.log`. A final model is pushed from OUT itself. Nothing here makes a training step wait, or fail:
-docs/training.md, "On the Hub".
+`OUT/.hub/ORG--NAME/` is a repository's folder: `<made>-<added>-step-<step>/` are snapshots of models that are to be
+there, complete from the moment that they have their name, and never changed (large files are hard links);
+`pushed.json` is what is up, `begun.json` where the run began last, `upload.log` what uploads said. Any number of
+programs may add; only upload.py pushes and removes, one process at a time. `OUT/.hub/base/` is what all steps of a run
+share. Nothing here makes a training step wait, or fail: docs/training.md, "On the Hub".
 """
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -17,66 +19,103 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from torch import Tensor
+
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import write_file, write_json
+from ..records import tensor_digests, tensors_of, weights_digest, write_json
+from ..training.checkpoints import flush
 from .cards import RunDescription
+from .upload import Snapshot, is_model_file, lock, look, read_json, remove_outdated
 
 logger = logging.getLogger(__name__)
 
 HUB_FOLDER = ".hub"
-STRATEGIES = ("every_checkpoint", "end", "later")
 # One upload, whatever it does: the transfer of large files (hf_xet) has time-outs of its own making.
 ATTEMPT_LIMIT = 7200.0
+LONGEST_WAIT = 600.0  # between attempts
 _UPLOAD_PROGRAM = Path(__file__).with_name("upload.py")
 
 
-@dataclass(frozen=True)
-class Push:
-    """A model that is to be on the Hub.
-
-    Attributes:
-        repo_id: ORG/NAME.
-        step: optimizer steps it was trained for.
-        final: it lies in the output folder; otherwise in `.hub/step-<step>`.
-        private: how the repository is made where there is none.
-        error: why the last attempt failed.
-    """
-
-    repo_id: str
-    step: int
-    final: bool
-    private: bool = False
-    error: str | None = None
-
-    def folder(self, output_dir: Path) -> Path:
-        return output_dir if self.final else output_dir / HUB_FOLDER / f"step-{self.step:08d}"
+def repository_folder(output_dir: Path, repo_id: str) -> Path:
+    return output_dir / HUB_FOLDER / repo_id.replace("/", "--")
 
 
-def read_pending(output_dir: Path) -> Push | None:
-    """What `output_dir` still has to push, None where all is up."""
-    path = output_dir / HUB_FOLDER / "pending.json"
-    return Push(**json.loads(path.read_text())) if path.is_file() else None
+def time_of_now(output_dir: Path) -> int:
+    """Nanoseconds, later than all that a run's snapshots and records have, whatever its clocks do."""
+    known = [time.time_ns()]
+    for path in (output_dir / HUB_FOLDER).glob("*--*/*"):
+        if path.name in ("pushed.json", "begun.json"):
+            known += [read_json(path)["made"] + 1, read_json(path).get("added", 0) + 1]
+        elif "-step-" in path.name and path.name[0].isdigit():
+            known.append(int(path.name.split("-")[1]) + 1)
+    return max(known)
+
+
+def save_model(
+    folder: Path, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Write model, code and processor as the Hub has them: without where they are from. Neither is changed."""
+    saved = copy.copy(model)  # its tensors, but a configuration of its own: saving adds to it
+    saved.config = copy.deepcopy(model.config)
+    saved.config._name_or_path = saved.config.encoder_config._name_or_path = ""
+    saved.save_pretrained(folder, state_dict=tensors)
+    copy.deepcopy(processor).save_pretrained(folder)
 
 
 def save_final_model(
-    folder: Path, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, run: RunDescription, step: int, metrics: dict
+    folder: Path, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, run: RunDescription, step: int
 ) -> None:
-    """Write model, processor, code, card (README.md) and training_args.json; each file appears whole."""
+    """Write model, processor, code, card (README.md) and training_args.json; each file appears whole.
+
+    The last one, training_args.json, has the digest of the weights, by which a folder is known in which a killed
+    process has replaced some files only (`RunDescription.of_folder`).
+    """
     temporary = folder / ".final.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    write_json(temporary / "training_args.json", run.training_args(step))
-    run.card(step, metrics).save(temporary / "README.md")
-    for path in sorted(temporary.iterdir()):
+    save_model(temporary, model, processor)
+    weights = weights_digest(tensor_digests(model.state_dict().items()))
+    texts = run.texts(folder, step, weights, time_of_now(folder))
+    for name in ("README.md", "training_args.json"):
+        (temporary / name).write_bytes(texts[name])
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "training_args.json", path.name)):
+        flush(path)
         os.replace(path, folder / path.name)
     temporary.rmdir()
+    flush(folder)
+
+
+def add_snapshot(
+    folder: Path, made: int, added: int, step: int, links: Mapping[str, Path], texts: Mapping[str, bytes]
+) -> None:
+    """Add a snapshot to a repository's folder: complete and on the disk, or not there.
+
+    Args:
+        folder: of the repository.
+        made, added, step: see `upload.Snapshot`.
+        links: files that are never changed in place, by their names in the snapshot.
+        texts: contents of the others.
+    """
+    snapshot = f"{made}-{added}-step-{step:08d}"
+    temporary = folder / f".{snapshot}.{os.getpid()}.tmp"
+    try:
+        for name in (*links, *texts):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, source in links.items():
+            link_or_copy(source, temporary / name)
+        for name, content in texts.items():
+            (temporary / name).write_bytes(content)
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
+        os.replace(temporary, folder / snapshot)
+        flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def call_upload(
@@ -87,7 +126,8 @@ def call_upload(
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started, aborted = time.monotonic(), None
     try:
-        with log.open("w+") if log else tempfile.TemporaryFile("w+") as errors:
+        with log.open("a+") if log else tempfile.TemporaryFile("a+") as errors:
+            before = errors.tell()
             process = subprocess.Popen(
                 [sys.executable, "-P", str(_UPLOAD_PROGRAM)],
                 stdin=subprocess.PIPE,
@@ -109,14 +149,16 @@ def call_upload(
                     time.sleep(0.1)
                 process.kill()
                 lines = process.stdout.read().splitlines()
-            errors.seek(0)
+            errors.seek(before)
             said = errors.read().strip().splitlines()
     except OSError as error:
-        return {"ok": False, "reason": f"the upload's process: {error}", "permanent": False, "retry_after": None}
-    if aborted or not lines or not lines[-1].startswith("{"):
+        aborted, lines = f"the upload's process: {error}", []
+    else:
         ended = f"the upload's process ended with status {process.returncode}: {said[-1][:300] if said else 'no word'}"
-        return {"ok": False, "reason": aborted or ended, "permanent": False, "retry_after": None}
-    return json.loads(lines[-1])
+        aborted = aborted or (None if lines and lines[-1].startswith("{") else ended)
+    return (
+        {"ok": False, "reason": aborted, "permanent": False, "retry_after": None} if aborted else json.loads(lines[-1])
+    )
 
 
 def prepare_repository(repo_id: str, private: bool, timeout: float = 60.0, tries: int = 3) -> None:
@@ -146,17 +188,17 @@ def prepare_repository(repo_id: str, private: bool, timeout: float = 60.0, tries
 class HubPusher:
     """Keeps the newest model of a run on the Hub, from a thread that waits for processes that upload.
 
-    A model that is submitted replaces one that waits. What fails is tried again after 5 s, 10 s, ... up to 10 minutes
-    (times 0.5 to 1.5, and never before the Hub's Retry-After); what the Hub refuses, with the next model and at the
-    end. With the strategy "end" only the final model is pushed; with "later" models are prepared, for examples/push.py.
+    What fails is tried again after 5 s, 10 s, ... up to 10 minutes (times 0.5 to 1.5, and never before the Hub's
+    Retry-After); what the Hub refuses, with the next model and at the end. With the strategy "end" only the final model
+    is pushed; with "later" models are prepared, for examples/push.py.
 
     Args:
         output_dir: of the run.
         repo_id: ORG/NAME.
-        private: how the repository is made where there is none.
         strategy: "every_checkpoint", "end" or "later".
+        squash: make the repository's history one commit after each push.
         timeout: seconds without a byte after which a request fails.
-        first_wait, longest_wait: of the waits between attempts, seconds.
+        first_wait: of the waits between attempts, seconds.
         attempt_limit: seconds after which one upload is given up.
     """
 
@@ -165,24 +207,23 @@ class HubPusher:
         output_dir: Path,
         repo_id: str,
         *,
-        private: bool = False,
         strategy: str = "every_checkpoint",
+        squash: bool = False,
         timeout: float = 60.0,
         first_wait: float = 5.0,
-        longest_wait: float = 600.0,
         attempt_limit: float = ATTEMPT_LIMIT,
     ):
-        self.output_dir, self.repo_id, self.private, self.strategy = output_dir, repo_id, private, strategy
-        self.timeout, self.first_wait, self.longest_wait = timeout, first_wait, longest_wait
-        self.attempt_limit = attempt_limit
-        self.folder = output_dir / HUB_FOLDER
+        self.output_dir, self.repo_id, self.strategy = output_dir, repo_id, strategy
+        self.first_wait, self.attempt_limit = first_wait, attempt_limit
+        self.folder, self.base = repository_folder(output_dir, repo_id), output_dir / HUB_FOLDER / "base"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._request: dict[str, Any] = {"action": "push", "folder": str(self.folder), "repo_id": repo_id}
+        self._request |= {"squash": squash, "timeout": timeout}
         self._changed = threading.Condition()
-        self._pending: Push | None = None
-        self._running: Push | None = None
+        self._added = 0  # snapshots
+        self._running = False  # an upload
         self._not_before = 0.0
-        self._asked_to_wait = False
-        self._refused = False
-        self._closing = False
+        self._asked_to_wait = self._refused = self._closing = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         # Python's own generator decides what training does.
@@ -195,12 +236,8 @@ class HubPusher:
         cls, arguments: argparse.Namespace, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, run: RunDescription
     ) -> "HubPusher":
         """As the command line of `examples/train.py` asks for it, prepared."""
-        pusher = cls(
-            *(arguments.output_dir, arguments.hub_model_id),
-            private=arguments.hub_private,
-            strategy=arguments.hub_strategy,
-            timeout=arguments.hub_timeout,
-        )
+        options = {"strategy": arguments.hub_strategy, "squash": arguments.hub_squash}
+        pusher = cls(arguments.output_dir, run.repo_id, timeout=arguments.hub_timeout, **options)
         pusher.prepare(model, processor, run)
         return pusher
 
@@ -209,89 +246,82 @@ class HubPusher:
         self.run = run
         if self.strategy == "end":
             return
-        base, temporary = self.folder / "base", self.folder / ".base.tmp"
+        temporary = self.base.with_name(".base.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         # The encoder is frozen: with the checkpoint's predictor it is the model.
         encoder = {k: v for k, v in model.state_dict().items() if not k.startswith("predictor.")}
-        model.save_pretrained(temporary, state_dict=encoder)
-        processor.save_pretrained(temporary)
-        shutil.rmtree(base, ignore_errors=True)
-        os.replace(temporary, base)
+        self._encoder = tensor_digests(encoder.items())
+        save_model(temporary, model, processor, encoder)  # which empties the dictionary
+        os.replace(temporary / "model.safetensors", temporary / "encoder.safetensors")
+        shutil.rmtree(self.base, ignore_errors=True)
+        os.replace(temporary, self.base)
 
-    def begin(self, step: int) -> None:
-        """Start pushing; a model that an earlier run left is pushed first, unless it is of a step that is to come."""
-        pending = read_pending(self.output_dir)
-        if pending is not None and pending.step > step:
-            logger.warning("%s: step %d of an earlier run is not pushed any more", pending.repo_id, pending.step)
-            (self.folder / "pending.json").unlink()
-            pending = None
-        self._remove_snapshots({pending} if pending else set())
-        self.start()
-        if pending is not None:
-            self._enqueue(Push(self.repo_id, pending.step, pending.final, self.private))
-
-    def start(self) -> None:
-        """Start the thread, without what an earlier run left (`begin`)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def begin(self, step: int | None = None) -> None:
+        """Start the thread that has what waits pushed, but for steps that a run at `step` has yet to do."""
+        if step is not None:
+            write_json(self.folder / "begun.json", {"made": time_of_now(self.output_dir), "step": step})
         if self.strategy != "later":
             self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
             self._thread.start()
 
-    def submit(self, step: int, checkpoint: Path, metrics: dict[str, Any]) -> None:
-        """Have a checkpoint pushed; returns at once. A disk that fails costs this push, not the training."""
+    def submit(self, step: int, checkpoint: Path) -> None:
+        """Have a checkpoint pushed. A disk that fails costs this push, not the training."""
         if self.strategy == "end":
             return
-        push = Push(self.repo_id, step, False, self.private)
-        folder = push.folder(self.output_dir)
-        temporary = folder.with_name(f".{folder.name}.tmp")
+        predictor, made = checkpoint / "predictor.safetensors", time_of_now(self.output_dir)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            link_or_copy(checkpoint / "predictor.safetensors", temporary / "predictor.safetensors")
-            write_json(temporary / "training_args.json", self.run.training_args(step))
-            write_file(temporary / "README.md", str(self.run.card(step, metrics)).encode())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            self._enqueue(push)
-        except OSError as error:
+            digests = tensor_digests((f"predictor.{name}", tensor) for name, tensor in tensors_of(predictor))
+            texts = self.run.texts(self.output_dir, step, weights_digest(self._encoder | digests), made)
+            self._add(made, made, step, {path.name: path for path in (*self.base.iterdir(), predictor)}, texts)
+        except (OSError, SafetensorError) as error:
             logger.warning("%s: step %d is not pushed, it cannot be prepared: %s", self.repo_id, step, error)
 
-    def finish(self, step: int, wait: float) -> bool:
+    def add_final(self, run: RunDescription) -> bytes:
+        """Have the final model in the output folder pushed. Returns its card, as it is due now."""
+        training = read_json(self.output_dir / "training_args.json") | run.training
+        step, weights, made = (training[name] for name in ("step", "weights_sha256", "made"))
+        texts = run.texts(self.output_dir, step, weights, made)
+        files = [path for path in self.output_dir.iterdir() if path.is_file() and is_model_file(path.name)]
+        links = {path.name: path for path in files if path.name not in texts}
+        self._add(made, time_of_now(self.output_dir), step, links, texts)
+        return texts["README.md"]
+
+    def finish(self, wait: float) -> bool:
         """Push the final model, which lies in the output folder by now, and wait for it.
 
         Args:
-            step: of the model.
             wait: seconds after which it is left to examples/push.py.
 
         Returns:
             True if all is up. False, with the reason on the log, if not: the Hub refuses, or `wait` is over.
         """
-        done = self.push(Push(self.repo_id, step, True, self.private), wait)
+        try:
+            self.add_final(self.run)
+        except OSError as error:
+            logger.warning("%s: the final model is not pushed, it cannot be prepared: %s", self.repo_id, error)
+            return False
+        with self._changed:
+            if self._running:
+                self._stop.set()  # an older model: this one has all of it
+        done = self.wait(wait)
         if done:
-            shutil.rmtree(self.folder / "base", ignore_errors=True)  # a run that goes on writes it anew
+            shutil.rmtree(self.base, ignore_errors=True)  # a run that goes on writes it anew
         return done
 
-    def push(self, push: Push, wait: float) -> bool:
-        """Push this model, as often as it takes, and wait for it; False as for `finish`."""
-        if self.strategy == "later":
-            self._enqueue(push)
-            return False
-        deadline = time.monotonic() + wait
+    def wait(self, seconds: float) -> bool:
+        """Wait until all is up, as often as that takes, and stop; False as for `finish`."""
+        deadline = time.monotonic() + seconds
         with self._changed:
-            if self._running is not None:
-                self._stop.set()  # an older model: this one has all of it
             # At the end everything is tried again, unless the Hub has named a time.
             self._not_before = self._not_before if self._asked_to_wait else 0.0
-        self._enqueue(push)
-        with self._changed:
-            while self._pending is not None and not self._refused:
+            self._changed.notify_all()
+            while self._thread is not None and look(self.folder)[0] is not None and not self._refused:
                 left = deadline - time.monotonic()
                 if left <= 0 or (self._asked_to_wait and self._not_before > deadline):
                     break
                 self._changed.wait(min(left, 1.0))
-            done = self._pending is None
         self.close()
-        return done
+        return look(self.folder)[0] is None
 
     def close(self) -> None:
         """Stop pushing; what is not up stays on disk, for the next run or examples/push.py."""
@@ -308,94 +338,71 @@ class HubPusher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # ------------------------------------------------------------------------------------------------ the queue
+    # ------------------------------------------------------------------------------------------------ the thread
 
-    def _enqueue(self, push: Push) -> None:
+    def _add(self, *snapshot: Any) -> None:
+        add_snapshot(self.folder, *snapshot)
+        if self.strategy == "later":  # nobody else removes what it replaces
+            with lock(self.folder, wait=False) as alone:
+                if alone:
+                    remove_outdated(self.folder)
         with self._changed:
-            write_json(self.folder / "pending.json", asdict(push))
-            self._pending, self._refused = push, False
-            self._remove_snapshots({push} | ({self._running} if self._running else set()))
+            self._refused = False
+            self._added += 1
             self._changed.notify_all()
-
-    def _remove_snapshots(self, keep: set[Push]) -> None:
-        kept = {push.folder(self.output_dir) for push in keep}
-        for folder in (*self.folder.glob("step-*"), *self.folder.glob(".step-*.tmp")):
-            if folder not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self) -> None:
         failures = 0
-        while (push := self._next()) is not None:
-            started = time.monotonic()
-            result = call_upload(self._request(push), self.folder / "upload.log", self.attempt_limit, self._stop)
+        while (snapshot := self._next()) is not None:
+            started, added = time.monotonic(), self._added
+            result = call_upload(dict(self._request), self.folder / "upload.log", self.attempt_limit, self._stop)
             with self._changed:
-                self._running = None
-                self._asked_to_wait = False
+                self._running = self._asked_to_wait = False
                 if result["ok"]:
                     failures = 0
-                    self._record_pushed(push, result, time.monotonic() - started)
+                    self._report(result, time.monotonic() - started)
                 elif not self._stop.is_set():
                     failures += 1
-                    self._record_failure(push, result, failures)
+                    self._refused = result["permanent"] and self._added == added
+                    self._put_off(snapshot, result, failures)
                 if not self._closing:
                     self._stop.clear()
                 self._changed.notify_all()
 
-    def _next(self) -> Push | None:
+    def _next(self) -> Snapshot | None:
         """Wait for something to push, and for the time to do so; None at the end."""
         with self._changed:
             while not self._closing:
-                left = self._not_before - time.monotonic()
-                if self._pending is not None and not self._refused:
-                    if left <= 0:
-                        self._running = self._pending
-                        return self._pending
+                snapshot, left = look(self.folder)[0], self._not_before - time.monotonic()
+                if snapshot is None or self._refused:
+                    self._changed.wait()
+                elif left > 0:
                     self._changed.wait(left)
                 else:
-                    self._changed.wait()
+                    self._running = True
+                    return snapshot
             return None
 
-    def _request(self, push: Push) -> dict[str, Any]:
-        snapshot = None
-        if not push.final:
-            metrics = str(self.output_dir / "metrics.jsonl")
-            snapshot = {"base": str(self.folder / "base"), "metrics": metrics, "step": push.step}
-        message = f"Trained model, step {push.step}" if push.final else f"Step {push.step}"
-        folder = str(push.folder(self.output_dir))
-        request = {"action": "push", "repo_id": push.repo_id, "folder": folder, "message": message}
-        return {**request, "snapshot": snapshot, "timeout": self.timeout}
-
-    def _record_pushed(self, push: Push, result: dict[str, Any], seconds: float) -> None:
-        pushed = {"repo_id": push.repo_id, "step": push.step, "final": push.final, "commit": result["commit"]}
-        try:
-            write_json(
-                self.folder / "pushed.json", {**pushed, "url": result["url"], "time": datetime.now(UTC).isoformat()}
+    def _report(self, result: dict[str, Any], seconds: float) -> None:
+        if result["step"] is None:  # another program was faster
+            return
+        logger.info("%s: step %d is up after %.1f s: %s", self.repo_id, result["step"], seconds, result["url"])
+        if result["on_top_of"] is not None:
+            logger.warning(
+                "%s: step %d went on top of commit %s, which was not pushed from %s: it stays in the history",
+                *(self.repo_id, result["step"], result["on_top_of"], self.output_dir),
             )
-            if self._pending == push:
-                (self.folder / "pending.json").unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s: step %d is pushed, which cannot be recorded: %s", push.repo_id, push.step, error)
-        if self._pending == push:
-            self._pending = None
-        self._remove_snapshots({self._pending} if self._pending else set())
-        logger.info("%s: step %d is up after %.1f s: %s", push.repo_id, push.step, seconds, result["url"])
 
-    def _record_failure(self, push: Push, result: dict[str, Any], failures: int) -> None:
-        self._refused = result["permanent"] and self._pending == push
-        wait = min(self.first_wait * 2 ** min(failures - 1, 20), self.longest_wait) * self._random.uniform(0.5, 1.5)
+    def _put_off(self, snapshot: Snapshot, result: dict[str, Any], failures: int) -> None:
+        wait = min(self.first_wait * 2 ** min(failures - 1, 20), LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
         self._asked_to_wait = result["retry_after"] is not None
         wait = max(wait, result["retry_after"] or 0.0)
         self._not_before = time.monotonic() + (0.0 if result["permanent"] else wait)
         again = "with the next model and at the end" if result["permanent"] else f"in {wait:.0f} s"
         logger.warning(
             "%s: step %d is not pushed (attempt %d): %s; tried again %s",
-            *(push.repo_id, push.step, failures, result["reason"], again),
+            *(self.repo_id, snapshot.step, failures, result["reason"], again),
         )
-        if self._pending == push:
-            try:
-                write_json(self.folder / "pending.json", {**asdict(push), "error": result["reason"]})
-            except OSError as error:
-                logger.warning("%s: %s", self.folder / "pending.json", error)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -153,6 +153,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _switch(run, "push_to_hub", "keep the model on the Hub (docs/training.md)")
     run.add_argument("--hub_model_id", help="ORG/NAME")
     _switch(run, "hub_private", "create the repository as private")
+    _switch(run, "hub_squash", "make the repository's history one commit after each push (docs/training.md)")
     run.add_argument(
         "--hub_strategy",
         choices=("every_checkpoint", "end", "later"),

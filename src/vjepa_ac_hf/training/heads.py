@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..evaluation import head_figures
 from ..evaluation.clips import spread
 from ..modeling_heads_vjepa2_ac import (
     VJEPA2ACForActionAnticipation,
@@ -299,10 +300,8 @@ def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEP
 
 
 def label_figures(rows: dict[str, np.ndarray], classes: Sequence[str]) -> dict[str, Any]:
-    """`LabelMetric` of rows `told` (logits) and `true`."""
-    from ..evaluation.head_metrics import LabelMetric  # imports the library `evaluate`: only who asks for it pays
-
-    return LabelMetric().compute(predictions=rows["told"], references=rows["true"], classes=classes)
+    """`head_figures.label_figures` of rows `told` (logits) and `true`."""
+    return head_figures.label_figures(rows["told"], rows["true"], classes)
 
 
 def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
@@ -311,8 +310,6 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
     Rows whose true action tells no slot (by horizon: or whose last one does not) are left out of `slot` and counted
     there, `without_slot`.
     """
-    from ..evaluation.head_metrics import AnticipationMetric, CameraMetric, KeyMetric, LabelMetric
-
     space = config.action_space
     kinds = {"camera": config.continuous_columns, "keys": config.binary_columns, "slot": config.slot_columns}
     at = {kind: [space.index(c) for c in columns] for kind, columns in kinds.items() if columns}
@@ -321,7 +318,7 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
         chosen = [space.index(c) for c in columns]
         told = {"predictions": rows["told"][:, chosen], "references": rows["true"][:, chosen]}
         told |= {"repeated": rows["last"][:, chosen], "horizon": rows["horizon"]}
-        figures = AnticipationMetric().compute(**told, columns=columns, continuous=config.continuous_columns)
+        figures = head_figures.anticipation_figures(**told, columns=columns, continuous=config.continuous_columns)
         for horizon in figures["horizons"] if "slot" in at else ():
             here = rows["horizon"] == horizon["horizon"]
             parts = {k: rows[k][here][:, at["slot"]] for k in ("true", "last", "told")}
@@ -333,22 +330,21 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
                 horizon["slot"] |= accuracies
         return figures
     figures = {}
-    columns = kinds["keys"]
-    for kind, metric in (("camera", CameraMetric), ("keys", KeyMetric)):
-        if kind in at:
-            pair: dict[str, Any] = {"predictions": rows["told"][:, at[kind]], "references": rows["true"][:, at[kind]]}
-            if kind == "keys":
-                weights = config.pos_weight or [1.0] * len(columns)
-                thresholds = config.key_thresholds or [0.0] * len(columns)
-                pair["even_odds"] = [math.log(w) - t for w, t in zip(weights, thresholds, strict=True)]
-            figures[kind] = metric().compute(**pair, columns=kinds[kind])
+    pairs = {kind: (rows["told"][:, chosen], rows["true"][:, chosen]) for kind, chosen in at.items()}
+    if "camera" in at:
+        figures["camera"] = head_figures.camera_figures(*pairs["camera"], kinds["camera"])
+    if "keys" in at:
+        columns = kinds["keys"]
+        weights = config.pos_weight or [1.0] * len(columns)
+        thresholds = config.key_thresholds or [0.0] * len(columns)
+        even_odds = [math.log(w) - t for w, t in zip(weights, thresholds, strict=True)]
+        figures["keys"] = head_figures.keys_figures(*pairs["keys"], columns, even_odds=even_odds)
     if "slot" in at:
-        pair = {"predictions": rows["told"][:, at["slot"]], "references": rows["true"][:, at["slot"]]}
-        known = pair["references"].any(axis=1)
+        slots, true = pairs["slot"]
+        known = true.any(axis=1)
         figures["slot"] = {"clips": 0, "without_slot": int((~known).sum())}
         if known.any():
-            pair = {name: values[known] for name, values in pair.items()}
-            figures["slot"] |= LabelMetric().compute(**pair, classes=kinds["slot"])
+            figures["slot"] |= head_figures.label_figures(slots[known], true[known], kinds["slot"])
     return figures
 
 

@@ -29,6 +29,7 @@ FREE_ARGUMENTS = frozenset(
         "push_to_hub",
         "hub_model_id",
         "hub_private",
+        "hub_squash",
         "hub_strategy",
         "hub_timeout",
         "hub_wait",
@@ -43,6 +44,11 @@ FREE_ARGUMENTS = frozenset(
         "compile",
         "loader_warning",
         "loader_timeout",
+        # Of checkpoints from before saving left the configuration as it was.
+        "model.architectures",
+        "model.auto_map.AutoConfig",
+        "model.auto_map.AutoModel",
+        "model.dtype",
     }
 )
 
@@ -118,9 +124,3 @@ class MetricsLog:
         """Bring all rows to the disk, before a checkpoint that counts on them."""
         with self.path.open("a") as file:
             os.fsync(file.fileno())
-
-    @staticmethod
-    def last(path: Path) -> dict[str, Any]:
-        """The last logged object, empty where nothing was logged."""
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return json.loads(lines[-1]) if lines else {}
