@@ -12,6 +12,7 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
@@ -152,6 +153,7 @@ class RunDescription:
             repo_id=self.repo_id,
             config=self.config,
             processor=self.processor,
+            is_v21=EncoderFields.of(self.config.encoder_config).is_v21,
             dataset=self.dataset,
             encoder=self.training["encoder"],
             encoder_parameters=self.parameters["encoder"],

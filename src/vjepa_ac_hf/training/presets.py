@@ -6,30 +6,48 @@ from typing import Any
 
 from ..actions_vjepa2_ac import resolve_action_space
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..convert_vjepa2_ac_to_hf import RELEASED
 
 # "vitl16": V-JEPA 2's ViT-L/16 at 256 pixels with the V-JEPA 2-AC predictor (24 layers, width 1024, 16 heads).
 # "vitg16": V-JEPA 2's ViT-g/16 with the same predictor, as V-JEPA 2-AC has it (arXiv 2506.09985, section 3);
 # sizes as in transformers' conversion of the official weights (facebook/vjepa2-vitg-fpc64-256).
 # "tiny": trains in minutes on two CPU cores; chosen by the experiments in docs/LOG.md. "tiny-32px" has the same 4 x 4
 # tokens over fewer pixels, "tiny-fine" 8 x 8 tokens.
+# "vitb16-v21" to "vitG16-v21": the encoders of V-JEPA 2.1 (384 pixels), with the same predictor.
+_V21_FILES = {
+    "vitb16-v21": "vjepa2_1_vitb_dist_vitG_384",
+    "vitl16-v21": "vjepa2_1_vitl_dist_vitG_384",
+    "vitg16-v21": "vjepa2_1_vitg_384",
+    "vitG16-v21": "vjepa2_1_vitG_384",
+}
 _TINY_ENCODER = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "frames_per_clip": 16}
 _TINY_PREDICTOR = {"pred_hidden_size": 128, "pred_num_hidden_layers": 3, "pred_num_attention_heads": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "vitl16": {},
-    "vitg16": {
-        "encoder_config": {
-            "hidden_size": 1408,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 22,
-            "mlp_ratio": 48 / 11,
-        },
-    },
+    "vitg16": {"encoder_config": RELEASED["vitg"].encoder_fields()},
+    **{name: {"encoder_config": RELEASED[file].encoder_fields()} for name, file in _V21_FILES.items()},
     "tiny": {"encoder_config": {"crop_size": 64, "patch_size": 16, **_TINY_ENCODER}, **_TINY_PREDICTOR},
     "tiny-32px": {"encoder_config": {"crop_size": 32, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
     "tiny-fine": {"encoder_config": {"crop_size": 64, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
 }
 
-DEFAULT_ENCODERS = {"vitl16": "facebook/vjepa2-vitl-fpc64-256", "vitg16": "facebook/vjepa2-vitg-fpc64-256"}
+# Those of V-JEPA 2.1 are in no repository that transformers reads: folders that the converter has left.
+DEFAULT_ENCODERS = {
+    "vitl16": "facebook/vjepa2-vitl-fpc64-256",
+    "vitg16": "facebook/vjepa2-vitg-fpc64-256",
+    **{name: f"encoders/{file}" for name, file in _V21_FILES.items()},
+}
+
+
+def check_encoder(encoder: str) -> None:
+    """Raise a ValueError where an encoder is a folder by default and that folder is not there, with how to make it."""
+    file = Path(encoder).name
+    if encoder.startswith("encoders/") and file in _V21_FILES.values() and not Path(encoder).is_dir():
+        raise ValueError(
+            f"--encoder {encoder}: no such folder. Get https://dl.fbaipublicfiles.com/vjepa2/{file}.pt and convert it: "
+            f"python -m vjepa_ac_hf.convert_vjepa2_ac_to_hf --checkpoint {file}.pt --output {encoder}; or name "
+            "another folder, or 'random' for random weights"
+        )
 
 
 def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
