@@ -445,6 +445,24 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
     _can_set_attn_implementation_cached_value = True  # attention is looked up in the configuration at every call
     _no_split_modules = ["VJEPA2ACLayer", "VJEPA21Layer"]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a predictor or head trained without hierarchical features is not given them.
+
+        Raises:
+            ValueError: `hierarchical_features` other than the saved model's; before weights are read.
+        """
+        asked = getattr(kwargs.get("config"), "hierarchical_features", kwargs.get("hierarchical_features"))
+        if asked is not None:
+            saved, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            trained = saved.get("hierarchical_features", False)
+            if saved.get("model_type") == cls.config_class.model_type and asked != trained:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: hierarchical_features is asked to be {asked}, the model "
+                    f"was trained with {trained}: its predictor takes features of that width alone"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
         raise ValueError(
             f"attn_implementation 'flash_attention_{flash_attn_version}' cannot be used: attention is frame-causal, "
