@@ -143,9 +143,7 @@ def test_a_folder_whose_weights_are_another_versions_is_refused(monkeypatch, fil
     file = tmp_path / "v2" / "config.json"
     depth = json.loads(file.read_text())["num_hidden_layers"]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"hierarchical_layers": [depth - 1]}))
-    with pytest.raises(
-        ValueError, match=r"of V-JEPA 2.1, the weights are another's: 2 are missing \(encoder.norms_block"
-    ):
+    with pytest.raises(ValueError, match=r"of V-JEPA 2.1, .*: 2 are missing \(encoder.norms_block"):
         VJEPA2ACModel.from_pretrained_encoder(tmp_path / "v2", **PREDICTOR)
 
 
