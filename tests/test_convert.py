@@ -214,7 +214,7 @@ print("PEAK", status("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
 def test_peak_memory_is_below_twice_the_weights(tmp_path):
-    """Resident memory, mapped pages of the file included, beyond that after the imports; not all of the file is used."""
+    """Resident memory, mapped pages of the file included, beyond that after the imports; not all of it is used."""
     width, depth = 640, 16
     state, generator = {}, torch.Generator().manual_seed(0)
     config = VJEPA2ACConfig().encoder_config
