@@ -93,7 +93,7 @@ def test_from_an_official_file_to_the_hub(tmp_path):
         *(model, processor, context, frames[3]),
         horizon=2,
         generator=torch.Generator().manual_seed(0),
-        method=CEM(candidates=4, iterations=1),
+        method=CEM(candidates=4, elites=2, iterations=1),
         goal_as_pictures=True,
     )
     assert made.features.shape == (2, 24, 192) and torch.isfinite(made.features).all()
