@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers_data import name_of, write_recording
+from helpers_models import WITHOUT_PACKAGE
 from hub_server import HubServer
 from test_encoder21 import TENSORS
 from test_golden import weights
@@ -14,16 +15,8 @@ from test_push import environment, run
 from vjepa_ac_hf import VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.planning import CEM, encode_context, plan
 
-# For a process that cannot import this package.
 LOSS_ELSEWHERE = """
-import sys, torch
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "vjepa_ac_hf":
-            raise ImportError("blocked: " + name)
-
-sys.meta_path.insert(0, Blocked())
+import torch
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("org/world", trust_remote_code=True).eval()
@@ -77,7 +70,7 @@ def test_from_an_official_file_to_the_hub(tmp_path):
             assert done.returncode == 0, (step[0], done.stderr[-3000:])
         elsewhere = environment(server, tmp_path / "nothing", token=None)
         elsewhere.pop("PYTHONPATH", None)
-        read = run(["-c", LOSS_ELSEWHERE], elsewhere)
+        read = run(["-c", WITHOUT_PACKAGE + LOSS_ELSEWHERE], elsewhere)
         assert read.returncode == 0, read.stderr[-3000:]
     assert "(1, 16, 3, 64, 96)" in read.stdout
 
