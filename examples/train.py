@@ -77,12 +77,17 @@ from vjepa_ac_hf.training.distributed import (
 )
 from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.health import Health
-from vjepa_ac_hf.training.initial_predictor import check_initial_predictor, init_predictor
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler, continue_schedule
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
-from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config, check_encoder
+from vjepa_ac_hf.training.presets import (
+    DEFAULT_ENCODERS,
+    build_config,
+    check_encoder,
+    check_initial_predictor,
+    init_predictor,
+)
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, write_status
 from vjepa_ac_hf.training.run_record import write_run_record
 from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers

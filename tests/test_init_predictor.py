@@ -7,7 +7,7 @@ import torch
 from helpers_training import TINY, command, predictor_weights, write_workspace
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
-from vjepa_ac_hf.training.initial_predictor import check_initial_predictor, init_predictor
+from vjepa_ac_hf.training.presets import check_initial_predictor, init_predictor
 from vjepa_ac_hf.training.run_log import check_same_run
 
 NEW = ("predictor.action_embed.", "predictor.state_embed.")

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 FAMILIES = ("2", "2.1", "2-ac")
 
 
@@ -343,8 +342,7 @@ def main() -> None:
             fields = {"frames_per_clip": arguments.frames_per_clip, "loss_type": arguments.loss_type}
             model = _build_world_model(file, encoder, arguments.predictor_heads, **fields)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
     model.save_pretrained(arguments.output)
     logger.info("%s: %s", arguments.output, type(model).__name__)
 
