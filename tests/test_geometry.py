@@ -199,7 +199,7 @@ def test_resolutions_that_are_refused(bad):
         ({"frame_size": 250}, "frame_size height 250 is not a multiple of encoder patch_size 16"),
         ({"frame_size": [256, 450]}, "frame_size width 450 is not a multiple of encoder patch_size 16"),
         ({"frame_size": [256]}, r"frame_size must be a side in pixels or a pair \(height, width\), found \[256\]"),
-        ({"frame_size": True}, "frame_size must be a side"),
+        ({"frame_size": True}, "frame_size must be of type int"),
         ({"frame_size": [16, 64]}, "interpolate_rope needs at least 2 x 2 patches, found 1 x 4"),
     ],
 )
@@ -211,7 +211,7 @@ def test_sizes_that_do_not_fit(values, message):
 def test_hierarchical_features_belong_to_their_predictor(tmp_path):
     """Refused where the configuration, the features or a saved predictor says otherwise, with both values."""
     plain = config(64)
-    plain.encoder_config = VJEPA2Config(crop_size=64, patch_size=16, hidden_size=D, num_hidden_layers=1)
+    plain.encoder_config = VJEPA2Config(crop_size=64, hidden_size=D, num_hidden_layers=1, num_attention_heads=2)
     plain.hierarchical_features = True
     with pytest.raises(
         ValueError, match="hierarchical_features is true, but the encoder's hierarchical_layers are None"

@@ -568,13 +568,16 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             ValueError: weights that the encoder's config.json does not describe, or a frame size that its patches do
                 not divide.
         """
-        pretrained = VJEPA21EncoderModel.load(encoder_name_or_path, dtype=dtype, device_map=device_map)
+        described = VJEPA2Config.from_pretrained(encoder_name_or_path)
         if config is None:
-            config = cls.config_class(encoder_config=pretrained.config, **config_kwargs)
+            config = cls.config_class(encoder_config=described, **config_kwargs)
         else:
             config = copy.deepcopy(config)
-            pretrained.config._attn_implementation = config.encoder_config._attn_implementation
-            config.encoder_config = pretrained.config
+            described._attn_implementation = config.encoder_config._attn_implementation
+            config.encoder_config = described
+            config.check()  # before weights are read
+        pretrained = VJEPA21EncoderModel.load(encoder_name_or_path, dtype=dtype, device_map=device_map)
+        described.dtype = pretrained.config.dtype
         with torch.device("meta"):
             model = cls(config)
         model.encoder.load_state_dict(pretrained.encoder.state_dict(), strict=True, assign=True)
