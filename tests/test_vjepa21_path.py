@@ -42,7 +42,7 @@ def test_from_an_official_file_to_the_hub(tmp_path):
         [*convert, "--output", tmp_path / "encoder", "--family=2.1", "--encoder_heads=3", "--crop_size=320"],
         [
             *("dataset_scripts/build_vpt_tubelets.py", "--shards", tmp_path / "recordings", "--output", clips),
-            *("--resolution=64,96", "--validation_sessions", "silly-s1"),
+            *("--resolution=64,96", "--validation_sessions", "silly-s1-20220101"),
         ],
         [
             *("examples/train.py", "--dataset", clips, "--output_dir", out, "--model_config", tmp_path / "tiny.json"),
