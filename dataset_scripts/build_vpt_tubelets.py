@@ -19,6 +19,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
+
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 REPAIRS = (
     "null_mouse",
@@ -86,7 +88,8 @@ def add_clip_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames_per_clip", type=int, default=16, help="default: %(default)s")
     add("--tubelet_size", type=int, default=2, help="frames (default: %(default)s)")
     add("--clip_stride", type=int, help="ticks between clip starts (default: no frame in two clips)")
-    add("--resolution", type=int, default=256, help="pixels (default: %(default)s)")
+    help_text = "side of the frames in pixels, or HEIGHT,WIDTH (default: %(default)s)"
+    add("--resolution", type=parse_resolution, default=256, help=help_text)
     add("--resize_mode", choices=("crop", "squash"), default="crop", help="default: %(default)s")
     add("--draw_cursor", action="store_true", help="paint the cursor into frames with a GUI open")
     add("--skip_repairs", nargs="+", default=[], metavar="NAME", help=f"not to be done, of: {', '.join(REPAIRS)}")

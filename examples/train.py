@@ -42,6 +42,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import VJEPA2Config
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
@@ -80,7 +81,13 @@ from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, Sto
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler, continue_schedule
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
 from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
-from vjepa_ac_hf.training.presets import DEFAULT_ENCODERS, build_config
+from vjepa_ac_hf.training.presets import (
+    DEFAULT_ENCODERS,
+    build_config,
+    check_encoder,
+    check_initial_predictor,
+    init_predictor,
+)
 from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable, write_status
 from vjepa_ac_hf.training.run_record import write_run_record
 from vjepa_ac_hf.training.trackers import check_trackers, closing_trackers, log_metrics, start_trackers
@@ -95,23 +102,29 @@ def build_configuration(arguments: argparse.Namespace) -> tuple[VJEPA2ACConfig, 
     space = arguments.action_space
     if space is not None and ("," in space or space in ACTION_COLUMNS):
         space = space.split(",")
+    size = None if arguments.frame_size is None else parse_resolution(arguments.frame_size)
     default = DEFAULT_ENCODERS.get(arguments.model_config, "random")
     encoder = arguments.encoder or default
     # A dry run needs no network: a preset holds the sizes of its own encoder.
     known = encoder == "random" or (arguments.dry_run and encoder == default)
+    if not known:
+        check_encoder(encoder)
     config = build_config(
         arguments.model_config,
         encoder_config=None if known else VJEPA2Config.from_pretrained(encoder),
+        frame_size=size,
         action_space=space,
         auto_steps=arguments.auto_steps,
         loss_type=arguments.loss_type,
     )
+    if arguments.init_predictor is not None:
+        check_initial_predictor(config, arguments.init_predictor)
     return config, encoder
 
 
 def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJEPA2ACProcessor:
     return VJEPA2ACProcessor(
-        resolution=config.encoder_config.crop_size,
+        resolution=config.resolution,
         resize_mode=arguments.resize_mode,
         frames_per_clip=config.frames_per_clip,
         tubelet_size=config.encoder_config.tubelet_size,
@@ -426,6 +439,8 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
 
     set_seed(arguments.seed)
     model = VJEPA2ACModel(config) if encoder == "random" else VJEPA2ACModel.from_pretrained_encoder(encoder, config)
+    if arguments.init_predictor is not None:
+        init_predictor(model, arguments.init_predictor)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(accelerator.device)

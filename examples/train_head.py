@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--model", help="world model: repository or folder")
     model.add_argument("--encoder", help="instead: a pretrained V-JEPA 2, or 'random' for an untrained one")
     model.add_argument("--model_config", default="vitl16", help="with --encoder random: preset or JSON file")
+    model.add_argument("--frame_size", help="with --encoder: pixels, or HEIGHT,WIDTH; default: the encoder's")
     model.add_argument("--features_from", choices=("encoder", "predictor"), default="encoder")
     model.add_argument("--train_encoder", action="store_true", help="train the world model too (without a cache)")
     model.add_argument("--head_hidden_size", type=int, default=128)
@@ -126,6 +127,7 @@ from transformers import VJEPA2Config
 from transformers.utils import cached_file
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.evaluation.head_report import write_head_report
 from vjepa_ac_hf.loading.clips import (
@@ -173,9 +175,10 @@ CLIPS_FOR_THRESHOLDS = 1024
 def load_world_model(arguments: argparse.Namespace) -> VJEPA2ACModel:
     if arguments.model is not None:
         return VJEPA2ACModel.from_pretrained(arguments.model)
+    size = None if arguments.frame_size is None else parse_resolution(arguments.frame_size)
     if arguments.encoder == "random":
-        return VJEPA2ACModel(build_config(arguments.model_config))
-    config = VJEPA2ACConfig(encoder_config=VJEPA2Config.from_pretrained(arguments.encoder))
+        return VJEPA2ACModel(build_config(arguments.model_config, frame_size=size))
+    config = VJEPA2ACConfig(encoder_config=VJEPA2Config.from_pretrained(arguments.encoder), frame_size=size)
     return VJEPA2ACModel.from_pretrained_encoder(arguments.encoder, config)
 
 
@@ -198,7 +201,7 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
         pixels = {"fps": clip_frame_rate(clips, f"{arguments.dataset}, split train")}
     return VJEPA2ACProcessor(
         **pixels,
-        resolution=config.encoder_config.crop_size,
+        resolution=config.resolution,
         resize_mode=arguments.resize_mode,
         frames_per_clip=config.frames_per_clip,
         tubelet_size=config.encoder_config.tubelet_size,

@@ -95,7 +95,7 @@ def test_the_wheel_has_every_file(wheel):
         files = (file for file in (ROOT / folder).glob(pattern) if file.is_file() and file.suffix != ".pyc")
         expected |= {f"vjepa_ac_hf/programs/{file.relative_to(ROOT)}" for file in files}
     assert {name for name in names if ".dist-info/" not in name} == expected | {"vjepa_ac_hf/py.typed"}
-    assert len([name for name in expected if name.endswith(".yaml")]) == 8
+    assert len([name for name in expected if name.endswith(".yaml")]) == 10
 
 
 def check_answers(answers):

@@ -85,6 +85,7 @@ def predictor_parameters(actions: int, width: int, layers: int, feature_width: i
 
 def test_there_are_the_recipes_that_the_documentation_names():
     names = {"tiny-vizdoom", "vitl16-vpt13", "vitl16-vpt38", "vitg16-vpt38", "vitl16-vpt13-l1"}
+    names |= {"vitb16-v21-vpt13", "vitl16-v21-vpt13"}
     assert {path.stem for path in RECIPES} == names
     text = (ROOT / "docs" / "training.md").read_text()
     assert all(f"`{name}`" in text for name in names)
@@ -100,6 +101,15 @@ def test_recipes_run_dry(train_program, monkeypatch, tmp_path, capsys, path):
         "vitl16-vpt38": (predictor_parameters(38, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
         "vitl16-vpt13-l1": (predictor_parameters(13, 1024, 24, 1024), encoder_parameters(1024, 24, 4096)),
         "vitg16-vpt38": (predictor_parameters(38, 1024, 24, 1408), encoder_parameters(1408, 40, 6144)),
+        # V-JEPA 2.1 beside: patches of single frames, two modality embeddings, four norms in place of one.
+        "vitb16-v21-vpt13": (
+            predictor_parameters(13, 1024, 24, 768),
+            encoder_parameters(768, 12, 3072) + 768 * (3 * 16 * 16 + 1) + 2 * 768 + 3 * 2 * 768,
+        ),
+        "vitl16-v21-vpt13": (
+            predictor_parameters(13, 1024, 24, 1024),
+            encoder_parameters(1024, 24, 4096) + 1024 * (3 * 16 * 16 + 1) + 2 * 1024 + 3 * 2 * 1024,
+        ),
     }
     found = (results["parameters"]["trainable"], results["parameters"]["frozen"])
     assert found == expected[path.stem]

@@ -265,4 +265,5 @@ def test_schedule_and_parameter_groups():
 def test_presets_build():
     assert [build_config(n).grid_size for n in ("tiny", "tiny-32px", "tiny-fine")] == [4, 4, 8]
     assert build_config("vitl16", action_space="vpt-38").action_dim == 38
-    assert set(PRESETS) == {"tiny", "tiny-32px", "tiny-fine", "vitl16", "vitg16"}
+    v21 = {"vitb16-v21", "vitl16-v21", "vitg16-v21", "vitG16-v21"}
+    assert set(PRESETS) == {"tiny", "tiny-32px", "tiny-fine", "vitl16", "vitg16"} | v21

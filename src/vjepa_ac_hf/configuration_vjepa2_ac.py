@@ -11,6 +11,14 @@ from typing import Any, ClassVar, get_args, get_origin
 from transformers import PreTrainedConfig, VJEPA2Config
 
 from .actions_vjepa2_ac import resolve_action_space
+from .configuration_encoder_vjepa2_ac import (
+    EARLIER_FIELDS,
+    OTHER_FIELDS,
+    EncoderFields,
+    Resolution,
+    as_resolution,
+    frame_shape,
+)
 
 # What transformers itself passes or writes beside a configuration's own fields, now or in its 4th version.
 _FRAMEWORK_KEYS = {
@@ -53,7 +61,10 @@ class VJEPA2ACConfig(PreTrainedConfig):
     """Sizes and meanings of a `VJEPA2ACModel`. The defaults give a ViT-L/16 encoder and the V-JEPA 2-AC predictor.
 
     Args:
-        encoder_config: `VJEPA2Config` (or dict) of the frozen encoder; its `crop_size` and `patch_size` fix the grid.
+        encoder_config: `VJEPA2Config` (or dict) of the frozen encoder; V-JEPA 2.1 has the fields of `EncoderFields`.
+        frame_size: side of the model's frames in pixels, or [height, width]; None: the encoder's `crop_size`, a square.
+            With the encoder's `patch_size` it fixes the grid.
+        hierarchical_features: features are those of all of the encoder's `hierarchical_layers`, joined on the width.
         action_dim: columns A of an action.
         state_dim: columns S of a state (2: yaw and pitch, normalised).
         action_space: names of the action columns in order (docs/data.md), or None where the actions are not VPT's.
@@ -77,6 +88,8 @@ class VJEPA2ACConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict] = {"encoder_config": VJEPA2Config}
 
     encoder_config: Any = None
+    frame_size: int | list[int] | tuple[int, int] | None = None
+    hierarchical_features: bool = False
     action_dim: int | None = None
     state_dim: int = 2
     action_space: list[str] | None = None
@@ -104,7 +117,8 @@ class VJEPA2ACConfig(PreTrainedConfig):
         cutoff = None if self.transformers_version is None else _SAVED_CUTOFF
         _refuse_unknown_keys(unknown, known, type(self).__name__, cutoff)
         if isinstance(self.encoder_config, dict):
-            encoder_keys = [f.name for f in fields(VJEPA2Config)]
+            encoder_keys = [f.name for f in (*fields(VJEPA2Config), *fields(EncoderFields))]
+            encoder_keys += [*OTHER_FIELDS, *EARLIER_FIELDS]
             unknown = [k for k in self.encoder_config if k not in encoder_keys and k not in _FRAMEWORK_KEYS]
             _refuse_unknown_keys(unknown, encoder_keys, "encoder_config", _ENCODER_CUTOFF)
         super().__post_init__(**kwargs)
@@ -189,7 +203,7 @@ class VJEPA2ACConfig(PreTrainedConfig):
                 encoder.num_attention_heads,
             ),
             ("frames_per_clip", self.frames_per_clip, "encoder tubelet_size", encoder.tubelet_size),
-            ("encoder crop_size", encoder.crop_size, "encoder patch_size", encoder.patch_size),
+            *((name, side, "encoder patch_size", encoder.patch_size) for name, side in self._named_sides()),
         ]
         for name, whole, divisor_name, divisor in divisions:
             if not isinstance(divisor, int) or whole % divisor:
@@ -200,6 +214,13 @@ class VJEPA2ACConfig(PreTrainedConfig):
                     f"{name} {width} over {heads} heads gives {width // heads} dimensions a head: rotation about three "
                     "axes needs an even number of at least 6"
                 )
+        encoder_fields = EncoderFields.of(encoder)
+        if encoder_fields.interpolate_rope and min(self.grid) < 2:
+            raise ValueError(f"interpolate_rope needs at least 2 x 2 patches, found {self.grid[0]} x {self.grid[1]}")
+        if self.hierarchical_features and encoder_fields.hierarchical_layers is None:
+            raise ValueError(
+                "hierarchical_features is true, but the encoder's hierarchical_layers are None (V-JEPA 2 has none)"
+            )
         if self.num_steps > 1 and self.auto_steps > self.num_steps - 1:
             raise ValueError(
                 f"auto_steps {self.auto_steps} is more than the {self.num_steps - 1} predictable steps of a clip of "
@@ -211,10 +232,51 @@ class VJEPA2ACConfig(PreTrainedConfig):
         """Tubelet steps T of a clip."""
         return self.frames_per_clip // self.encoder_config.tubelet_size
 
+    def _named_sides(self) -> list[tuple[str, int]]:
+        if self.frame_size is None:
+            return [("encoder crop_size", self.encoder_config.crop_size)]
+        return list(zip(("frame_size height", "frame_size width"), self.frame_shape, strict=True))
+
+    @property
+    def resolution(self) -> Resolution:
+        """Side of the model's frames in pixels, or (height, width): what its processor's is."""
+        return as_resolution(
+            self.encoder_config.crop_size if self.frame_size is None else self.frame_size, "frame_size"
+        )
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of the model's frames in pixels."""
+        return frame_shape(self.resolution)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a frame."""
+        height, width = self.frame_shape
+        return height // self.encoder_config.patch_size, width // self.encoder_config.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Frame tokens N of a step."""
+        return self.grid[0] * self.grid[1]
+
     @property
     def grid_size(self) -> int:
-        """Patches along an edge of a frame; N = grid_size ** 2 frame tokens a step."""
-        return self.encoder_config.crop_size // self.encoder_config.patch_size
+        """Patches along an edge of a square frame; a ValueError where it is none."""
+        if self.grid[0] != self.grid[1]:
+            raise ValueError(f"a grid of {self.grid[0]} x {self.grid[1]} patches has no single size: use `grid`")
+        return self.grid[0]
+
+    @property
+    def feature_levels(self) -> int:
+        """How many layers of the encoder a feature is made of."""
+        layers = EncoderFields.of(self.encoder_config).hierarchical_layers if self.hierarchical_features else None
+        return 1 if layers is None else len(layers)
+
+    @property
+    def feature_size(self) -> int:
+        """Width D of the features."""
+        return self.feature_levels * self.encoder_config.hidden_size
 
 
 VJEPA2ACConfig.register_for_auto_class()

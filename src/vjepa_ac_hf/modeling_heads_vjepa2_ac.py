@@ -155,8 +155,8 @@ class VJEPA2ACTokenMatching(nn.Module):
 
     def __init__(self, config: VJEPA2ACHeadConfig):
         super().__init__()
-        self.num_heads, self.grid_size = config.head_num_attention_heads, config.grid_size
-        self.embed = nn.Linear(config.encoder_config.hidden_size, config.head_hidden_size, bias=False)
+        self.num_heads, self.grid = config.head_num_attention_heads, config.grid
+        self.embed = nn.Linear(config.feature_size, config.head_hidden_size, bias=False)
         self.token_scale = VJEPA2ACSimilarityScale(self.num_heads, start=20.0)
         self.frame_scale = VJEPA2ACSimilarityScale(self.num_heads, start=100.0)
         self.field_size = 2 * self.FIELD_CHANNELS * self.num_heads
@@ -169,7 +169,8 @@ class VJEPA2ACTokenMatching(nn.Module):
             after_PND: those of the next, in the same order.
 
         Returns:
-            `(P, N, field_size)`: of every token place, forward and backward; lengths in quarters of the grid.
+            `(P, N, field_size)`: of every token place, forward and backward; lengths in quarters of a grid's side (the
+            geometric mean of both).
             `(P, summary_size)`: of the frame as a whole, and the mean displacements weighted by confidence.
         """
         q_PNhd, k_PNhd = self._unit_vectors(before_PND), self._unit_vectors(after_PND)
@@ -194,32 +195,36 @@ class VJEPA2ACTokenMatching(nn.Module):
     def _displacements(self, similarity_PhNN: Tensor) -> Tensor:
         """`(P, h, N, 5)`: of every row's token, the place where it is found less its own."""
         probability = (similarity_PhNN * self.token_scale().view(1, -1, 1, 1)).softmax(dim=-1)
-        edge = torch.arange(self.grid_size, dtype=torch.float32, device=probability.device)
-        x, y = edge.repeat(self.grid_size), edge.repeat_interleave(self.grid_size)
-        places = torch.stack([x, y], dim=1)
+        down, across = (torch.arange(side, dtype=torch.float32, device=probability.device) for side in self.grid)
+        places = torch.stack([across.repeat(len(down)), down.repeat_interleave(len(across))], dim=1)
         moments = probability @ torch.cat([places, places.square()], dim=1)
         mean, square = moments.split(2, dim=-1)
         spread = (square - mean.square()).sum(dim=-1, keepdim=True).clamp(min=1e-4).sqrt()
         peaks = [probability.amax(dim=-1, keepdim=True), similarity_PhNN.amax(dim=-1, keepdim=True)]
-        unit = self.grid_size / 4
-        return torch.cat([(mean - places) / unit, spread / unit, *peaks], dim=-1)
+        return torch.cat([(mean - places) / self._unit, spread / self._unit, *peaks], dim=-1)
+
+    @property
+    def _unit(self) -> float:
+        """What lengths are measured in: one unit for both axes, so that a turn is as long across as down."""
+        return math.sqrt(self.grid[0] * self.grid[1]) / 4
 
     def _frame_displacement(self, q_PhNd: Tensor, k_PhNd: Tensor) -> Tensor:
         """`(P, h, 5)`: the one displacement of the whole grid that fits best."""
-        G = self.grid_size
-        spectra = [torch.fft.rfft2(m.unflatten(2, (G, G)), s=(2 * G, 2 * G), dim=(2, 3)) for m in (q_PhNd, k_PhNd)]
+        R, C = self.grid
+        padded = (2 * R, 2 * C)
+        spectra = [torch.fft.rfft2(m.unflatten(2, (R, C)), s=padded, dim=(2, 3)) for m in (q_PhNd, k_PhNd)]
         crossed = (spectra[0].conj() * spectra[1]).sum(dim=-1)
-        sums = torch.fft.fftshift(torch.fft.irfft2(crossed, s=(2 * G, 2 * G)), dim=(-2, -1))[..., 1:, 1:]
-        steps = torch.arange(1 - G, G, dtype=torch.float32, device=sums.device)
-        overlap = (G - steps.abs())[:, None] * (G - steps.abs())
+        sums = torch.fft.fftshift(torch.fft.irfft2(crossed, s=padded), dim=(-2, -1))[..., 1:, 1:]
+        down, across = (torch.arange(1 - G, G, dtype=torch.float32, device=sums.device) for G in (R, C))
+        overlap = (R - down.abs())[:, None] * (C - across.abs())
         # Displacements that leave few tokens in view are means of few: drawn towards 0.
-        similarity = (sums / (overlap + G * G / 8)).flatten(-2)
+        similarity = (sums / (overlap + R * C / 8)).flatten(-2)
         probability = (similarity * self.frame_scale().view(1, -1, 1)).softmax(dim=-1)
-        places = torch.stack([steps.repeat(len(steps)), steps.repeat_interleave(len(steps))], dim=1)
+        places = torch.stack([across.repeat(len(down)), down.repeat_interleave(len(across))], dim=1)
         mean, square = (probability @ torch.cat([places, places.square()], dim=1)).split(2, dim=-1)
         spread = (square - mean.square()).sum(dim=-1, keepdim=True).clamp(min=1e-4).sqrt()
         peaks = [probability.amax(dim=-1, keepdim=True), similarity.amax(dim=-1, keepdim=True)]
-        return torch.cat([mean / (G / 4), spread / (G / 4), *peaks], dim=-1)
+        return torch.cat([mean / self._unit, spread / self._unit, *peaks], dim=-1)
 
 
 class VJEPA2ACMotionEncoder(nn.Module):
@@ -229,9 +234,9 @@ class VJEPA2ACMotionEncoder(nn.Module):
         super().__init__()
         width, heads = config.head_hidden_size, config.head_num_attention_heads
         self.matching = VJEPA2ACTokenMatching(config)
-        self.embed_tokens = nn.Linear(2 * config.encoder_config.hidden_size, width)
+        self.embed_tokens = nn.Linear(2 * config.feature_size, width)
         self.embed_field = nn.Linear(self.matching.field_size, width)
-        self.embed_place = nn.Embedding(config.grid_size**2, width)
+        self.embed_place = nn.Embedding(config.num_tokens, width)
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.pooling = VJEPA2ACAttentivePooling(width, heads)
         self.norm = nn.LayerNorm(width)
@@ -350,7 +355,7 @@ class VJEPA2ACHeadPreTrainedModel(VJEPA2ACPreTrainedModel):
                 )
             features = world.encode(pixel_values_videos)
         assert features is not None
-        expected = (config.grid_size**2, config.encoder_config.hidden_size)
+        expected = (config.num_tokens, config.feature_size)
         if features.ndim != 4 or tuple(features.shape[2:]) != expected:
             raise ValueError(
                 f"features must be (batch, steps, {expected[0]}, {expected[1]}), found {tuple(features.shape)}"
@@ -549,7 +554,7 @@ class VJEPA2ACActionAnticipationHead(nn.Module):
         assert config.action_dim is not None
         width, heads = config.head_hidden_size, config.head_num_attention_heads
         self.action_shape = (config.anticipation_steps, config.action_dim)
-        self.embed = nn.Linear(config.encoder_config.hidden_size, width)
+        self.embed = nn.Linear(config.feature_size, width)
         self.look = VJEPA2ACAttentivePooling(width, heads)
         self.motion = VJEPA2ACMotionEncoder(config)
         self.embed_motion = nn.Linear(self.motion.output_size, width)
@@ -657,7 +662,7 @@ class VJEPA2ACVideoClassificationHead(nn.Module):
     def __init__(self, config: VJEPA2ACVideoClassificationConfig):
         super().__init__()
         width, heads = config.head_hidden_size, config.head_num_attention_heads
-        self.embed = nn.Linear(config.encoder_config.hidden_size, width)
+        self.embed = nn.Linear(config.feature_size, width)
         self.embed_step = nn.Embedding(config.num_steps, width)
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.pooling = VJEPA2ACAttentivePooling(width, heads)

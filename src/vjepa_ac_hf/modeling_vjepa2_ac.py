@@ -1,7 +1,7 @@
 """Action-conditioned V-JEPA 2 (V-JEPA 2-AC, arXiv 2506.09985, section 3): frozen encoder, frame-causal predictor.
 
 Letters in the names of tensors: B batch, T tubelet steps, C context steps, N frame tokens a step, K = N + 2 tokens a
-step with action and state, L sequence (steps x K), D encoder width, E predictor width, H heads, A action columns,
+step with action and state, L sequence (steps x K), D feature width, E predictor width, H heads, A action columns,
 S state columns. Equations: docs/model.md. Shipped to the Hub with the model: imports the standard library, torch,
 transformers and its siblings only.
 """
@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import Cache, DynamicCache, PreTrainedModel, VJEPA2Config, VJEPA2Model
+from transformers import Cache, DynamicCache, PreTrainedModel, VJEPA2Config
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Encoder
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .configuration_encoder_vjepa2_ac import EncoderFields
 from .configuration_vjepa2_ac import VJEPA2ACConfig
+from .modeling_encoder_vjepa2_ac import VJEPA21Encoder, VJEPA21EncoderModel
 
 KeyValues = tuple[Tensor, Tensor]
 Past = Cache | Sequence[KeyValues]
@@ -85,13 +86,13 @@ class VJEPA2ACRotaryEmbedding(nn.Module):
 
     def __init__(self, config: VJEPA2ACConfig):
         super().__init__()
-        self.grid_size = config.grid_size
+        self.grid = config.grid
         self.head_dim = config.pred_hidden_size // config.pred_num_attention_heads
         self._tables: dict[tuple[torch.device, torch.dtype], KeyValues] = {}
 
     def forward(self, first_step: int, num_steps: int, device: torch.device, dtype: torch.dtype) -> KeyValues:
         """Tables `(L, head_dim)` for the steps from `first_step` on; angles in float32, made once a device and type."""
-        tokens_per_step = self.grid_size**2 + CONDITIONING_TOKENS
+        tokens_per_step = self.grid[0] * self.grid[1] + CONDITIONING_TOKENS
         last = (first_step + num_steps) * tokens_per_step
         tables = self._tables.get((device, dtype))
         if tables is None or len(tables[0]) < last:
@@ -108,10 +109,10 @@ class VJEPA2ACRotaryEmbedding(nn.Module):
         frequencies = (10000.0 ** -(half / (axis_dim / 2))).repeat(2)
 
         steps = torch.arange(num_steps, dtype=torch.float32, device=device)
-        edge = torch.arange(self.grid_size, dtype=torch.float32, device=device)
-        unrotated = edge.new_zeros(CONDITIONING_TOKENS)
-        rows = torch.cat([unrotated, edge.repeat_interleave(self.grid_size)])
-        columns = torch.cat([unrotated, edge.repeat(self.grid_size)])
+        down, across = (torch.arange(side, dtype=torch.float32, device=device) for side in self.grid)
+        unrotated = steps.new_zeros(CONDITIONING_TOKENS)
+        rows = torch.cat([unrotated, down.repeat_interleave(len(across))])
+        columns = torch.cat([unrotated, across.repeat(len(down))])
         positions = torch.stack(
             [steps.repeat_interleave(len(rows)), rows.repeat(num_steps), columns.repeat(num_steps)], dim=1
         )  # (L, 3)
@@ -268,7 +269,7 @@ class VJEPA2ACAttention(nn.Module):
         self.config = config
         self.layer_index = layer_index
         self.num_heads = config.pred_num_attention_heads
-        self.tokens_per_step = config.grid_size**2 + CONDITIONING_TOKENS
+        self.tokens_per_step = config.num_tokens + CONDITIONING_TOKENS
         self.qkv = nn.Linear(config.pred_hidden_size, 3 * config.pred_hidden_size)
         self.proj = nn.Linear(config.pred_hidden_size, config.pred_hidden_size)
 
@@ -337,8 +338,8 @@ class VJEPA2ACLayer(GradientCheckpointingLayer):
         return x_BLE + self.mlp(self.norm2(x_BLE)), k_BHLd, v_BHLd
 
 
-class VJEPA2ACEncoder(VJEPA2Encoder):
-    """The V-JEPA 2 encoder of transformers, frozen: without gradients, and in eval mode whatever `train()` says.
+class VJEPA2ACEncoder(VJEPA21Encoder):
+    """The encoder of V-JEPA 2 or 2.1, frozen: without gradients, and in eval mode whatever `train()` says.
 
     Where a head has made its parameters trainable again, its layers are checkpointed in training like all others.
     """
@@ -373,7 +374,7 @@ class VJEPA2ACPredictor(nn.Module):
     def __init__(self, config: VJEPA2ACConfig):
         super().__init__()
         assert config.action_dim is not None
-        feature_dim, width = config.encoder_config.hidden_size, config.pred_hidden_size
+        feature_dim, width = config.feature_size, config.pred_hidden_size
         self.frame_embed = nn.Linear(feature_dim, width)
         self.action_embed = nn.Linear(config.action_dim, width)
         self.state_embed = nn.Linear(config.state_dim, width)
@@ -442,7 +443,25 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_set_attn_implementation_cached_value = True  # attention is looked up in the configuration at every call
-    _no_split_modules = ["VJEPA2ACLayer", "VJEPA2Layer"]
+    _no_split_modules = ["VJEPA2ACLayer", "VJEPA21Layer"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a predictor or head trained without hierarchical features is not given them.
+
+        Raises:
+            ValueError: `hierarchical_features` other than the saved model's; before weights are read.
+        """
+        asked = getattr(kwargs.get("config"), "hierarchical_features", kwargs.get("hierarchical_features"))
+        if asked is not None:
+            saved, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            trained = saved.get("hierarchical_features", False)
+            if saved.get("model_type") == cls.config_class.model_type and asked != trained:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: hierarchical_features is asked to be {asked}, the model "
+                    f"was trained with {trained}: its predictor takes features of that width alone"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _flash_attn_can_dispatch(self, flash_attn_version: int, is_init_check: bool = False) -> bool:
         raise ValueError(
@@ -532,25 +551,33 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         device_map: Any = None,
         **config_kwargs: Any,
     ) -> "VJEPA2ACModel":
-        """A model with a pretrained V-JEPA 2 encoder (a repository or folder of transformers) and a new predictor.
+        """A model with a pretrained V-JEPA 2 or 2.1 encoder (repository or folder of transformers) and a new predictor.
 
         The encoder is in memory once: nothing is made that the checkpoint then replaces.
 
         Args:
-            encoder_name_or_path: for instance `facebook/vjepa2-vitl-fpc64-256`.
+            encoder_name_or_path: for instance `facebook/vjepa2-vitl-fpc64-256`, or the folder that
+                `convert_vjepa2_ac_to_hf.py` has made of an official file.
             config: the predictor's sizes; its `encoder_config` is replaced by the pretrained encoder's.
             dtype: of the encoder's weights, as `from_pretrained` of transformers takes it (None: the checkpoint's); the
                 predictor, which is to be trained, is float32.
             device_map: the device to load to, such as `"cuda:0"`; the predictor goes there as well.
             config_kwargs: fields of `VJEPA2ACConfig`, where no `config` is given.
+
+        Raises:
+            ValueError: weights that the encoder's config.json does not describe, or a frame size that its patches do
+                not divide.
         """
-        pretrained = VJEPA2Model.from_pretrained(encoder_name_or_path, dtype=dtype, device_map=device_map)
+        described = VJEPA2Config.from_pretrained(encoder_name_or_path)
         if config is None:
-            config = cls.config_class(encoder_config=pretrained.config, **config_kwargs)
+            config = cls.config_class(encoder_config=described, **config_kwargs)
         else:
             config = copy.deepcopy(config)
-            pretrained.config._attn_implementation = config.encoder_config._attn_implementation
-            config.encoder_config = pretrained.config
+            described._attn_implementation = config.encoder_config._attn_implementation
+            config.encoder_config = described
+            config.check()  # before weights are read
+        pretrained = VJEPA21EncoderModel.load(encoder_name_or_path, dtype=dtype, device_map=device_map)
+        described.dtype = pretrained.config.dtype
         with torch.device("meta"):
             model = cls(config)
         model.encoder.load_state_dict(pretrained.encoder.state_dict(), strict=True, assign=True)
@@ -559,36 +586,43 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         model.predictor.apply(model._init_weights)
         return model
 
-    def encode(self, pixel_values_videos: Tensor) -> Tensor:
+    def encode(self, pixel_values_videos: Tensor, *, as_pictures: bool = False) -> Tensor:
         """Features of every tubelet, without gradients as long as the encoder is frozen.
 
         Args:
             pixel_values_videos: `(B, frames, 3, Y, X)`, normalised pixels, frames a multiple of the tubelet size.
+            as_pictures: every frame is a picture of its own, by the encoder's image path, and a step (docs/model.md).
 
         Returns:
             `(B, T, N, D)`. With `encoding="tubelet"` step t depends on the frames of tubelet t alone.
 
         Raises:
-            ValueError: another rank, channel count, frame size, or a number of frames that is no multiple.
+            ValueError: another rank, channel count, frame size, a number of frames that is no multiple, or pictures
+                for an encoder without an image path.
         """
         encoder = self.config.encoder_config
-        expected = (encoder.in_chans, encoder.crop_size, encoder.crop_size)
+        if as_pictures and not EncoderFields.of(encoder).use_image_patch_embedder:
+            raise ValueError("as_pictures needs an encoder with use_image_patch_embedder (V-JEPA 2.1), it has none")
+        expected = (encoder.in_chans, *self.config.frame_shape)
         if pixel_values_videos.ndim != 5 or tuple(pixel_values_videos.shape[2:]) != expected:
             raise ValueError(
                 f"pixel_values_videos must be (batch, frames, {expected[0]}, {expected[1]}, {expected[2]}), found "
                 f"{tuple(pixel_values_videos.shape)}"
             )
         frames = pixel_values_videos.shape[1]
-        if frames == 0 or frames % encoder.tubelet_size:
+        per_step = 1 if as_pictures else encoder.tubelet_size
+        if frames == 0 or frames % per_step:
             raise ValueError(f"{frames} frames are not a multiple of the tubelet size {encoder.tubelet_size}")
-        steps, clips = frames // encoder.tubelet_size, pixel_values_videos
+        steps, clips = frames // per_step, pixel_values_videos
         if self.config.encoding not in ("tubelet", "clip"):
             raise ValueError(f"encoding must be 'tubelet' or 'clip', found {self.config.encoding!r}")
-        if self.config.encoding == "tubelet":
-            clips = clips.unflatten(1, (steps, encoder.tubelet_size)).flatten(0, 1)
+        if self.config.encoding == "tubelet" or as_pictures:
+            clips = clips.unflatten(1, (steps, per_step)).flatten(0, 1)
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(trained):  # heads may train the encoder
-            hidden = self.encoder(clips).last_hidden_state.to(pixel_values_videos.device)
+            output = self.encoder(clips, output_hierarchical=self.config.hierarchical_features)
+            hidden = output.hierarchical_hidden_state if self.config.hierarchical_features else output.last_hidden_state
+            hidden = hidden.to(pixel_values_videos.device)
             return self._normalize(hidden.reshape(pixel_values_videos.shape[0], steps, -1, hidden.shape[-1]))
 
     def predict(self, features: Tensor, actions: Tensor, states: Tensor) -> Tensor:
@@ -690,7 +724,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         Raises:
             ValueError: not one.
         """
-        per_candidate = batch * (self.config.grid_size**2 + CONDITIONING_TOKENS)
+        per_candidate = batch * (self.config.num_tokens + CONDITIONING_TOKENS)
         if max_batch_tokens < per_candidate:
             raise ValueError(
                 f"max_batch_tokens must be at least {per_candidate}, a step of one candidate, found {max_batch_tokens}"
@@ -780,7 +814,11 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         return LOSSES[self.config.loss_type](predicted.float(), target.float())
 
     def _normalize(self, features: Tensor) -> Tensor:
-        return F.layer_norm(features, features.shape[-1:]) if self.config.normalize_features else features
+        if not self.config.normalize_features:
+            return features
+        # Every level by itself, as the targets of V-JEPA 2.1's training are (app/vjepa_2_1/train.py, forward_target).
+        levels = features.unflatten(-1, (self.config.feature_levels, -1))
+        return F.layer_norm(levels, levels.shape[-1:]).flatten(-2)
 
     @property
     def _hooked(self) -> bool:
@@ -790,11 +828,12 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
     def _check_inputs(self, features: Tensor, actions: Tensor, states: Tensor, num_actions: int | None) -> None:
         """Ranks and sizes against the configuration; `num_actions` None: at least one action a context step."""
         config = self.config
-        tokens, width = config.grid_size**2, config.encoder_config.hidden_size
+        tokens, width = config.num_tokens, config.feature_size
         if features.ndim != 4 or tuple(features.shape[2:]) != (tokens, width):
             raise ValueError(
-                f"features must be (batch, steps, {tokens}, {width}) for a grid of {config.grid_size} x "
-                f"{config.grid_size}, found {tuple(features.shape)}"
+                f"features must be (batch, steps, {tokens}, {width}) for a grid of {config.grid[0]} x "
+                f"{config.grid[1]} and hierarchical_features {config.hierarchical_features}, found "
+                f"{tuple(features.shape)}"
             )
         batch, steps = features.shape[:2]
         device = self.predictor.norm.weight.device
@@ -852,7 +891,7 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
         held = [layer.keys for layer in cache.layers if layer.get_seq_length()]
         if not held:
             return 0
-        config, tokens = self.config, self.config.grid_size**2 + CONDITIONING_TOKENS
+        config, tokens = self.config, self.config.num_tokens + CONDITIONING_TOKENS
         heads = config.pred_num_attention_heads
         device = None if self._hooked else self.predictor.norm.weight.device
         expected = (features.shape[0], heads, config.pred_hidden_size // heads, device)

@@ -21,6 +21,7 @@ from .actions_vjepa2_ac import (
     resolve_action_space,
     wrap_degrees,
 )
+from .configuration_encoder_vjepa2_ac import Resolution, as_resolution, frame_shape
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +49,17 @@ def add_view_changes(view: Tensor, changes: Tensor) -> Tensor:
     return torch.stack(found, dim=-2) if found else changes
 
 
-def resize_frames(frames: Tensor, resolution: int, mode: str = "crop") -> Tensor:
-    """Scale frames to a square with antialiasing.
+def resize_frames(frames: Tensor, resolution: Resolution, mode: str = "crop") -> Tensor:
+    """Scale frames to one size with antialiasing.
 
     Args:
         frames: `(frames, 3, Y, X)`, uint8.
-        resolution: edge of the result in pixels.
-        mode: "crop" scales the shortest edge to `resolution` and cuts the centre (nothing of Minecraft's hotbar is
-            lost); "squash" scales the whole frame.
+        resolution: side of the result in pixels, or (height, width).
+        mode: "crop" scales the frame until it covers the result and cuts the centre: for a square, the shortest edge
+            becomes its side (nothing of Minecraft's hotbar is lost); "squash" scales the whole frame.
 
     Returns:
-        `(frames, 3, resolution, resolution)`, uint8.
+        `(frames, 3, height, width)` of the result, uint8.
 
     Raises:
         ValueError: another type, shape or mode.
@@ -68,23 +69,25 @@ def resize_frames(frames: Tensor, resolution: int, mode: str = "crop") -> Tensor
     if mode not in RESIZE_MODES:
         raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {mode!r}")
     height, width = frames.shape[-2:]
-    if (height, width) == (resolution, resolution):
+    size = wanted = frame_shape(as_resolution(resolution))
+    if (height, width) == wanted:
         return frames
-    size = (resolution, resolution)
     if mode == "crop":
-        short = min(height, width)
-        size = (int(resolution * height / short), int(resolution * width / short))
+        # The side that needs the larger scale decides: compared as products of whole numbers, so that none is lost.
+        decides = 0 if wanted[0] * width >= wanted[1] * height else 1
+        scaled, by = wanted[decides], (height, width)[decides]
+        size = (int(scaled * height / by), int(scaled * width / by))
     if size != (height, width):
         frames = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
-    return frames[..., top : top + resolution, left : left + resolution].contiguous()
+    top, left = (round((side - kept) / 2) for side, kept in zip(size, wanted, strict=True))
+    return frames[..., top : top + wanted[0], left : left + wanted[1]].contiguous()
 
 
 class VJEPA2ACProcessor(ProcessorMixin):
     """Prepares clips for `VJEPA2ACModel`; everything a number needs to be understood is in its saved configuration.
 
     Args:
-        resolution: edge of the model's frames in pixels.
+        resolution: side of the model's frames in pixels, or (height, width).
         resize_mode: "crop" or "squash" (see `resize_frames`).
         fps: frames a second of a clip.
         frames_per_clip: frames of a clip.
@@ -97,7 +100,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        resolution: int = 256,
+        resolution: int | Sequence[int] = 256,
         resize_mode: str = "crop",
         fps: int = 5,
         frames_per_clip: int = 16,
@@ -112,7 +115,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
             raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {resize_mode!r}")
         if frames_per_clip % tubelet_size:
             raise ValueError(f"frames_per_clip {frames_per_clip} is not a multiple of tubelet_size {tubelet_size}")
-        self.resolution = resolution
+        self.resolution = as_resolution(resolution)
         self.resize_mode = resize_mode
         self.fps = fps
         self.frames_per_clip = frames_per_clip
@@ -123,6 +126,11 @@ class VJEPA2ACProcessor(ProcessorMixin):
         self.action_statistics: dict | None = None
         if action_statistics is not None:
             self.set_action_statistics(action_statistics)
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Height and width of the model's frames in pixels."""
+        return frame_shape(self.resolution)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -164,7 +172,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
             return_tensors: only "pt".
 
         Returns:
-            `pixel_values_videos` `(B, frames, 3, resolution, resolution)`, `actions` `(B, T-1, A)` and `states`
+            `pixel_values_videos` `(B, frames, 3, height, width)`, `actions` `(B, T-1, A)` and `states`
             `(B, T, 2)`, float32, each where it was given.
         """
         if return_tensors not in ("pt", None):
@@ -179,10 +187,10 @@ class VJEPA2ACProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def prepare_frames(self, videos: Any) -> Tensor:
-        """Clips as one uint8 tensor `(B, frames, 3, resolution, resolution)`."""
+        """Clips as one uint8 tensor `(B, frames, 3, height, width)`."""
         if not isinstance(videos, (list, tuple)):
             videos = [videos] if getattr(videos, "ndim", 4) == 4 else list(videos)
-        clips = [resize_frames(self._as_frames(v), self.resolution, self.resize_mode) for v in videos]
+        clips = [self.resize(v) for v in videos]
         lengths = sorted({len(c) for c in clips})
         if len(lengths) != 1 or lengths[0] % self.tubelet_size or lengths[0] == 0:
             raise ValueError(
@@ -190,6 +198,10 @@ class VJEPA2ACProcessor(ProcessorMixin):
                 f"found {lengths}"
             )
         return torch.stack(clips)
+
+    def resize(self, video: Any) -> Tensor:
+        """One clip, as `__call__` takes it, of any number of frames, as uint8 `(frames, 3, height, width)`."""
+        return resize_frames(self._as_frames(video), self.resolution, self.resize_mode)
 
     @staticmethod
     def _as_frames(video: Any) -> Tensor:

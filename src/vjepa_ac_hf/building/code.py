@@ -5,6 +5,7 @@ from pathlib import Path
 
 _SOURCES = (
     "../actions_vjepa2_ac.py",
+    "../configuration_encoder_vjepa2_ac.py",
     "../processing_vjepa2_ac.py",
     "../recordings/names.py",
     "../recordings/log.py",

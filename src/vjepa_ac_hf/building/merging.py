@@ -9,6 +9,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from ..actions_vjepa2_ac import ActionStatistics
+from ..configuration_encoder_vjepa2_ac import frame_shape
 from ..inspection.summary import ActionHistograms, summary_markdown
 from ..recordings.splits import split_facts
 from ..records import write_file, write_json
@@ -140,7 +141,8 @@ def write_card(output: Path, report: dict, options: BuildOptions) -> None:
 
 def _card_text(report: dict, options: BuildOptions) -> str:
     clip, split_by = options.clip, report["split"]["split_by"]
-    crop = "centre crop of the shortest edge" if options.resize_mode == "crop" else "whole frame, squashed"
+    height, width = frame_shape(options.resolution)
+    crop = "centre crop of the frame scaled to cover it" if options.resize_mode == "crop" else "whole frame, squashed"
     injected = {"cause": "caused", "vpt": "shows (as OpenAI's loader has it)"}[options.hotbar_injection]
     return f"""# VPT tubelets
 
@@ -151,7 +153,7 @@ is in both.
 
 ## Columns
 
-- `video`: {clip.frames_per_clip} frames, {options.resolution}x{options.resolution}, H.264 ({crop}).
+- `video`: {clip.frames_per_clip} frames, {width}x{height}, H.264 ({crop}).
 - `actions`: float32 ({clip.num_tubelets - 1}, 38), raw units. Row k covers every tick of the log from the start of
   tubelet k to that of tubelet k + 1: mouse movement summed (pixels), yaw and pitch change (degrees, yaw circular),
   keys and buttons pressed in any tick, hotbar slot (one-hot; all 0 where the log does not tell it) and open GUI at the

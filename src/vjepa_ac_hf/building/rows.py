@@ -263,7 +263,7 @@ def _match_video(recording: Recording, reader: VideoReader, options: BuildOption
 def _clip_frames(
     reader: VideoReader, recording: Recording, starts: np.ndarray, frames_of_ticks: np.ndarray, options: BuildOptions
 ) -> Iterator[torch.Tensor]:
-    """Frames uint8 (frames_per_clip, 3, resolution, resolution) of each clip, in one pass over the video.
+    """Frames uint8 (frames_per_clip, 3, height, width) of each clip, in one pass over the video.
 
     Ticks that several clips need, or that lie between those of an overlapping clip, are decoded and resized once and
     held until the last of these clips has been cut: at most one clip's span of small frames.

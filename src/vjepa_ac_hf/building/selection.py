@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..configuration_encoder_vjepa2_ac import Resolution, as_resolution, frame_shape
 from ..processing_vjepa2_ac import RESIZE_MODES
 from ..recordings.clips import ClipSpec, frame_ticks
 from ..recordings.log import Recording, check_repairs
@@ -32,7 +33,7 @@ class BuildOptions:
 
     Args:
         clip: tick arithmetic.
-        resolution: side of the square frames, even (4:2:0 colour).
+        resolution: side of the frames in pixels, or (height, width), even (4:2:0 colour).
         resize_mode: `crop` or `squash`, as `resize_frames` takes it.
         draw_cursor: paint the mouse cursor into frames with a GUI open.
         skip_repairs: repairs (`REPAIRS`) that are not done.
@@ -47,7 +48,7 @@ class BuildOptions:
     """
 
     clip: ClipSpec = field(default_factory=ClipSpec)
-    resolution: int = 256
+    resolution: Resolution = 256
     resize_mode: str = "crop"
     draw_cursor: bool = False
     skip_repairs: tuple[str, ...] = ()
@@ -57,7 +58,8 @@ class BuildOptions:
     clip_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.resolution < 2 or self.resolution % 2:
+        object.__setattr__(self, "resolution", as_resolution(self.resolution))
+        if any(side % 2 for side in frame_shape(self.resolution)):
             raise ValueError(f"resolution must be a positive even number of pixels, found {self.resolution}")
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, found {self.resize_mode!r}")

@@ -36,8 +36,8 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
         fps: frames per second of clips; `native_fps / fps` must be whole.
         frames_per_clip: frames in a clip, a multiple of `tubelet_size`.
         tubelet_size: frames in a tubelet.
-        resolution: side of the square frames in pixels, even.
-        resize_mode: `crop` (shortest edge, then centre crop) or `squash` (whole frame).
+        resolution: side of the frames in pixels, or (height, width), even.
+        resize_mode: `crop` (scaled to cover that, then centre crop) or `squash` (whole frame).
         clip_stride: ticks between clip starts; None: no frame in two clips.
         split_by: `player` or `session`: no player (or session) is in both splits.
         validation_fraction: share of players (or sessions) for validation, by a stable hash; None: 0.05 where both
@@ -63,7 +63,7 @@ class VPTTubeletsConfig(datasets.BuilderConfig):
     fps: float = 5
     frames_per_clip: int = 16
     tubelet_size: int = 2
-    resolution: int = 256
+    resolution: int | Sequence[int] = 256
     resize_mode: str = "crop"
     clip_stride: int | None = None
     split_by: str = "player"

@@ -56,11 +56,11 @@ class FrameEncoder:
         if num_steps < 1 or spacing < 1:
             raise ValueError(f"num_steps and spacing must be at least 1, found {num_steps} and {spacing}")
         config = model.config
-        crop, size = config.encoder_config.crop_size, config.encoder_config.tubelet_size
-        if processor.resolution != crop or processor.tubelet_size != size:
+        shape, size = config.frame_shape, config.encoder_config.tubelet_size
+        if processor.resolution != config.resolution or processor.tubelet_size != size:
             raise ValueError(
                 f"the processor makes frames of {processor.resolution} pixels and tubelets of "
-                f"{processor.tubelet_size}, the model takes {crop} and {size}"
+                f"{processor.tubelet_size}, the model takes {config.resolution} and {size}"
             )
         self.model, self.processor, self.pooling = model, processor, pooling
         self.is_dict = isinstance(space, spaces.Dict)
@@ -75,14 +75,14 @@ class FrameEncoder:
             )
         self.spacing, self.num_frames = spacing, num_steps * size
         remembered = (self.num_frames - 1) * spacing + 1
-        self.frames_BLCYX = torch.zeros(num_envs, remembered, 3, crop, crop, dtype=torch.uint8)
+        self.frames_BLCYX = torch.zeros(num_envs, remembered, 3, *shape, dtype=torch.uint8)
         self.stills = {key: np.zeros((num_envs, *self._shape(1)), np.float32) for key in still_keys}
         self.space = self._feature_space(space, num_steps)
 
     def _shape(self, steps: int) -> tuple[int, ...]:
         """Of `steps` steps' features."""
         config = self.model.config
-        width, tokens = config.encoder_config.hidden_size, config.grid_size**2
+        width, tokens = config.feature_size, config.num_tokens
         return (steps * width,) if self.pooling == "mean" else (steps, tokens, width)
 
     def _feature_space(self, space: gymnasium.Space, num_steps: int) -> gymnasium.Space:
@@ -94,14 +94,14 @@ class FrameEncoder:
         return spaces.Dict({**kept, "features": features, **stills})
 
     def resize(self, frames: np.ndarray) -> Tensor:
-        """`(B, Y, X, 3)` or `(B, F, Y, X, 3)` as `(B, F, 3, resolution, resolution)`, uint8."""
+        """`(B, Y, X, 3)` or `(B, F, Y, X, 3)` as frames of the model's size, `(B, F, 3, Y, X)`, uint8."""
         frames_BFCYX = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3)
         frames_BFCYX = frames_BFCYX.unsqueeze(1) if frames.ndim == 4 else frames_BFCYX
         resized = resize_frames(frames_BFCYX.flatten(0, 1), self.processor.resolution, self.processor.resize_mode)
         return resized.unflatten(0, frames_BFCYX.shape[:2])
 
     def encode(self, windows_BFCYX: Tensor) -> np.ndarray:
-        """Pooled features, float32, of frames `(B, T * F, 3, resolution, resolution)`."""
+        """Pooled features, float32, of frames `(B, T * F, 3, Y, X)` of the model's size."""
         with torch.no_grad():
             pixels = self.processor.normalize_pixels(windows_BFCYX.to(self.model.device))
             features_BTND = self.model.encode(pixels).float()

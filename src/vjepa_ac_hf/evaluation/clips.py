@@ -41,11 +41,12 @@ class ClipRecords:
 def check_model_and_processor(model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> None:
     """Raise a ValueError where the processor's tensors are not the ones that the model was made for."""
     config, encoder = model.config, model.config.encoder_config
+    size = "encoder_config.crop_size" if config.frame_size is None else "frame_size"
     pairs: list[tuple[str, Any, str, Any]] = [
         ("action_dim", config.action_dim, "number of columns of action_space", len(processor.action_space)),
         ("frames_per_clip", config.frames_per_clip, "frames_per_clip", processor.frames_per_clip),
         ("encoder_config.tubelet_size", encoder.tubelet_size, "tubelet_size", processor.tubelet_size),
-        ("encoder_config.crop_size", encoder.crop_size, "resolution", processor.resolution),
+        (size, config.resolution, "resolution", processor.resolution),
     ]
     if config.action_space is not None:
         pairs.insert(1, ("action_space", config.action_space, "action_space", processor.action_space))

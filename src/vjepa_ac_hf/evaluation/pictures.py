@@ -1,5 +1,6 @@
 """What a few clips' features look like: their first three principal components as colours."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class ClipPictures:
         context_steps: true steps C that the rollouts start from.
         frames: `(T, 3, Y, X)`, uint8, first frame of each tubelet.
         captions: `(T,)`, at step t the action that led to it.
-        maps: by name of the row, `(steps, grid, grid, 3)` colours in [0, 1]: of all T steps, or of the last steps.
+        maps: by name of the row, `(steps, rows, columns, 3)` colours in [0, 1]: of all T steps, or of the last steps.
     """
 
     title: str
@@ -35,9 +36,11 @@ class FeatureColours:
 
     Args:
         features: `(..., D)`, D at least 3: the features that the components and percentiles are fitted on.
+        grid: rows and columns of tokens; None: as many rows as columns.
     """
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, grid: tuple[int, int] | None = None):
+        self.grid = grid
         rows = features.reshape(-1, features.shape[-1]).double()
         if rows.shape[-1] < 3:
             raise ValueError(f"three principal components need features of width 3 or more, found {rows.shape[-1]}")
@@ -52,10 +55,10 @@ class FeatureColours:
         self.low, self.range = limits[0], (limits[1] - limits[0]).clamp(min=1e-12)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """`(steps, N, D)` -> `(steps, grid, grid, 3)` in [0, 1], float32."""
-        grid = round(features.shape[1] ** 0.5)
+        """`(steps, N, D)` -> `(steps, rows, columns, 3)` in [0, 1], float32."""
+        grid = self.grid or (math.isqrt(features.shape[1]),) * 2
         scores = (features.double() - self.mean) @ self.components
-        return ((scores - self.low) / self.range).clamp(0, 1).float().unflatten(1, (grid, grid))
+        return ((scores - self.low) / self.range).clamp(0, 1).float().unflatten(1, grid)
 
 
 def _thin(scores: Tensor, limit: int = 1_000_000) -> Tensor:
@@ -113,7 +116,7 @@ def picture_clips(
         )
         rows[name] = rollout.cpu()
     rows["persistence"] = targets[:, context_steps - 1 : context_steps].expand(-1, horizon, -1, -1)
-    colours = FeatureColours(targets)
+    colours = FeatureColours(targets, model.config.grid)
     return [
         ClipPictures(
             title=f"{names[clip]}, other actions from {names[other]}",

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
@@ -200,6 +201,7 @@ class RunDescription:
             template_path=str(self.template),
             model_name=model_name,
             run=self,
+            is_v21=EncoderFields.of(self.config.encoder_config).is_v21,
             step=step,
             weights=weights,
             max_steps=arguments["max_steps"],

@@ -117,7 +117,7 @@ class Labeller:
         """The actions between tubelets.
 
         Args:
-            frames: uint8 `(B, frames, 3, resolution, resolution)`.
+            frames: uint8 `(B, frames, 3, height, width)`.
 
         Returns:
             actions: float64 `(B, T-1, 38)`, raw, without the slot (`choose_slot`). A mouse or view column that the
@@ -184,7 +184,7 @@ class Labeller:
 def _check_pair(name: str, config: VJEPA2ACInverseDynamicsConfig, processor: VJEPA2ACProcessor) -> None:
     encoder = config.encoder_config
     for field, of_head, of_processor in (
-        ("resolution", encoder.crop_size, processor.resolution),
+        ("resolution", config.resolution, processor.resolution),
         ("tubelet_size", encoder.tubelet_size, processor.tubelet_size),
         ("frames_per_clip", config.frames_per_clip, processor.frames_per_clip),
         ("action_space", config.action_space, processor.action_space),

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from ..configuration_encoder_vjepa2_ac import Resolution
 from ..processing_vjepa2_ac import resize_frames
 from ..recordings.clips import ClipSpec
 from ..recordings.video import VideoReader
@@ -61,7 +62,7 @@ def read_windows(
     reader: VideoReader,
     windows: Sequence[Window],
     spec: ClipSpec,
-    resolution: int,
+    resolution: Resolution,
     resize_mode: str,
     batch_size: int,
 ) -> Iterator[tuple[list[Window], Tensor]]:
@@ -73,12 +74,12 @@ def read_windows(
         reader: the video.
         windows: in the order of their starts.
         spec: the clips' arithmetic.
-        resolution: edge of the small frames in pixels.
+        resolution: side of the small frames in pixels, or (height, width).
         resize_mode: see `resize_frames`.
         batch_size: windows a batch.
 
     Yields:
-        Windows of one length, and their frames, uint8 `(windows, frames, 3, resolution, resolution)`.
+        Windows of one length, and their frames, uint8 `(windows, frames, 3, height, width)`.
     """
     ticks = {window: _ticks(window, spec) for window in windows}
     waiting = deque(sorted({tick for of_window in ticks.values() for tick in of_window}))

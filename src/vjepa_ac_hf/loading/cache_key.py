@@ -57,6 +57,8 @@ def cache_key(
         "dtype": dtype,
         "clips_per_chunk": clips_per_chunk,
     }
+    if config.hierarchical_features:  # only then, so that caches made before there was the field stay valid
+        key["hierarchical_features"] = True
     return json.loads(json.dumps(key))  # as it will be read: tuples are lists
 
 

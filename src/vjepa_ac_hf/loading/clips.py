@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, ActionStatistics
+from ..configuration_encoder_vjepa2_ac import show_resolution
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..recordings.names import missing_columns
 from .quantization import restore_features
@@ -142,10 +143,12 @@ def check_clips(clips: Dataset | ParquetClips | ClipRows, processor: VJEPA2ACPro
             )
     first = _first(clips, name)
     frames = decode_clip(first["video"], f"{name}, {clip_name(first)}", processor.frames_per_clip, processor.fps)
-    if min(frames.shape[-2:]) < processor.resolution:
+    height, width = processor.frame_shape
+    if frames.shape[-2] < height or frames.shape[-1] < width:
+        wanted = show_resolution(processor.resolution)
         raise ValueError(
             f"{name}: clips are {frames.shape[-1]} x {frames.shape[-2]} pixels, smaller than the model's "
-            f"{processor.resolution}; build the data set with --resolution {processor.resolution}"
+            f"{wanted if height == width else f'{width} x {height}'}; build the data set with --resolution {wanted}"
         )
 
 

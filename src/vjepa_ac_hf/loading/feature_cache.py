@@ -91,7 +91,7 @@ def cache_features(
     key = cache_key(model, processor, clips, dtype, accelerator.mixed_precision, clips_per_chunk)
     config = model.config
     steps = config.frames_per_clip // config.encoder_config.tubelet_size
-    shape = (steps, config.grid_size**2, config.encoder_config.hidden_size)
+    shape = (steps, config.num_tokens, config.feature_size)
     cache = _Cache(folder, clips, key, shape, accelerator)
     cache.claim_folder()
     cache.check_chunks()

@@ -143,8 +143,10 @@ def check_planning(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, space: Se
     ticks_per_step(processor)
 
 
-def encode_frames(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, frames: Any, name: str) -> Tensor:
-    """Features `(steps, N, D)` of uint8 frames, tubelet by tubelet.
+def encode_frames(
+    model: VJEPA2ACModel, processor: VJEPA2ACProcessor, frames: Any, name: str, *, as_pictures: bool = False
+) -> Tensor:
+    """Features `(steps, N, D)` of uint8 frames, tubelet by tubelet, or with `as_pictures` frame by frame.
 
     Raises:
         ValueError: frames of another type, or smaller than the model's, a model that encodes whole clips.
@@ -155,17 +157,16 @@ def encode_frames(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, frames: An
         )
     shape = tuple(getattr(frames, "shape", ()))
     size = shape[-2:] if len(shape) == 4 and shape[1] == 3 else shape[1:3]
-    if len(shape) != 4 or min(size) < processor.resolution:
+    height, width = processor.frame_shape
+    if len(shape) != 4 or size[0] < height or size[1] < width:
         raise ValueError(
-            f"{name} must be uint8 (frames, 3, height, width) of at least {processor.resolution} x "
-            f"{processor.resolution} pixels, found {shape}"
+            f"{name} must be uint8 (frames, 3, height, width) of at least {height} x {width} pixels, found {shape}"
         )
-    if len(frames) == 0 or len(frames) % processor.tubelet_size:
-        raise ValueError(
-            f"{name} must be a multiple of tubelet_size {processor.tubelet_size} frames, found {len(frames)}"
-        )
-    pixels = processor.normalize_pixels(processor.prepare_frames([frames]).to(model.device))
-    return model.encode(pixels)[0]
+    per_step = 1 if as_pictures else processor.tubelet_size
+    if len(frames) == 0 or len(frames) % per_step:
+        raise ValueError(f"{name} must be a multiple of tubelet_size {per_step} frames, found {len(frames)}")
+    pixels = processor.normalize_pixels(processor.resize(frames)[None].to(model.device))
+    return (model.encode(pixels, as_pictures=True) if as_pictures else model.encode(pixels))[0]
 
 
 def encode_context(
@@ -199,7 +200,7 @@ def encode_context(
         raise ValueError("give either frames or features of the context, and not both")
     if features is None:
         features = encode_frames(model, processor, frames, "context frames")
-    tokens, width = model.config.grid_size**2, model.config.encoder_config.hidden_size
+    tokens, width = model.config.num_tokens, model.config.feature_size
     if features.ndim != 3 or tuple(features.shape[1:]) != (tokens, width) or len(features) == 0:
         raise ValueError(f"context features must be (steps, {tokens}, {width}), found {tuple(features.shape)}")
     steps = len(features)
@@ -238,7 +239,7 @@ def next_slot(actions: Tensor) -> int | None:
     return (keys or slots or [None])[-1]
 
 
-def encode_goal(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, goal: Any) -> Tensor:
+def encode_goal(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, goal: Any, *, as_pictures: bool = False) -> Tensor:
     """A goal's features, `(N, D)`, or `(G, N, D)` for a goal of every step.
 
     Args:
@@ -246,16 +247,21 @@ def encode_goal(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, goal: Any) -
         processor: its processor.
         goal: features `(N, D)` or `(G, N, D)` of `model.encode`; or uint8 frames: one, `(3, Y, X)` or `(Y, X, 3)`,
             which is repeated to a tubelet, or `(G * tubelet_size, 3, Y, X)`.
+        as_pictures: every frame, or the one, goes by the image path of a V-JEPA 2.1 encoder instead: `(G, 3, Y, X)`.
+            Its features differ from a tubelet's, which are what a predictor predicts (docs/model.md, "A picture").
 
     Raises:
-        ValueError: another geometry than the model's; the message has both.
+        ValueError: another geometry than the model's; the message has both; pictures for an encoder without.
     """
     goal = torch.as_tensor(goal)
+    if as_pictures and goal.is_floating_point():
+        raise ValueError(f"as_pictures needs a goal of frames, found features {tuple(goal.shape)}")
     if not goal.is_floating_point():
-        frames = goal[None].expand(processor.tubelet_size, -1, -1, -1) if goal.ndim == 3 else goal
-        features = encode_frames(model, processor, frames, "goal frames")
+        repeats = 1 if as_pictures else processor.tubelet_size
+        frames = goal[None].expand(repeats, -1, -1, -1) if goal.ndim == 3 else goal
+        features = encode_frames(model, processor, frames, "goal frames", as_pictures=as_pictures)
         return features[0] if len(features) == 1 else features
-    expected = (model.config.grid_size**2, model.config.encoder_config.hidden_size)
+    expected = (model.config.num_tokens, model.config.feature_size)
     if goal.ndim not in (2, 3) or tuple(goal.shape[-2:]) != expected:
         raise ValueError(
             f"goal features must be {expected} or (steps, {expected[0]}, {expected[1]}) as the model's are, found "
@@ -359,6 +365,7 @@ def plan(
     space: SearchSpace | None = None,
     method: CEM | MPPI | None = None,
     goal_steps: str | None = None,
+    goal_as_pictures: bool = False,
     discount: float = 1.0,
     warm_start: Plan | None = None,
     shift: int = 1,
@@ -377,6 +384,7 @@ def plan(
         space: what is searched; None: all of the processor's action space, with default bounds.
         method: `CEM()` (the default) or `MPPI()`.
         goal_steps: `GoalCost`'s `steps`.
+        goal_as_pictures: `encode_goal`'s `as_pictures`.
         discount: `GoalCost`'s.
         warm_start: an earlier plan to start from, of the same search space.
         shift: how many of its steps are done.
@@ -392,7 +400,8 @@ def plan(
     if callable(goal) and not isinstance(goal, Tensor):
         cost = goal
     else:
-        cost = GoalCost(encode_goal(model, processor, goal), steps=goal_steps, discount=discount)
+        features = encode_goal(model, processor, goal, as_pictures=goal_as_pictures)
+        cost = GoalCost(features, steps=goal_steps, discount=discount)
         if cost.goal.ndim == 3 and len(cost.goal) != horizon:
             raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
     imagination = Imagination(model, processor, context, max_batch_tokens=max_batch_tokens)

@@ -92,10 +92,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model_config", default="vitl16", help="tiny, vitl16, vitg16, or a JSON file or saved model with the sizes"
+        "--model_config",
+        default="vitl16",
+        help="tiny, vitl16, vitb16-v21, ..., or a JSON file or saved model",
     )
     model.add_argument(
-        "--encoder", help="pretrained V-JEPA 2: repository or folder; 'random' for none; default: by --model_config"
+        "--encoder",
+        help="pretrained V-JEPA 2 or 2.1: repository or folder, or 'random'; default: by --model_config",
+    )
+    model.add_argument(
+        "--frame_size",
+        help="side of the frames in pixels, or HEIGHT,WIDTH; default: --model_config's, else the encoder's",
+    )
+    model.add_argument(
+        "--init_predictor", type=Path, help="folder of a saved model: its blocks and frame projections to start from"
     )
     model.add_argument("--auto_steps", type=int, help="steps of the rollout loss; default: the configuration's")
     model.add_argument("--loss_type", choices=("mse", "l1"), help="default: the configuration's")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..records import versions, write_json
@@ -26,7 +27,8 @@ from .optimization import check_schedule
 def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | None = None) -> str:
     """One training step on the meta device (shapes alone: no data, no memory, no weights), then the estimates.
 
-    The step has two layers of encoder and predictor, since all layers are alike; what is counted has them all.
+    The step has two layers of predictor and encoder (of this as many as it taps), since all layers are alike; what is
+    counted has them all.
 
     Args:
         arguments: the run's.
@@ -50,7 +52,11 @@ def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> None:
     batch, config = arguments.per_device_batch_size, copy.deepcopy(config)
     assert config.action_dim is not None
     config.pred_num_hidden_layers = min(config.pred_num_hidden_layers, 2)
-    config.encoder_config.num_hidden_layers = min(config.encoder_config.num_hidden_layers, 2)
+    encoder = config.encoder_config
+    taps = EncoderFields.of(encoder).hierarchical_layers
+    encoder.num_hidden_layers = min(encoder.num_hidden_layers, 2 if taps is None else len(taps))
+    if taps is not None:
+        encoder.hierarchical_layers = list(range(len(taps)))
     with torch.device("meta"):
         model = VJEPA2ACModel(config)
         inputs = {
@@ -58,11 +64,10 @@ def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> None:
             "states": torch.empty(batch, config.num_steps, config.state_dim),
         }
         if arguments.cache_features:
-            shape = (batch, config.num_steps, config.grid_size**2, config.encoder_config.hidden_size)
+            shape = (batch, config.num_steps, config.num_tokens, config.feature_size)
             inputs["features"] = torch.empty(shape)
         else:
-            edge = config.encoder_config.crop_size
-            inputs["pixel_values_videos"] = torch.empty(batch, config.frames_per_clip, 3, edge, edge)
+            inputs["pixel_values_videos"] = torch.empty(batch, config.frames_per_clip, 3, *config.frame_shape)
     model.train()
     model(**inputs).loss.backward()
     missing = [name for name, p in model.predictor.named_parameters() if p.grad is None]

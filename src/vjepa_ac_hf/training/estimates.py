@@ -63,7 +63,7 @@ class StepFlops:
 def encoder_flops(config: VJEPA2ACConfig, batch_size: int) -> int:
     """Operations of encoding `batch_size` clips."""
     encoder = config.encoder_config
-    tokens, width = config.grid_size**2, encoder.hidden_size
+    tokens, width = config.num_tokens, encoder.hidden_size
     inner = int(width * encoder.mlp_ratio)
     sequence = tokens if config.encoding == "tubelet" else tokens * config.num_steps
     patch = encoder.in_chans * encoder.tubelet_size * encoder.patch_size**2
@@ -76,7 +76,7 @@ def predictor_flops(config: VJEPA2ACConfig, batch_size: int, auto_steps: int | N
     """Operations of the predictor on `batch_size` clips: forward, backward, and what checkpointing computes again."""
     assert config.action_dim is not None
     auto_steps = config.auto_steps if auto_steps is None else auto_steps
-    frames, width, feature_width = config.grid_size**2, config.pred_hidden_size, config.encoder_config.hidden_size
+    frames, width, feature_width = config.num_tokens, config.pred_hidden_size, config.feature_size
     tokens, inner = frames + CONDITIONING_TOKENS, int(width * config.pred_mlp_ratio)
     forward = backward = again = 0
     # Step t of teacher forcing attends to t + 1 steps; so does step t of the rollout, over cached keys and values.
@@ -112,12 +112,12 @@ def step_flops(
 def predictor_tokens(config: VJEPA2ACConfig, batch_size: int) -> int:
     """Tokens that go through the predictor: action, state and frames of every step of teacher forcing and rollout."""
     steps = config.num_steps - 1 + config.auto_steps - 1
-    return batch_size * steps * (config.grid_size**2 + CONDITIONING_TOKENS)
+    return batch_size * steps * (config.num_tokens + CONDITIONING_TOKENS)
 
 
 def encoder_tokens(config: VJEPA2ACConfig, batch_size: int) -> int:
     """Tokens that go through the encoder."""
-    return batch_size * config.num_steps * config.grid_size**2
+    return batch_size * config.num_steps * config.num_tokens
 
 
 # ------------------------------------------------------------------------------------------------- memory
@@ -166,7 +166,7 @@ def _kept_by_layers(
 ) -> float:
     """Bytes that all layers keep for the backward pass."""
     width, per_layer = config.pred_hidden_size, layer_activations(config, number, norm_number)
-    tokens = batch_size * (config.grid_size**2 + CONDITIONING_TOKENS)  # of one step
+    tokens = batch_size * (config.num_tokens + CONDITIONING_TOKENS)  # of one step
     # Checkpointed, a layer keeps its input; of keys and values, those of step 0 live on where the rollout needs them.
     total = (config.num_steps - 1) * tokens * (number * width if checkpointed else per_layer)
     if checkpointed and config.auto_steps > 1:
@@ -198,7 +198,7 @@ def step_memory(
     encoder = config.encoder_config
     number = 2 if bf16 else 4
     norm_number = 2 if bf16 and device == "cpu" else 4
-    frames, width, feature_width = config.grid_size**2, config.pred_hidden_size, encoder.hidden_size
+    frames, width, feature_width = config.num_tokens, config.pred_hidden_size, config.feature_size
     frame_tokens = encoder_tokens(config, batch_size)
     predicted_tokens = predictor_tokens(config, batch_size) // (frames + CONDITIONING_TOKENS) * frames
 
@@ -211,9 +211,10 @@ def step_memory(
     features = frame_tokens * norm_number * feature_width
     pixels = 0.0
     if not cached_features:
-        pixels = 4.0 * batch_size * config.frames_per_clip * encoder.in_chans * encoder.crop_size**2
-        inner = int(feature_width * encoder.mlp_ratio)
-        encoding = frame_tokens * (number * (3 * feature_width + 2 * inner) + norm_number * feature_width)
+        height, across = config.frame_shape
+        pixels = 4.0 * batch_size * config.frames_per_clip * encoder.in_chans * height * across
+        encoder_width, inner = encoder.hidden_size, int(encoder.hidden_size * encoder.mlp_ratio)
+        encoding = frame_tokens * (number * (3 * encoder_width + 2 * inner) + norm_number * encoder_width)
         working = max(working, encoding - layers)  # the encoder has finished before the layers keep anything
     weights = 4.0 * (encoder_parameters + predictor_parameters) + (2.0 * predictor_parameters if bf16 else 0.0)
     return Memory(

@@ -1,35 +1,57 @@
-"""Sizes of models by name, for `--model_config`."""
+"""What a new model starts from: sizes by name (`--model_config`), encoder, predictor (`--init_predictor`)."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from safetensors import safe_open
+from torch import Tensor
 
 from ..actions_vjepa2_ac import resolve_action_space
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..convert_vjepa2_ac_to_hf import RELEASED
+from ..modeling_vjepa2_ac import VJEPA2ACModel
 
 # "vitl16": V-JEPA 2's ViT-L/16 at 256 pixels with the V-JEPA 2-AC predictor (24 layers, width 1024, 16 heads).
 # "vitg16": V-JEPA 2's ViT-g/16 with the same predictor, as V-JEPA 2-AC has it (arXiv 2506.09985, section 3);
 # sizes as in transformers' conversion of the official weights (facebook/vjepa2-vitg-fpc64-256).
 # "tiny": trains in minutes on two CPU cores; chosen by the experiments in docs/LOG.md. "tiny-32px" has the same 4 x 4
 # tokens over fewer pixels, "tiny-fine" 8 x 8 tokens.
+# "vitb16-v21" to "vitG16-v21": the encoders of V-JEPA 2.1 (384 pixels), with the same predictor.
+_V21_FILES = {
+    "vitb16-v21": "vjepa2_1_vitb_dist_vitG_384",
+    "vitl16-v21": "vjepa2_1_vitl_dist_vitG_384",
+    "vitg16-v21": "vjepa2_1_vitg_384",
+    "vitG16-v21": "vjepa2_1_vitG_384",
+}
 _TINY_ENCODER = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "frames_per_clip": 16}
 _TINY_PREDICTOR = {"pred_hidden_size": 128, "pred_num_hidden_layers": 3, "pred_num_attention_heads": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "vitl16": {},
-    "vitg16": {
-        "encoder_config": {
-            "hidden_size": 1408,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 22,
-            "mlp_ratio": 48 / 11,
-        },
-    },
+    "vitg16": {"encoder_config": RELEASED["vitg"].encoder_fields()},
+    **{name: {"encoder_config": RELEASED[file].encoder_fields()} for name, file in _V21_FILES.items()},
     "tiny": {"encoder_config": {"crop_size": 64, "patch_size": 16, **_TINY_ENCODER}, **_TINY_PREDICTOR},
     "tiny-32px": {"encoder_config": {"crop_size": 32, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
     "tiny-fine": {"encoder_config": {"crop_size": 64, "patch_size": 8, **_TINY_ENCODER}, **_TINY_PREDICTOR},
 }
 
-DEFAULT_ENCODERS = {"vitl16": "facebook/vjepa2-vitl-fpc64-256", "vitg16": "facebook/vjepa2-vitg-fpc64-256"}
+# Those of V-JEPA 2.1 are in no repository that transformers reads: folders that the converter has left.
+DEFAULT_ENCODERS = {
+    "vitl16": "facebook/vjepa2-vitl-fpc64-256",
+    "vitg16": "facebook/vjepa2-vitg-fpc64-256",
+    **{name: f"encoders/{file}" for name, file in _V21_FILES.items()},
+}
+
+
+def check_encoder(encoder: str) -> None:
+    """Raise a ValueError where an encoder is a folder by default and that folder is not there, with how to make it."""
+    file = Path(encoder).name
+    if encoder.startswith("encoders/") and file in _V21_FILES.values() and not Path(encoder).is_dir():
+        raise ValueError(
+            f"--encoder {encoder}: no such folder. Get https://dl.fbaipublicfiles.com/vjepa2/{file}.pt and convert it: "
+            f"python -m vjepa_ac_hf.convert_vjepa2_ac_to_hf --checkpoint {file}.pt --output {encoder}; or name "
+            "another folder, or 'random' for random weights"
+        )
 
 
 def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
@@ -68,3 +90,44 @@ def _check_action_space(path: Path, values: dict[str, Any], wanted: str | list[s
             f"--action_space has {len(wanted)} columns, the model of {path} has {len(found)} (differing: "
             f"{', '.join(differing)}): leave out --action_space, or take another --model_config"
         )
+
+
+# What a robot's actions and states are embedded by says nothing about other actions and states.
+_NEW = ("action_embed.", "state_embed.")
+_SAME = (
+    *("pred_hidden_size", "pred_num_hidden_layers", "pred_num_attention_heads", "pred_mlp_ratio", "layer_norm_eps"),
+    *("feature_size", "grid", "normalize_features"),
+)
+
+
+def check_initial_predictor(config: VJEPA2ACConfig, folder: Path) -> None:
+    """Raise a ValueError where a saved model's predictor does not fit a configuration, before any weights are read."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--init_predictor {folder}: lacks config.json; expected a folder with a saved VJEPA2ACModel")
+    saved = VJEPA2ACConfig.from_pretrained(folder)
+    for name in _SAME:
+        found, wanted = getattr(saved, name), getattr(config, name)
+        if found != wanted:
+            raise ValueError(f"--init_predictor {folder}: its {name} is {found}, the model's is {wanted}")
+
+
+def init_predictor(model: VJEPA2ACModel, folder: Path) -> None:
+    """Give a new model the blocks, norms and frame projections of a saved one; its action and state layers stay new.
+
+    Raises:
+        ValueError: another geometry (`check_initial_predictor`), or weights that are missing.
+    """
+    check_initial_predictor(cast(VJEPA2ACConfig, model.config), folder)
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = [n for n in tensors.keys() if n.startswith("predictor.")]  # noqa: SIM118 (not a dict)
+            found |= {n.removeprefix("predictor."): tensors.get_tensor(n) for n in names}
+    wanted = [n for n in model.predictor.state_dict() if not n.startswith(_NEW)]
+    missing = [n for n in wanted if n not in found]
+    if missing:
+        raise ValueError(
+            f"--init_predictor {folder}: {len(missing)} of {len(wanted)} weights are missing, such "
+            f"as predictor.{missing[0]}"
+        )
+    model.predictor.load_state_dict({n: found[n] for n in wanted}, strict=False)

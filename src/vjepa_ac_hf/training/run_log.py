@@ -2,9 +2,11 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..records import write_file, write_json
 
 # Arguments that may differ between a run and its continuation: they do not change what is computed in a step, but for
@@ -58,12 +60,14 @@ def jsonable(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to continue a run with other arguments.
+    """Refuse to continue a run with other arguments; a field that the model had not yet then counts as its default.
 
     Raises:
         ValueError: the fields that differ, with both values.
     """
     saved, current = _flat(saved), _flat(current)
+    added = {f"model.{f.name}": f.default for f in fields(VJEPA2ACConfig)}
+    saved |= {k: added[k] for k in added.keys() & current.keys() - saved.keys()}
     differing = sorted(
         k for k in saved.keys() | current.keys() if k not in FREE_ARGUMENTS and saved.get(k) != current.get(k)
     )
