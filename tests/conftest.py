@@ -31,3 +31,20 @@ def train_here(train_program, monkeypatch):
 
     main.program = train_program
     return main
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def device(request):
+    """Each test that takes it runs on the CPU, and on a GPU where there is one; float32 is float32 on both."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # matrix products have it off
+    yield request.param
+    torch.backends.cudnn.allow_tf32 = before
+
+
+# For tests whose run on the CPU takes long and shows little that others do not.
+SLOW_ON_THE_CPU = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=ON_A_GPU)], indirect=True
+)
