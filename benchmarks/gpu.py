@@ -23,6 +23,7 @@ cannot do.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -223,13 +224,13 @@ def memory(bench: Bench) -> None:
 
 def step_peak(bench: Bench, batch: int, checkpointed: bool) -> tuple[int, float]:
     """Bytes: the peak of two training steps (on a CPU that of the process), and the dry run's estimate."""
+    gc.collect()  # of the step before
     model = bench.model().train()
     if checkpointed:
         model.activation_checkpointing_enable()
     inputs = training_inputs(bench, model, batch)
     step = training_step(bench, model.predictor, lambda: model(**inputs).loss)
     if bench.device != "cpu":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         step()
@@ -513,6 +514,7 @@ def main() -> None:
     if arguments.only:
         only(arguments)
         return
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),

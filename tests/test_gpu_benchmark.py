@@ -14,7 +14,7 @@ COMPILED = ("graphs", "compiled")  # take a quarter of a minute on a CPU
 FLAGS = ("--device", "cpu", "--tiny")
 # What a machine without these packages sees.
 WITHOUT_PACKAGES = """
-import runpy, sys
+import os, runpy, sys
 from importlib.machinery import PathFinder
 
 class Finder:
@@ -27,6 +27,7 @@ class Finder:
 
 sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
