@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -86,7 +85,8 @@ def built(packed):
 def test_messages_have_lines_of_their_own_beside_the_progress_bar(packed, tmp_path, num_proc):
     options = ("--output", tmp_path / "built", "--resolution", 32, "--num_proc", num_proc)
     code, _, err = run_process("build_vpt_tubelets.py", "--shards", packed[0] / "out/*.tar", *options)
-    assert code == 0 and "recording/s" in err and "WARNING no validation split: 0.05 of 4 sessions" in err, err
+    assert code == 0 and "recording/s" in err and "WARNING no validation split: 0.05 of 4 players" in err, err
+    assert "validation has" not in err  # said once
     before, after = err.split(f"WARNING rejected {name_of('s3', 1)}")
     assert before[-1] in "\r\n" and "recording/s" not in after.split("\n")[0]
 
@@ -183,16 +183,25 @@ def test_results_beside_the_data(packed, built):
     assert re.search(r"too short \| 1 \|", card)
 
 
+def interrupt_after_the_first_task():
+    """In a forked build: Ctrl-C as soon as a task's marker is there."""
+    replace = os.replace
+
+    def replace_and_interrupt(source, target):
+        replace(source, target)
+        if Path(target).name.startswith("task-"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    os.replace = replace_and_interrupt
+
+
 def test_stopped_build_goes_on_where_it_was(packed, built, tmp_path):
     folder, _ = packed
     output = tmp_path / "built"
     options = ("--shards", folder / "out/*.tar", "--output", output, "--resolution", 32)
     options += ("--validation_players", "silly-s1")
-    process = fork_build(options)
-    while not list(output.glob(".build/task-*.json")):
-        time.sleep(0.0005)
-    os.kill(process, signal.SIGINT)
-    assert status_of(process) == 130
+    assert status_of(fork_build(options, interrupt_after_the_first_task)) == 130
+    assert len(list(output.glob(".build/task-*.json"))) == 1
     finished = {marker: marker.stat().st_mtime_ns for marker in output.glob(".build/task-*.json")}
     (output / ".build/train-left-over.parquet.tmp").write_bytes(b"x")
     code, out, err = run("build_vpt_tubelets.py", *options)

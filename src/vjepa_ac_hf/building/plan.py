@@ -120,13 +120,13 @@ def make_plan(
     # As a process that reads the plan sees them: 20 frames per second and 20.0 are one.
     options = msgspec.json.decode(msgspec.json.encode(options), type=BuildOptions)
     selection = msgspec.json.decode(msgspec.json.encode(selection), type=Selection)
-    recordings = (entry.recording_id for shard in shards for entry in shard.entries)
+    recordings = [entry.recording_id for shard in shards for entry in shard.entries]
     validation = validation_recordings(recordings, split)
     if not validation and split.validation_fraction is None and not split.asks_for_validation:
         logger.warning(
-            "no validation split: %g of the %ss leaves one split empty, so all are for training; give "
+            "no validation split: %g of %d %ss leaves one split empty, so all are for training; give "
             "--validation_fraction or --validation_players for another choice, 0 for this one",
-            *(split.wanted_share, split.split_by),
+            *(split.wanted_share, len({split.unit_of(recording) for recording in recordings}), split.split_by),
         )
     tasks = plan_tasks(shards, stamps, validation, options)
     if not tasks:

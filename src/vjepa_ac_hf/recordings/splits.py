@@ -56,6 +56,11 @@ class SplitOptions:
                 raise ValueError(f"{name} leaves the validation split empty: no name given")
 
     @property
+    def unit_of(self) -> Callable[[str], str]:
+        """From a recording's id to what stays in one split as a whole."""
+        return _UNIT_OF[self.split_by]
+
+    @property
     def asks_for_validation(self) -> bool:
         named = self.validation_players is not None or self.validation_sessions is not None
         return named or bool(self.validation_fraction)
@@ -181,7 +186,14 @@ def split_facts(options: SplitOptions, splits: Mapping[str, Mapping[str, int]], 
     totals = {name: sum(part[name] for part in splits.values()) for part in splits.values() for name in part}
     reached = {name: splits.get("validation", {}).get(name, 0) / total for name, total in totals.items() if total}
     wanted, warning = options.wanted_share, None
-    if wanted and what in reached and not wanted / FAR_FACTOR <= reached[what] <= wanted * FAR_FACTOR:
+    # Without an option, few players give no validation split: that is said where recordings are split.
+    by_default = options.validation_fraction is None and reached.get(what) == 0
+    if (
+        wanted
+        and what in reached
+        and not by_default
+        and not wanted / FAR_FACTOR <= reached[what] <= wanted * FAR_FACTOR
+    ):
         warning = (
             f"validation has {reached[what]:.1%} of the {what}, {wanted:.1%} were wanted: {options.split_by}s are "
             "chosen whole, and differ in how much they played; choose another validation_fraction, or name some with "
