@@ -373,9 +373,7 @@ def test_features_that_are_not_finite_are_refused(folder, tmp_path):
     model = make_model()
     with torch.no_grad():
         next(model.encoder.parameters()).fill_(math.nan)
-    with pytest.raises(
-        FloatingPointError, match="not finite. Clips: toy-0000-00000000beef-20260101-000000@0, toy-0000"
-    ):
+    with pytest.raises(FloatingPointError, match="not finite. Clips: toy-0000-00000000beef-20260101-000000@0, toy-"):
         build(folder, tmp_path / "cache", model=model, dtype="int8")
     assert chunk_files(tmp_path / "cache") == {}
 
