@@ -22,7 +22,7 @@ import torch
 from helpers_training import assert_same_weights, command, metrics, write_workspace
 from train_forks import TrainForks
 
-from vjepa_ac_hf.training import checkpoints
+from vjepa_ac_hf.training import checkpoints, loop
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps, get_random_state, set_random_state
 from vjepa_ac_hf.training.health import SPEED
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, LoaderTimeout, StopSignals
@@ -252,9 +252,13 @@ def test_what_is_not_continued_from_is_never_taken_later(undisturbed, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(undisturbed[0] / "checkpoints", folder)
     steps = sorted(checkpoint_steps(folder))
-    assert checkpoints.find_checkpoint(folder, str(folder / f"step-{steps[0]:08d}")) == folder / f"step-{steps[0]:08d}"
+    first = folder / f"step-{steps[0]:08d}"
+    assert checkpoints.find_checkpoint(folder, str(first)) == first
+    assert sorted(checkpoint_steps(folder)) == steps  # nothing is touched before it is known that the run may go on
+    checkpoints.set_aside_newer(folder, first, str(first))
     assert sorted(checkpoint_steps(folder)) == steps[:1]
     assert checkpoints.find_checkpoint(folder, "never") is None
+    checkpoints.set_aside_newer(folder, None, "never")
     assert not checkpoint_steps(folder) and len(list(folder.glob("superseded-*"))) == len(steps)
 
 
@@ -273,7 +277,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before_it(
     workspace, train_here, undisturbed, tmp_path, monkeypatch
 ):
     steps = 0
-    train_step = train_here.program.train_step
+    train_step = loop.train_step
 
     def poisoned(run, batches):
         nonlocal steps
@@ -286,7 +290,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before_it(
             return train_step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_here.program, "train_step", poisoned)
+        patch.setattr(loop, "train_step", poisoned)
         with pytest.raises(FloatingPointError, match=r"loss nan.* in step 6: .*Clips of this process.*toy-"):
             train_here(command(workspace, tmp_path, *FLAGS))
     state = json.loads((tmp_path / "checkpoints" / "step-00000005" / "trainer_state.json").read_text())

@@ -14,10 +14,12 @@ from ..modeling_vjepa2_ac import VJEPA2ACModel
 from .checkpoints import checkpoint_steps
 from .estimates import step_memory
 from .optimization import check_schedule
+from .presets import PRESETS
 
 
 def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Refuse what cannot end well: the schedule, the precision on this device, the output folder.
+    """Refuse what cannot end well: the schedule, the precision on this device, the output folder, also where the model
+    is read from it.
 
     Raises:
         ValueError: naming the flag, what was found and what was expected.
@@ -31,6 +33,22 @@ def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None
                 "bfloat16 needs 8.0 (Ampere) or newer: use --mixed_precision no"
             )
     _check_output(arguments.output_dir)
+    _check_inputs(arguments)
+
+
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    """What a run leaves has the names of what it reads: config.json, model.safetensors, README.md."""
+    for name in ("model", "encoder", "model_config", "init_predictor", "dataset"):
+        value = getattr(arguments, name, None)
+        if value is None or value in PRESETS or value == "random":
+            continue
+        source = Path(value)
+        folder = source.parent if source.name == "config.json" else source
+        if folder.exists() and folder.resolve() == arguments.output_dir.resolve():
+            raise ValueError(
+                f"--output_dir {arguments.output_dir}: is the folder of --{name} {value}, which would be overwritten: "
+                "choose another folder"
+            )
 
 
 def _check_output(folder: Path) -> None:
