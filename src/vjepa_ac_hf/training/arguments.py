@@ -36,7 +36,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if text else "default: %(default)s"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Of several processes the first one speaks."""
         if int(os.environ.get("RANK", 0)) == 0:
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """All flags of `examples/train.py`, in groups."""
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
         description=description,
         formatter_class=_Formatter,
@@ -231,7 +231,7 @@ def parse_arguments(
         if getattr(arguments, name) is None:
             setattr(arguments, name, arguments.max_steps // 20)
     try:
-        _fill_in_batch(arguments, number_of_processes(arguments))
+        fill_in_batch(arguments, number_of_processes(arguments))
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -239,9 +239,10 @@ def parse_arguments(
 
 def number_of_processes(arguments: argparse.Namespace) -> int:
     """Those that the launcher has started; for a dry run `--devices`, or those of `--hardware`, as in `h100x8`."""
-    if arguments.dry_run and arguments.devices:
+    dry_run = getattr(arguments, "dry_run", False)
+    if dry_run and arguments.devices:
         return arguments.devices
-    if arguments.dry_run and arguments.hardware and (count := arguments.hardware.rpartition("x")[2]).isdigit():
+    if dry_run and arguments.hardware and (count := arguments.hardware.rpartition("x")[2]).isdigit():
         return int(count)
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -284,7 +285,7 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error(f"--cache_dtype {arguments.cache_dtype} needs --cache_features DIR")
 
 
-def _fill_in_batch(arguments: argparse.Namespace, processes: int) -> None:
+def fill_in_batch(arguments: argparse.Namespace, processes: int) -> None:
     """Accumulation from the global batch, or the other way round.
 
     Raises:
