@@ -1,7 +1,7 @@
 """How often a step makes the host wait for the device, counted on the CPU; limits of waiting for other processes.
 
-What a GPU would have to catch up for: reading a number (`item`, `tolist`, truth of a tensor: `_local_scalar_dense`), and
-a tensor made of the host's memory (`torch.tensor(..., device=...)`: `lift_fresh` and a copy that is not pinned).
+What a GPU would have to catch up for: reading a number (`item`, `tolist`, truth of a tensor: `_local_scalar_dense`),
+and a tensor made of the host's memory (`torch.tensor(..., device=...)`: `lift_fresh` and a copy that is not pinned).
 """
 
 import traceback

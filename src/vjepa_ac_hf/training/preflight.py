@@ -32,8 +32,8 @@ def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None
                 f"--mixed_precision bf16: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, "
                 "bfloat16 needs 8.0 (Ampere) or newer: use --mixed_precision no"
             )
-    _check_output(arguments.output_dir)
     _check_inputs(arguments)
+    _check_output(arguments.output_dir)
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
