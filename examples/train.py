@@ -5,9 +5,9 @@
 The encoder is frozen; only the predictor is trained, with teacher forcing and rollout losses (docs/model.md). Leaves in
 OUT: config.json, model.safetensors, processor_config.json, README.md and the model's code (load the folder with
 AutoModel and AutoProcessor), metrics.jsonl, run.json (what the run depends on; a recipe that makes it again),
-run_status.json and checkpoints/step-00001000. Exit status 0 only when all steps are done; 75 after SIGTERM or SIGUSR1
-with a checkpoint: start the same command again (docs/training.md); 3 when all steps are done and the model is in OUT,
-but --push_to_hub did not bring it to the Hub: examples/push.py does.
+run_status.json and checkpoints/step-00001000. Exit status 0 only when all steps are done; 75 after SIGTERM, SIGUSR1 or
+Ctrl-C with a checkpoint: start the same command again (docs/training.md); 3 when all steps are done and the model is in
+OUT, but --push_to_hub did not bring it to the Hub: examples/push.py does.
 """
 
 import argparse
