@@ -56,12 +56,11 @@ from vjepa_ac_hf.training.distributed import (
 )
 from vjepa_ac_hf.training.dry_run import dry_run
 from vjepa_ac_hf.training.health import Health
-from vjepa_ac_hf.training.identity import run_identity
 from vjepa_ac_hf.training.interruptions import StopSignals, kill_workers
 from vjepa_ac_hf.training.loop import Run, begin, find_start, train
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.pictures import check_pictures, log_pictures
-from vjepa_ac_hf.training.preflight import check_arguments, check_batch, startup_summary
+from vjepa_ac_hf.training.preflight import check_arguments, check_batch, run_identity, startup_summary
 from vjepa_ac_hf.training.presets import (
     DEFAULT_ENCODERS,
     build_config,

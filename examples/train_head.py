@@ -155,12 +155,11 @@ from vjepa_ac_hf.training.heads import (
     save_head,
 )
 from vjepa_ac_hf.training.health import Health
-from vjepa_ac_hf.training.identity import run_identity
 from vjepa_ac_hf.training.interruptions import StopSignals, kill_workers
 from vjepa_ac_hf.training.loop import Run, begin, find_start, train
 from vjepa_ac_hf.training.optimization import build_scheduler
 from vjepa_ac_hf.training.preflight import check_arguments as check_run
-from vjepa_ac_hf.training.preflight import check_batch
+from vjepa_ac_hf.training.preflight import check_batch, run_identity
 from vjepa_ac_hf.training.presets import build_config
 from vjepa_ac_hf.training.run_log import write_status
 from vjepa_ac_hf.training.trackers import closing_trackers

@@ -13,7 +13,7 @@ from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.loading.clips import load_clips
 from vjepa_ac_hf.training import checkpoints
 from vjepa_ac_hf.training.arguments import parse_arguments
-from vjepa_ac_hf.training.identity import check_same_run, run_identity
+from vjepa_ac_hf.training.preflight import check_same_run, run_identity
 from vjepa_ac_hf.training.presets import build_config
 from vjepa_ac_hf.training.run_log import jsonable
 

@@ -1,7 +1,7 @@
 """The loop of every training here: steps, rows of metrics, checkpoints, and ends that can be continued from.
 
 A program (`examples/train.py`, `examples/train_head.py`) makes a `Run`, gives it to `begin` with the checkpoint that it
-goes on from, and to `train`. What must not differ between both starts: `identity.py`.
+goes on from, and to `train`. What must not differ between both starts: `preflight.run_identity`.
 """
 
 import argparse
@@ -34,11 +34,10 @@ from .checkpoints import (
 )
 from .distributed import from_all, from_main, full_tensor
 from .health import Health
-from .identity import check_same_run
 from .interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from .optimization import continue_schedule
-from .run_log import MetricsLog, jsonable, write_status
-from .run_record import write_run_record
+from .preflight import check_same_run
+from .run_log import MetricsLog, jsonable, write_run_record, write_status
 from .trackers import log_metrics, start_trackers
 
 Batch = dict[str, Any]
