@@ -6,26 +6,28 @@
 Features are encoded once and kept (--cache_features, default OUT/features). Leaves in OUT: the head (config.json,
 model.safetensors, processor_config.json, README.md and the code: load the folder with AutoModel, classification with
 AutoModelForVideoClassification), metrics.jsonl (training), metrics.json and report.html (validation clips, next to
-baselines), and checkpoints/step-00000500, from which the same command goes on. Exit status 0 only when all steps are
-done. What the heads compute: docs/applications.md.
+baselines), run.json, run_status.json and checkpoints/step-00000500. Exit status 0 only when all steps are done; 75
+after SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint: start the same command again. What the heads compute:
+docs/applications.md.
 """
 
 import argparse
 import json
-import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
+from vjepa_ac_hf.training.arguments import Parser, add_loop_flags, fill_in_batch, number_of_processes
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument(
         "--task", required=True, choices=("action_anticipation", "inverse_dynamics", "video_classification")
     )
@@ -36,8 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--resize_mode", choices=("crop", "squash"), default="crop", help="how the data set was built")
     data.add_argument("--labels", help="classification: JSON file {recording: label}, a column, or 'hotbar' (docs)")
     data.add_argument("--max_train_clips", type=int, help="use this many, spread over the split (default: all)")
-    data.add_argument("--eval_clips", type=int, help="validation clips, spread over the split (default: all)")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
+    data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
     data.add_argument(
         "--cache_features", default="auto", help="folder (auto: OUT/features), or none: encode every time"
     )
@@ -59,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--max_steps", type=int, default=5000, help="optimizer steps")
-    optimisation.add_argument("--per_device_batch_size", type=int, default=32, help="clips a process and step")
+    optimisation.add_argument("--per_device_batch_size", type=int, default=32, help="clips a process and pass")
+    optimisation.add_argument("--gradient_accumulation_steps", type=int, default=1, help="passes an optimizer step")
     optimisation.add_argument("--learning_rate", type=float, default=1e-3)
     optimisation.add_argument("--encoder_learning_rate", type=float, help="default: a tenth of the head's")
     optimisation.add_argument("--weight_decay", type=float, default=0.05)
@@ -81,25 +84,20 @@ def parse_arguments() -> argparse.Namespace:
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, required=True)
-    run.add_argument("--checkpoint_every", type=int, default=500, help="steps; the last step is always kept")
-    run.add_argument("--keep_checkpoints", type=int, default=2)
-    run.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's path")
-    run.add_argument("--log_every", type=int, default=50)
-    run.add_argument("--eval_every", type=int, default=500, help="steps between validations; the last is always one")
+    add_loop_flags(run, checkpoint_every=500, keep_checkpoints=2, log_every=50, eval_every=500)
     return check_arguments(parser, parser.parse_args())
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    for name in (
-        "max_steps",
-        "per_device_batch_size",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "eval_every",
-    ):
+    positive = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "checkpoint_every")
+    for name in (*positive, "keep_checkpoints", "log_every", "eval_clips", "prefetch_factor"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    if arguments.eval_every < 0:
+        parser.error(f"--eval_every must be at least 0, found {arguments.eval_every}")
+    for name in ("max_grad_norm", "loader_warning", "loader_timeout"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
     if (arguments.model is None) == (arguments.encoder is None):
         parser.error("give either --model, or --encoder ('random' for an untrained one)")
     if (arguments.task == "video_classification") != (arguments.labels is not None):
@@ -110,6 +108,9 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error(f"--train_encoder changes the features: no --cache_features {arguments.cache_features}")
     if arguments.cache_features == "auto":
         arguments.cache_features = str(arguments.output_dir / "features")
+    arguments.warmup_steps, arguments.decay_steps = arguments.max_steps // 20, arguments.max_steps // 2
+    arguments.compile, arguments.global_batch_size = False, None
+    fill_in_batch(arguments, number_of_processes(arguments))
     return arguments
 
 
@@ -117,11 +118,9 @@ if __name__ == "__main__":
     parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard, ModelCardData
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import VJEPA2Config
 from transformers.utils import cached_file
@@ -139,17 +138,9 @@ from vjepa_ac_hf.loading.clips import (
     load_clips,
 )
 from vjepa_ac_hf.loading.feature_cache import cache_features
-from vjepa_ac_hf.loading.loader import ClipLoader
-from vjepa_ac_hf.records import command_line, versions, weights_checksum, write_json
-from vjepa_ac_hf.training.checkpoints import (
-    find_checkpoint,
-    get_random_state,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-)
-from vjepa_ac_hf.training.distributed import end_processes, from_main
+from vjepa_ac_hf.loading.loader import ClipLoader, clips_identity, worker_options
+from vjepa_ac_hf.records import command_line, versions, write_json
+from vjepa_ac_hf.training.distributed import build_accelerator, end_processes, prepare
 from vjepa_ac_hf.training.heads import (
     TASKS,
     ClipLabels,
@@ -163,9 +154,15 @@ from vjepa_ac_hf.training.heads import (
     read_labels,
     save_head,
 )
-from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
+from vjepa_ac_hf.training.health import Health
+from vjepa_ac_hf.training.interruptions import StopSignals, kill_workers
+from vjepa_ac_hf.training.loop import Run, begin, find_start, train
+from vjepa_ac_hf.training.optimization import build_scheduler
+from vjepa_ac_hf.training.preflight import check_arguments as check_run
+from vjepa_ac_hf.training.preflight import check_batch, run_identity
 from vjepa_ac_hf.training.presets import build_config
-from vjepa_ac_hf.training.run_log import MetricsLog, check_same_run, jsonable
+from vjepa_ac_hf.training.run_log import write_status
+from vjepa_ac_hf.training.trackers import closing_trackers
 
 CLIPS_FOR_THRESHOLDS = 1024
 
@@ -216,8 +213,8 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     check_players(arguments.dataset, splits)
     for split, clips in splits.items():
         check_clips(clips, processor, f"{arguments.dataset}, split {split}")
-    wanted = (arguments.max_train_clips, arguments.eval_clips)
-    chosen = [clips.select(spread(len(clips), number)) for clips, number in zip(splits.values(), wanted, strict=True)]
+    train = splits["train"].select(spread(len(splits["train"]), arguments.max_train_clips))
+    chosen = (train, splits["validation"])
     labelled = [clips_with_label(clips, arguments.labels) for clips in chosen]
     return labelled, sum(map(len, chosen)) - sum(map(len, labelled))
 
@@ -242,117 +239,77 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
     return head, None
 
 
-def build_loaders(arguments, accelerator, model, processor, train, validation):
-    """Endless training batches of this process, and its share of the validation batches."""
-    size, workers = arguments.per_device_batch_size, arguments.num_workers
-    if arguments.cache_features != "none":
-        options = {"dtype": arguments.cache_dtype, "batch_size": size, "num_workers": workers}
-        options |= {"announce": accelerator.print}
-        folder = Path(arguments.cache_features)
-        world = model.vjepa2_ac
-        validation = cache_features(
-            world, validation, processor, folder / f"validation-{len(validation)}", accelerator, **options
+def store_features(arguments, accelerator, model, processor, train, validation):
+    """The clips with what the encoder makes of them in place of their videos, unless it is trained."""
+    if arguments.cache_features == "none":
+        return train, validation
+    options = {"dtype": arguments.cache_dtype, "batch_size": arguments.per_device_batch_size}
+    options |= {"num_workers": arguments.num_workers, "prefetch_factor": arguments.prefetch_factor}
+    options |= {"announce": accelerator.print}
+    return [
+        cache_features(
+            *(model.vjepa2_ac, clips, processor, Path(arguments.cache_features) / f"{split}-{len(clips)}"),
+            accelerator,
+            **options,
         )
-        train = cache_features(world, train, processor, folder / f"train-{len(train)}", accelerator, **options)
+        for clips, split in ((train, "train"), (validation, "validation"))
+    ]
+
+
+def share(arguments, accelerator, processor, clips, wanted: int | None) -> DataLoader:
+    """Batches of this process out of `wanted` clips, spread evenly; at least one for each process, if there are."""
     rank, processes = accelerator.process_index, accelerator.num_processes
-    loader = ClipLoader(
-        *(train, processor, size),
-        seed=arguments.seed,
-        rank=rank,
-        world_size=processes,
-        num_workers=workers,
-        device=accelerator.device,
-    )
-
-    def share(clips, rows: list[int]) -> DataLoader:
-        collator = ClipCollator(processor)
-        return DataLoader(Subset(clips, rows[rank::processes]), size, collate_fn=collator, generator=torch.Generator())
-
-    # Thresholds of keys are fitted to clips that were trained on: as many as give every process one.
-    fitting = spread(len(train), max(CLIPS_FOR_THRESHOLDS, processes))
-    return loader, share(validation, list(range(len(validation)))), share(train, fitting)
+    rows = spread(len(clips), None if wanted is None else max(wanted, processes))[rank::processes]
+    options = worker_options(arguments.num_workers, arguments.prefetch_factor)
+    collator, generator = ClipCollator(processor), torch.Generator()  # not that of the model
+    size = arguments.per_device_batch_size
+    return DataLoader(Subset(clips, rows), size, collate_fn=collator, generator=generator, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- loop
 
 
-def train_step(arguments, accelerator, model, wrapped, optimizer, batch, labels) -> float:
-    """One optimizer step; the loss, mean over all processes."""
-    with accelerator.autocast():
-        loss = wrapped(**head_inputs(model, batch, labels)).loss
-    accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], arguments.max_grad_norm)
-    mean = float(accelerator.reduce(loss.detach(), reduction="mean"))
-    if not math.isfinite(mean) or not math.isfinite(float(norm)):
-        raise FloatingPointError(f"loss {mean}, gradient norm {float(norm)}; clips: {', '.join(batch['clips'])}")
-    optimizer.step()
-    optimizer.zero_grad()
-    return mean
-
-
-def train(arguments, accelerator, model, processor, splits, labels) -> dict:
-    """Optimise until `max_steps`, with metrics and checkpoints. Returns the figures of the last validation."""
-    folder = arguments.output_dir / "checkpoints"
-    identity = jsonable({**vars(arguments), "num_processes": accelerator.num_processes})
-    identity |= {
-        "head": json.loads(model.config.to_json_string()),
-        "encoder": weights_checksum(model.vjepa2_ac.encoder),
-    }
-    trained = model.head if model.config.freeze_encoder else model
+def start_run(arguments, accelerator, model, processor, splits, labels, stop, identity, start) -> Run:
+    """Everything a step needs, with what the checkpoint holds that the run continues from."""
     groups = head_parameter_groups(
         model, arguments.learning_rate, arguments.weight_decay, arguments.encoder_learning_rate
     )
     optimizer = torch.optim.AdamW(groups)
-    warmup, decay = arguments.max_steps // 20, arguments.max_steps // 2
-    scheduler = build_scheduler(optimizer, arguments.max_steps, warmup, decay)
-    checkpoint = from_main(find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None)
-    state = None if checkpoint is None else read_state(checkpoint)
-    if state is not None:
-        check_same_run(state["arguments"], identity, checkpoint)
-    loader, validation, fitting = build_loaders(arguments, accelerator, model, processor, *splits)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    step = 0
-    if state is not None:
-        load_checkpoint(checkpoint, trained, optimizer.optimizer, accelerator)
-        continue_schedule(scheduler, state["schedule"])
-        loader.load_state_dict(state["loader"])
-        step = state["step"]
-        accelerator.print(f"continuing from {checkpoint}")
-    log = MetricsLog(arguments.output_dir / "metrics.jsonl", step) if accelerator.is_main_process else None
+    scheduler = build_scheduler(optimizer, arguments.max_steps, arguments.warmup_steps, arguments.decay_steps)
+    frozen, trained = (None, model) if arguments.train_encoder else (model.vjepa2_ac, model.head)
+    wrapped, optimizer = prepare(accelerator, model, optimizer, frozen)
+    clips, validation = splits
+    loader = ClipLoader(
+        *(clips, processor, arguments.per_device_batch_size),
+        seed=arguments.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=arguments.num_workers,
+        prefetch_factor=arguments.prefetch_factor,
+        device=accelerator.device,
+    )
+    run = Run(
+        *(arguments, accelerator, model, trained, wrapped, optimizer, scheduler, stop, identity, loader),
+        health=Health(model, arguments, accelerator, trained),
+        inputs=partial(head_inputs, model, labels=labels),
+    )
+    if arguments.eval_every:
+        batches = share(arguments, accelerator, processor, validation, arguments.eval_clips)
+        run.validate = lambda: headline(evaluate_head(model, batches, processor, accelerator, labels))
+        run.validation_set = f"{clips_identity(validation)}, {arguments.eval_clips} of them"
+    begin(run, start)
+    return run
 
-    batches, figures, started, logged, losses = iter(loader), None, time.perf_counter(), step, []
-    progress = tqdm(total=arguments.max_steps, initial=step, unit="step", disable=not accelerator.is_main_process)
-    model.train()
-    while step < arguments.max_steps:
-        rate = scheduler.get_last_lr()[0]
-        losses.append(train_step(arguments, accelerator, model, wrapped, optimizer, next(batches), labels))
-        scheduler.step()
-        step += 1
-        progress.update()
-        last = step == arguments.max_steps
-        evaluate = last or step % arguments.eval_every == 0
-        if evaluate or step % arguments.log_every == 0:
-            clips = (step - logged) * arguments.per_device_batch_size * accelerator.num_processes
-            row = {"step": step, "loss": sum(losses) / len(losses), "learning_rate": rate}
-            row |= {"clips_per_second": clips / (time.perf_counter() - started)}
-            if evaluate:
-                figures = evaluate_head(model, validation, processor, accelerator, labels)
-                row |= headline(figures)
-            progress.set_postfix(loss=f"{row['loss']:.4f}")
-            if log is not None:
-                log.write(row)
-            started, logged, losses = time.perf_counter(), step, []
-        if last or step % arguments.checkpoint_every == 0:
-            state = {"arguments": identity, "schedule": scheduler.state_dict(), "loader": loader.state_dict()}
-            random = get_random_state(accelerator.device)
-            save_checkpoint(folder, step, trained, optimizer.optimizer, random, state, accelerator)
-            if accelerator.is_main_process:
-                prune_checkpoints(folder, arguments.keep_checkpoints, None)
-    progress.close()
+
+def final_figures(arguments, accelerator, model, processor, splits, labels) -> dict:
+    """Thresholds of keys, fitted to clips that were trained on, and the figures of all validation clips with them."""
+    batches = partial(share, arguments, accelerator, processor)
     if arguments.key_thresholds == "f1" and labels is None:
+        accelerator.print("fitting the keys' thresholds to training clips")
+        fitting = batches(splits[0], CLIPS_FOR_THRESHOLDS)
         model.config.key_thresholds = fit_key_thresholds(model, fitting, processor, accelerator)
-        figures = None
-    return figures or evaluate_head(model, validation, processor, accelerator, labels)
+    accelerator.print(f"evaluating all {len(splits[1]):,} validation clips")
+    return evaluate_head(model, batches(splits[1], None), processor, accelerator, labels)
 
 
 def save_all(arguments, model, processor, figures, clips) -> None:
@@ -372,31 +329,60 @@ def save_all(arguments, model, processor, figures, clips) -> None:
     save_head(arguments.output_dir, model, processor, card)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    with StopSignals() as stop, logging_redirect_tqdm():
+        try:
+            return run_program(arguments, stop)
+        finally:
+            kill_workers()
+
+
+def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
+    accelerator = build_accelerator(arguments)
     # Whatever can fail fails here, before anything is encoded.
+    check_run(arguments, accelerator.device)
+    if accelerator.is_fsdp2:
+        raise ValueError("heads are small, and trained whole in every process: leave out FSDP (DDP does it)")
     set_seed(arguments.seed)
     world = load_world_model(arguments)
     processor = build_processor(arguments, world)
     splits, without_label = load_splits(arguments, processor)
     if without_label:
         accelerator.print(f"--labels {arguments.labels}: {without_label} clips have no label and are left out")
+    check_batch(arguments, len(splits[0]))
     model, labels = build_head(arguments, world, processor, *splits)
+    frozen = {"encoder": model.vjepa2_ac.encoder}
+    if arguments.features_from == "predictor":
+        frozen["predictor"] = model.vjepa2_ac.predictor
+    told = None if labels is None else labels.digest()
+    identity = run_identity(arguments, accelerator.num_processes, model, processor, splits[0], frozen, labels_told=told)
+    start = find_start(arguments, identity, accelerator, type(model.config))
     model.to(accelerator.device)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.print(
         f"{type(model).__name__}: {sum(p.numel() for p in model.head.parameters()):,} parameters over "
         f"{sum(p.numel() for p in model.vjepa2_ac.parameters()):,}; {len(splits[0]):,} training clips"
     )
-    with logging_redirect_tqdm():
-        figures = train(arguments, accelerator, model, processor, splits, labels)
+    sources, splits = splits, store_features(arguments, accelerator, model, processor, *splits)
+    with closing_trackers(accelerator):
+        run = start_run(arguments, accelerator, model, processor, splits, labels, stop, identity, start)
+        with stop.deferred():
+            train(run)
+    figures = final_figures(arguments, accelerator, model, processor, splits, labels)
     if accelerator.is_main_process:
-        counts = {unit + "s": len(splits[1].unique(f"{unit}_id")) for unit in ("session", "player")}
+        counts = {unit + "s": len(sources[1].unique(f"{unit}_id")) for unit in ("session", "player")}
         counts |= {"clips_without_label": without_label} if labels is not None else {}
-        save_all(arguments, model, processor, {**counts, **figures}, len(splits[0]))
+        with stop.deferred():
+            save_all(arguments, model, processor, {**counts, **figures}, len(sources[0]))
+            write_status(arguments.output_dir, "finished", run.step)
+        shown = ", ".join(f"{name.removeprefix('validation_')} {v:.4f}" for name, v in headline(figures).items())
+        print(f"{figures['clips']:,} validation clips: {shown}")
+        print(f"the head is in {arguments.output_dir}, its figures in {arguments.output_dir / 'report.html'}")
+    run.wrapped = model
     end_processes(accelerator)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

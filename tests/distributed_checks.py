@@ -30,7 +30,12 @@ def gradient(model):
 
 def main(config: str, output: Path) -> None:
     arguments = SimpleNamespace(
-        mixed_precision="no", gradient_accumulation_steps=2, report_to="", output_dir=output, compile=False
+        mixed_precision="no",
+        gradient_accumulation_steps=2,
+        report_to="",
+        output_dir=output,
+        compile=False,
+        loader_timeout=9,
     )
     accelerator = build_accelerator(arguments)
     rank = accelerator.process_index
@@ -40,7 +45,7 @@ def main(config: str, output: Path) -> None:
     model = VJEPA2ACModel(build_config(config, action_space="vpt-13"))
     frozen = {k: v.clone() for k, v in model.encoder.state_dict().items()}
     optimizer = build_optimizer(model.predictor, 1e-2, 0.0)
-    wrapped, optimizer = prepare(accelerator, model, optimizer)
+    wrapped, optimizer = prepare(accelerator, model, optimizer, frozen=model.encoder)
 
     torch.manual_seed(10 + rank)
     steps, tokens, width = model.config.num_steps, model.config.grid_size**2, model.config.encoder_config.hidden_size

@@ -22,7 +22,7 @@ from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACOutput
 from vjepa_ac_hf.training.estimates import HARDWARE
 from vjepa_ac_hf.training.health import SPEED, Health, feature_std
 from vjepa_ac_hf.training.preflight import check_arguments
-from vjepa_ac_hf.training.run_record import git_revision
+from vjepa_ac_hf.training.run_log import git_revision
 
 
 @pytest.fixture(scope="module")

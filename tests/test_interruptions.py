@@ -22,10 +22,10 @@ import torch
 from helpers_training import assert_same_weights, command, metrics, write_workspace
 from train_forks import TrainForks
 
-from vjepa_ac_hf.training import checkpoints
+from vjepa_ac_hf.training import checkpoints, loop
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps, get_random_state, set_random_state
 from vjepa_ac_hf.training.health import SPEED
-from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, BatchWatch, LoaderTimeout, StopSignals
+from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, SAME_CTRL_C, BatchWatch, LoaderTimeout, StopSignals
 
 # Nine steps over 24 clips, four a step: the run ends in its second epoch.
 FLAGS = ("--max_steps=9", "--checkpoint_every=3", "--eval_every=4", "--eval_clips=4", "--gradient_accumulation_steps=1")
@@ -158,7 +158,7 @@ def test_killed_before_every_rename_and_flush(workspace, train_here, undisturbed
     assert call > 40
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_stops_with_a_checkpoint(workspace, forks, undisturbed, tmp_path, name):
     output = tmp_path / "stopped"
     pid = forks.start(command(workspace, output, *FLAGS, "--checkpoint_every=100"), workspace / "log")
@@ -204,18 +204,24 @@ def test_a_signal_while_features_are_cached_keeps_them(workspace, train_here, tm
     assert end.value.code == EXIT_INTERRUPTED and not rows(tmp_path / "out")
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_second_sigterm_ends_the_process_at_once():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_the_process_at_once(number):
+    """Status 143, and 130 for Ctrl-C; but the launcher's copy of the same Ctrl-C is no second one."""
     pid = os.fork()
     if pid == 0:
         with StopSignals() as stop, stop.deferred():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             os.kill(os.getpid(), signal.SIGUSR1)
             assert stop.requested
-            os.kill(os.getpid(), signal.SIGTERM)
+            if number == signal.SIGINT:
+                os.kill(os.getpid(), number)
+                stop._since -= SAME_CTRL_C
+            os.kill(os.getpid(), number)
             os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "listing"])
@@ -252,9 +258,13 @@ def test_what_is_not_continued_from_is_never_taken_later(undisturbed, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(undisturbed[0] / "checkpoints", folder)
     steps = sorted(checkpoint_steps(folder))
-    assert checkpoints.find_checkpoint(folder, str(folder / f"step-{steps[0]:08d}")) == folder / f"step-{steps[0]:08d}"
+    first = folder / f"step-{steps[0]:08d}"
+    assert checkpoints.find_checkpoint(folder, str(first)) == first
+    assert sorted(checkpoint_steps(folder)) == steps  # nothing is touched before it is known that the run may go on
+    checkpoints.set_aside_newer(folder, first, str(first))
     assert sorted(checkpoint_steps(folder)) == steps[:1]
     assert checkpoints.find_checkpoint(folder, "never") is None
+    checkpoints.set_aside_newer(folder, None, "never")
     assert not checkpoint_steps(folder) and len(list(folder.glob("superseded-*"))) == len(steps)
 
 
@@ -273,7 +283,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before_it(
     workspace, train_here, undisturbed, tmp_path, monkeypatch
 ):
     steps = 0
-    train_step = train_here.program.train_step
+    train_step = loop.train_step
 
     def poisoned(run, batches):
         nonlocal steps
@@ -286,7 +296,7 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before_it(
             return train_step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_here.program, "train_step", poisoned)
+        patch.setattr(loop, "train_step", poisoned)
         with pytest.raises(FloatingPointError, match=r"loss nan.* in step 6: .*Clips of this process.*toy-"):
             train_here(command(workspace, tmp_path, *FLAGS))
     state = json.loads((tmp_path / "checkpoints" / "step-00000005" / "trainer_state.json").read_text())
@@ -401,7 +411,7 @@ def test_a_worker_that_hangs_ends_the_run(workspace, forks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("streaming", [(), ("--streaming", "--shuffle_buffer=8")])
 def test_a_signal_to_the_whole_group_does_not_take_the_workers_away(
     workspace, forks, undisturbed, tmp_path, name, streaming

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers_clips import write_clips
 from helpers_training import TINY, load_program
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_heads import head
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
@@ -23,6 +24,8 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACMode
 from vjepa_ac_hf.configuration_heads_vjepa2_ac import VJEPA2ACActionAnticipationConfig, VJEPA2ACInverseDynamicsConfig
 from vjepa_ac_hf.evaluation.head_report import facts
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
+from vjepa_ac_hf.training import loop
+from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.heads import (
     ClipLabels,
     action_figures,
@@ -33,6 +36,8 @@ from vjepa_ac_hf.training.heads import (
     headline,
     read_labels,
 )
+from vjepa_ac_hf.training.health import SPEED
+from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED
 from vjepa_ac_hf.training.presets import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +134,111 @@ def test_a_continued_run_equals_one_that_was_not_interrupted(train_head, tmp_pat
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "parts")]
     with pytest.raises(ValueError, match="learning_rate: 0.001 then, 0.5 now"):
         train_head("action_anticipation", tmp_path / "parts", learning_rate=0.5, use_past_actions=True, use_states=True)
+
+
+def checkpoint_states(output: Path) -> dict[int, dict]:
+    found = checkpoint_steps(output / "checkpoints")
+    return {step: json.loads((path / "trainer_state.json").read_text()) for step, path in found.items()}
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(train_head, tmp_path, monkeypatch):
+    """Ctrl-C in the third of six steps; the bits are those of a run that nothing happened to."""
+    flags = {"max_steps": 6, "checkpoint_every": 100, "eval_every": 3}
+    train_head("inverse_dynamics", tmp_path / "whole", **flags)
+    step = loop.train_step
+
+    def interrupted(run, batches):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(loop, "train_step", interrupted)
+        train_head("inverse_dynamics", tmp_path / "parts", **flags)
+    assert end.value.code == EXIT_INTERRUPTED and list(checkpoint_states(tmp_path / "parts")) == [3]
+    status = tmp_path / "parts" / "run_status.json"
+    assert json.loads(status.read_text()) == {"status": "interrupted", "step": 3}
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    train_head("inverse_dynamics", tmp_path / "parts", **flags)
+    assert json.loads(status.read_text()) == {"status": "finished", "step": 6}
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    shown = [[{k: v for k, v in r.items() if k not in SPEED} for r in rows(tmp_path / n)] for n in ("whole", "parts")]
+    assert shown[0] == shown[1]
+
+
+def test_a_fixed_number_of_clips_is_validated_and_all_of_them_once_at_the_end(
+    train_head, program, tmp_path, monkeypatch, capsys
+):
+    evaluate, seen = program.evaluate_head, []
+
+    def counting(model, batches, *arguments):
+        names = []
+
+        def watched():
+            for batch in batches:
+                names.extend(batch["clips"])
+                yield batch
+
+        figures = evaluate(model, watched(), *arguments)
+        seen.append(names)
+        return figures | {"loss": [3.0, 1.0, 2.0, 0.5][len(seen) - 1]}
+
+    monkeypatch.setattr(program, "evaluate_head", counting)
+    flags = {"max_steps": 6, "eval_every": 2, "eval_clips": 3, "checkpoint_every": 6, "keep_checkpoints": 1}
+    metrics = train_head("inverse_dynamics", tmp_path, **flags)
+    assert [len(names) for names in seen] == [3, 3, 3, 6] and seen[0] == seen[1] == seen[2]
+    assert set(seen[0]) < set(seen[3]) and metrics["clips"] == 6
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert (best["step"], best["validation_loss"]) == (4, 1.0)
+    assert sorted(checkpoint_states(tmp_path)) == [4, 6]  # the newest one, and the best
+    said = capsys.readouterr().out
+    assert "5 steps to go, about " in said  # the first row is of step 1
+    assert "evaluating all 6 validation clips" in said and "6 validation clips: loss 0.5" in said
+    assert f"the head is in {tmp_path}, its figures in {tmp_path / 'report.html'}" in said
+
+
+def test_accumulation_equals_a_larger_batch(train_head, tmp_path):
+    train_head("inverse_dynamics", tmp_path / "whole", max_steps=3)
+    train_head(
+        *("inverse_dynamics", tmp_path / "parts"),
+        **{"max_steps": 3, "per_device_batch_size": 1, "gradient_accumulation_steps": 4},
+    )
+    found = [[row["loss"] for row in rows(tmp_path / name)] for name in ("whole", "parts")]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert [r["clips_per_second"] > 0 and 0 <= r["data_wait_share"] <= 1 for r in rows(tmp_path / "parts")] == [
+        True
+    ] * 3
+
+
+def test_the_world_model_is_never_overwritten(train_head, workspace, tmp_path, monkeypatch):
+    world = tmp_path / "world"
+    shutil.copytree(workspace / "world", world)
+    (tmp_path / "link").symlink_to(world)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in world.iterdir()}
+    for model, output in ((world, world), (world, tmp_path / "link"), ("world", world), (tmp_path / "link", "world")):
+        with pytest.raises(ValueError, match="is the folder of --model .*, which would be overwritten"):
+            train_head("inverse_dynamics", Path(output), model=model)
+    assert {path.name: path.read_bytes() for path in world.iterdir()} == before
+    shutil.copytree(world, tmp_path / "another")
+    with pytest.raises(ValueError, match="holds a model .* but no run"):
+        train_head("inverse_dynamics", tmp_path / "another")
+
+
+def test_a_head_goes_on_over_the_same_weights_alone(train_head, workspace, tmp_path):
+    """Of the predictor too, where it makes the features; wherever they lie."""
+    flags = {"features_from": "predictor", "max_steps": 2}
+    train_head("inverse_dynamics", tmp_path / "head", **flags)
+    shutil.copytree(workspace / "world", tmp_path / "copy")
+    train_head("inverse_dynamics", tmp_path / "head", **flags | {"model": tmp_path / "copy", "max_steps": 3})
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    weights["predictor.head.bias"] += 1
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    for more, field in (({"model": tmp_path / "copy"}, "predictor_weights"), ({"head_hidden_size": 8}, "model.head_h")):
+        with pytest.raises(ValueError, match=rf"was made with other arguments \({field}.* then, .* now"):
+            train_head("inverse_dynamics", tmp_path / "head", **flags | {"max_steps": 4} | more)
 
 
 @pytest.mark.slow

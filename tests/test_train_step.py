@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from vjepa_ac_hf import VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.loading.clips import load_clips
 from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.training import loop
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.optimization import build_scheduler, continue_schedule
 from vjepa_ac_hf.training.presets import build_config
-from vjepa_ac_hf.training.run_log import FREE_ARGUMENTS, MetricsLog
+from vjepa_ac_hf.training.run_log import MetricsLog
 
 STEPS, BATCH, ACCUMULATION, WARMUP, DECAY = 6, 2, 2, 2, 3
 PEAK, START, FINAL, WEIGHT_DECAY, CLIP = 2e-3, 5e-4, 2e-4, 0.5, 0.05
@@ -139,21 +141,26 @@ def test_continuing_restores_moments_schedule_and_best(workspace, whole, train_h
     assert best[0] == best[1]
 
 
-def test_speed_counts_all_clips_since_the_row_before(workspace, train_here, tmp_path, monkeypatch):
-    seconds = iter(range(0, 10**6, 2))
-    program = train_here.program
-    clock = type("Clock", (), {"perf_counter": staticmethod(lambda: float(next(seconds)))})
-    monkeypatch.setattr(program, "time", clock)
-    train_here(command(workspace, tmp_path, *FLAGS, "--log_every=4", "--eval_every=0"))
-    # Rows of 4 and of 2 steps, each in 2 seconds of this clock, 4 clips a step.
-    assert [(r["step"], r["clips_per_second"]) for r in metrics(tmp_path)] == [(4, 8.0), (6, 4.0)]
+def test_speed_is_that_of_all_steps_since_the_row_before_and_of_nothing_else(
+    workspace, train_here, tmp_path, monkeypatch
+):
+    """Rows of 3, 1 and 2 steps, each step half a second of this clock; validations and checkpoints take minutes."""
+    now, step, save = [0.0], loop.train_step, loop.save
 
+    def after(seconds, function):
+        def timed(*arguments):
+            now[0] += seconds
+            return function(*arguments)
 
-def test_what_changes_a_step_is_not_free():
-    fixed = {"seed", "learning_rate", "weight_decay", "max_grad_norm", "per_device_batch_size", "loss_type", "dataset"}
-    fixed |= {"gradient_accumulation_steps", "auto_steps", "mixed_precision", "cache_dtype", "shuffle_buffer"}
-    fixed |= {"start_learning_rate", "final_learning_rate", "streaming", "encoder", "action_space", "resize_mode"}
-    assert not fixed & FREE_ARGUMENTS
+        return timed
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "train_step", after(0.5, step))
+    monkeypatch.setattr(loop, "save", after(300, save))
+    monkeypatch.setattr(train_here.program, "validate", after(60, lambda *_: {"validation_loss": 1 / now[0]}))
+    train_here(command(workspace, tmp_path, *FLAGS, "--log_every=4", "--eval_every=3"))
+    assert now[0] == 6 * 0.5 + 6 * 300 + 2 * 60
+    assert [(r["step"], r["clips_per_second"]) for r in metrics(tmp_path)] == [(3, 8.0), (4, 8.0), (6, 8.0)]
 
 
 def test_rows_up_to_the_step_stay(tmp_path):

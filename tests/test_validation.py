@@ -279,11 +279,17 @@ def metric_rows() -> tuple[dict, dict]:
 
 def one_of_two_processes(folder: Path, output: Path) -> None:
     """Validates as training does: with a model that DDP or FSDP2 has prepared."""
-    options = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "report_to": "", "compile": False}
+    options = {
+        "mixed_precision": "no",
+        "gradient_accumulation_steps": 1,
+        "report_to": "",
+        "compile": False,
+        "loader_timeout": 9,
+    }
     accelerator = distributed.build_accelerator(argparse.Namespace(**options, output_dir=output))
     assert accelerator.is_fsdp2 == (os.environ["ACCELERATE_USE_FSDP"] == "true") and accelerator.num_processes == 2
     rank, model = accelerator.process_index, make_model()
-    distributed.prepare(accelerator, model, torch.optim.SGD(model.predictor.parameters(), 0.1))
+    distributed.prepare(accelerator, model, torch.optim.SGD(model.predictor.parameters(), 0.1), model.encoder)
     clips = validation_set(folder, accelerator, batch_size=9)
     with distributed.whole_parameters(model):
         found = validate(model, clips, accelerator)

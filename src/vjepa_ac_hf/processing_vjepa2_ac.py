@@ -221,10 +221,11 @@ class VJEPA2ACProcessor(ProcessorMixin):
         # On a CPU this is half of a loader's work. In place: fresh memory costs more than the arithmetic. Constants of
         # a whole frame in the frames' own layout (decoders give interleaved channels): no inner loop of three.
         frame = torch.empty_like(frames[(0,) * (frames.ndim - 3)], dtype=torch.float32)
-        mean, std = (
-            torch.empty_like(frame).copy_(torch.tensor(values, device=frames.device).view(3, 1, 1) * 255)
-            for values in (self.pixel_mean, self.pixel_std)
-        )
+        # They come as numbers with the kernels: a GPU would have to catch up before it copied them from host memory.
+        mean, std = torch.empty_like(frame), torch.empty_like(frame)
+        for constant, values in ((mean, self.pixel_mean), (std, self.pixel_std)):
+            for channel, value in enumerate((np.array(values, np.float32) * np.float32(255)).tolist()):
+                constant[channel].fill_(value)
         return frames.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def normalize_actions(self, actions: Any) -> Tensor:

@@ -131,7 +131,7 @@ class ClipLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, after the batch last handed out, and what its order depends on; JSON."""
         if self._identity is None:
-            self._identity = self.clips.identity if isinstance(self.clips, ParquetClips) else _identity(self.clips)
+            self._identity = clips_identity(self.clips)
         order = self.order
         return {
             "next_batch": self._next_batch,
@@ -176,7 +176,7 @@ def worker_options(num_workers: int, prefetch_factor: int = 2, start_method: str
         context.set_forkserver_preload(_PRELOADED)
         # Schedulers signal all processes of a job. Workers (which inherit the mask) leave that to the main process,
         # which stops with a checkpoint while they still bring its batches; they end with it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return {
@@ -251,8 +251,10 @@ def _hand_over(batch: dict[str, Any], copied: torch.cuda.Event, device: torch.de
     return batch
 
 
-def _identity(clips: Any) -> str:
-    """Names of all clips in their order, hashed; reads neither videos nor actions."""
+def clips_identity(clips: Any) -> str:
+    """Names of all clips in their order, hashed; reads neither videos nor actions. Of a stream its own `identity`."""
+    if isinstance(clips, ParquetClips):
+        return clips.identity
     table = clips if isinstance(clips, Dataset) else clips.clips
     names = hashlib.sha256()
     for part in table.select_columns(["recording_id", "start_tick"]).with_format("arrow").iter(batch_size=65536):

@@ -36,7 +36,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if text else "default: %(default)s"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Of several processes the first one speaks."""
         if int(os.environ.get("RANK", 0)) == 0:
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """All flags of `examples/train.py`, in groups."""
-    parser = _Parser(
+    parser = Parser(
         usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
         description=description,
         formatter_class=_Formatter,
@@ -141,20 +141,31 @@ def _add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of weights and of the order of clips")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", type=Path, help="folder of this run (needed)")
-    run.add_argument("--checkpoint_every", type=int, default=1000, help="steps; the last step is always kept")
-    run.add_argument("--keep_checkpoints", type=int, default=3, help="newest checkpoints to keep")
+def add_loop_flags(
+    run: argparse._ArgumentGroup, *, checkpoint_every: int, keep_checkpoints: int, log_every: int, eval_every: int
+) -> None:
+    """Flags of `training/loop.py`, for all programs that train."""
+    run.add_argument(
+        "--checkpoint_every", type=int, default=checkpoint_every, help="steps; the last step is always kept"
+    )
+    run.add_argument(
+        "--keep_checkpoints", type=int, default=keep_checkpoints, help="newest checkpoints to keep; the best stays too"
+    )
     run.add_argument(
         "--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path"
     )
     run.add_argument("--loader_warning", type=float, default=60.0, help="seconds without a batch before each warning")
     run.add_argument("--loader_timeout", type=float, default=1800.0, help="seconds without a batch before an error")
-    run.add_argument("--log_every", type=int, default=10, help="steps between rows of metrics.jsonl")
-    run.add_argument("--eval_every", type=int, default=1000, help="steps between validations (0: never)")
-    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used, spread over the split")
+    run.add_argument("--log_every", type=int, default=log_every, help="steps between rows of metrics.jsonl")
+    run.add_argument("--eval_every", type=int, default=eval_every, help="steps between validations (0: never)")
+    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used then, spread over the split")
     run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", type=Path, help="folder of this run (needed)")
+    add_loop_flags(run, checkpoint_every=1000, keep_checkpoints=3, log_every=10, eval_every=1000)
     run.add_argument(
         "--log_pictures",
         action=argparse.BooleanOptionalAction,
@@ -220,7 +231,7 @@ def parse_arguments(
         if getattr(arguments, name) is None:
             setattr(arguments, name, arguments.max_steps // 20)
     try:
-        _fill_in_batch(arguments, number_of_processes(arguments))
+        fill_in_batch(arguments, number_of_processes(arguments))
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -228,9 +239,10 @@ def parse_arguments(
 
 def number_of_processes(arguments: argparse.Namespace) -> int:
     """Those that the launcher has started; for a dry run `--devices`, or those of `--hardware`, as in `h100x8`."""
-    if arguments.dry_run and arguments.devices:
+    dry_run = getattr(arguments, "dry_run", False)
+    if dry_run and arguments.devices:
         return arguments.devices
-    if arguments.dry_run and arguments.hardware and (count := arguments.hardware.rpartition("x")[2]).isdigit():
+    if dry_run and arguments.hardware and (count := arguments.hardware.rpartition("x")[2]).isdigit():
         return int(count)
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -273,7 +285,7 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error(f"--cache_dtype {arguments.cache_dtype} needs --cache_features DIR")
 
 
-def _fill_in_batch(arguments: argparse.Namespace, processes: int) -> None:
+def fill_in_batch(arguments: argparse.Namespace, processes: int) -> None:
     """Accumulation from the global batch, or the other way round.
 
     Raises:

@@ -8,6 +8,7 @@ A folder that is not to be continued from is renamed, never removed: `damaged-st
 (docs/training.md, "Interruptions and resume")
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -47,19 +48,18 @@ def checkpoint_steps(folder: Path) -> dict[int, Path]:
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """The checkpoint to continue from: "auto" the newest that is whole or None, "never" None, else that path.
 
-    With "auto", damaged checkpoints are set aside, each with a warning, and the one before is taken. Checkpoints of
-    `folder` that are newer than the one returned are set aside too: the run would otherwise continue from them later.
+    With "auto", damaged checkpoints are set aside, each with a warning, and the one before is taken.
 
     Raises:
-        ValueError: a path that is no checkpoint or is damaged (the file is named); checkpoints of which none is whole.
+        ValueError: a path that is no checkpoint or is damaged (the file is named); checkpoints of which none is whole;
+            a checkpoint of version 0.1.0.
     """
-    found = checkpoint_steps(folder)
     if resume == "never":
-        for path in found.values():
-            _set_aside(path, "superseded", "--resume never starts anew")
         return None
     if resume == "auto":
+        found = checkpoint_steps(folder)
         for path in reversed(found.values()):
+            _refuse_first_format(path)
             damage = find_damage(path)
             if damage is None:
                 return path
@@ -70,13 +70,31 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     chosen = Path(resume)
     if not (chosen / "trainer_state.json").is_file():
         raise ValueError(f"--resume {resume}: no checkpoint there (trainer_state.json is missing)")
+    _refuse_first_format(chosen)
     damage = find_damage(chosen)
     if damage is not None:
         raise ValueError(f"--resume {resume}: this checkpoint is damaged: {damage}")
-    step = read_state(chosen)["step"]
-    for path in (p for s, p in found.items() if s > step or (s == step and p.resolve() != chosen.resolve())):
-        _set_aside(path, "superseded", f"the run continues from {chosen}")
     return chosen
+
+
+def set_aside_newer(folder: Path, chosen: Path | None, resume: str) -> None:
+    """Set aside the checkpoints of `folder` that are newer than `chosen` (None: all): the run would otherwise continue
+    from them later."""
+    step = -1 if chosen is None else read_state(chosen)["step"]
+    reason = "--resume never starts anew" if resume == "never" else f"the run continues from {chosen}"
+    for other, path in checkpoint_steps(folder).items():
+        if other > step or (other == step and chosen is not None and path.resolve() != chosen.resolve()):
+            _set_aside(path, "superseded", reason)
+
+
+def _refuse_first_format(path: Path) -> None:
+    if not (path / "files.json").exists() and (path / "trainer_state.json").is_file():
+        with contextlib.suppress(json.JSONDecodeError):
+            if "loader" not in read_state(path):
+                raise ValueError(
+                    f"{path}: written by version 0.1.0, without the place in the data and the random states that a "
+                    "continuation needs; --resume never starts anew, and sets it aside"
+                )
 
 
 def find_damage(path: Path) -> str | None:

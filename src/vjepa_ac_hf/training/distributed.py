@@ -7,14 +7,17 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
     broadcast_object_list,
@@ -30,6 +33,12 @@ from ..modeling_vjepa2_ac import VJEPA2ACModel
 from .trackers import check_trackers
 
 
+def group_timeout(loader_timeout: float) -> timedelta:
+    """How long a process waits for the others: longer than a loader that hangs takes to end its own process (twice its
+    time-out, `BatchWatch`), which says what is wrong. NCCL's own limit of 10 minutes would come first."""
+    return timedelta(seconds=2 * loader_timeout + 600)
+
+
 def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
     """The accelerator of a run: what `accelerate launch` or a configuration file asks for, and these arguments.
 
@@ -42,7 +51,7 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         log_with=check_trackers(arguments.report_to) or None,
         project_config=ProjectConfiguration(arguments.output_dir, logging_dir=arguments.output_dir / "tensorboard"),
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=group_timeout(arguments.loader_timeout))],
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if arguments.compile else None,
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
@@ -64,15 +73,21 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
 
 
 def prepare(
-    accelerator: Accelerator, model: VJEPA2ACModel, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model to call in a step, and the optimizer. FSDP2 shards `model` in place, DDP and compilation wrap it."""
-    frozen = [f"encoder.{n}" for n, _ in (*model.encoder.named_parameters(), *model.encoder.named_buffers())]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, frozen: nn.Module | None
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """The model to call in a step, and the optimizer. FSDP2 shards `model` in place, DDP and compilation wrap it.
+
+    What is in `frozen`, a module of the model, stays as it is on every process.
+    """
+    parts = [] if frozen is None else [*frozen.parameters(), *frozen.buffers()]
+    ignored = {id(tensor) for tensor in parts}
+    named = (*model.named_parameters(), *model.named_buffers())
+    names = [name for name, tensor in named if id(tensor) in ignored]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.ignored_modules = [model.encoder]
+        accelerator.state.fsdp_plugin.ignored_modules = [] if frozen is None else [frozen]
         # Accelerate asks for the input embeddings, to shard them apart; ours are in the encoder.
-        model.get_input_embeddings = lambda: None  # type: ignore[method-assign, assignment, return-value]
+        model.get_input_embeddings = lambda: None  # type: ignore[assignment]
     return accelerator.prepare(model, optimizer)
 
 

@@ -1,5 +1,6 @@
 """Training of heads: labels of clips, statistics of actions, parameter groups, figures on validation clips."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation import head_figures
@@ -26,6 +28,8 @@ from ..modeling_heads_vjepa2_ac import (
     binary_pos_weight,
 )
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from .checkpoints import flush
+from .validation import evaluating
 
 TASKS: dict[str, Any] = {
     "inverse_dynamics": VJEPA2ACForInverseDynamics,
@@ -99,6 +103,10 @@ class ClipLabels:
             return torch.tensor([self._ids[c][0] for c in clips])
         return self.hot(clips)
 
+    def digest(self) -> str:
+        """Of all clips' labels: a head that is continued must have been trained on the same."""
+        return hashlib.sha256(json.dumps(self._ids, sort_keys=True).encode()).hexdigest()
+
     def hot(self, clips: Sequence[str]) -> Tensor:
         """`(B, classes)`, 0 and 1."""
         labels = torch.zeros(len(clips), len(self.classes))
@@ -165,7 +173,10 @@ def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) ->
     inputs: dict[str, Tensor] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
     if isinstance(model, VJEPA2ACForVideoClassification):
         assert labels is not None
-        return inputs | {"labels": labels(batch["clips"]).to(batch["states"].device)}
+        told, device = labels(batch["clips"]), batch["states"].device
+        # From pinned memory the device takes them when it gets there.
+        told = told.pin_memory() if device.type == "cuda" else told
+        return inputs | {"labels": told.to(device, non_blocking=True)}
     if isinstance(model, VJEPA2ACForActionAnticipation):
         inputs |= {"actions": batch["actions"], "states": batch["states"]}
     return inputs | {"labels": batch["actions"]}
@@ -179,6 +190,7 @@ def save_head(folder: Path, model: Any, processor: VJEPA2ACProcessor, card: Mode
     processor.save_pretrained(temporary)
     card.save(temporary / "README.md")
     for path in sorted(temporary.iterdir()):
+        flush(path)
         os.replace(path, folder / path.name)
     temporary.rmdir()
 
@@ -252,15 +264,15 @@ def _gather_rows(
     labels: ClipLabels | None = None,
 ) -> tuple[dict[str, np.ndarray], float, int]:
     """Rows of all processes, mean loss and number of clips."""
-    model.eval()
     parts: list[dict[str, Any]] = []
-    for batch in batches:
-        batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with accelerator.autocast():
-            output = model(**head_inputs(model, batch, labels))
-        rows = _label_rows(output, batch, labels) if labels else _action_rows(model, output, batch, processor)
-        parts.append({"loss": float(output.loss), "clips": len(batch["clips"]), **rows})
-    model.train()
+    quiet = not accelerator.is_main_process
+    with evaluating(model):
+        for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=quiet):
+            batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with accelerator.autocast():
+                output = model(**head_inputs(model, batch, labels))
+            rows = _label_rows(output, batch, labels) if labels else _action_rows(model, output, batch, processor)
+            parts.append({"loss": float(output.loss), "clips": len(batch["clips"]), **rows})
     parts = gather_object(parts)
     clips = sum(p["clips"] for p in parts)
     rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("loss", "clips")}

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
-from ..modeling_vjepa2_ac import VJEPA2ACModel, VJEPA2ACOutput
+from ..modeling_vjepa2_ac import VJEPA2ACModel
 from .estimates import peak_tflops, predictor_tokens, step_flops
 
 # Names of a row's figures that are about the machine, not about the model.
@@ -55,21 +55,35 @@ class Health:
     """Collects in the course of the steps what a row of the metrics says about them.
 
     Args:
-        model: the run's model, unwrapped.
+        model: the run's model, unwrapped. Operations, tokens and features are told of world models alone.
         arguments: the run's.
         accelerator: of the run.
+        trained: the part of the model that is optimised; None: the world model's predictor.
     """
 
-    def __init__(self, model: VJEPA2ACModel, arguments: argparse.Namespace, accelerator: Accelerator):
-        self.model, self.arguments, self.device = model, arguments, accelerator.device
-        assert isinstance(model.config, VJEPA2ACConfig)
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: argparse.Namespace,
+        accelerator: Accelerator,
+        trained: nn.Module | None = None,
+    ):
+        self.arguments, self.device = arguments, accelerator.device
         batch, bf16 = arguments.per_device_batch_size, arguments.mixed_precision == "bf16"
         passes = arguments.gradient_accumulation_steps * accelerator.num_processes
-        flops = step_flops(model.config, batch, cached_features=arguments.cache_features is not None)
-        self._flops_per_step = passes * flops.model
-        self._tokens_per_step = passes * predictor_tokens(model.config, batch)
-        peak = peak_tflops(arguments.hardware, arguments.hardware_tflops, bf16)
-        self._peak = None if peak is None else accelerator.num_processes * peak * 1e12
+        self._clips_per_step = passes * batch
+        self._flops_per_step: float | None = None
+        self._peak: float | None = None
+        if isinstance(model, VJEPA2ACModel):
+            assert isinstance(model.config, VJEPA2ACConfig)
+            trained = model.predictor if trained is None else trained
+            flops = step_flops(model.config, batch, cached_features=arguments.cache_features is not None)
+            self._flops_per_step = passes * flops.model
+            self._tokens_per_step = passes * predictor_tokens(model.config, batch)
+            peak = peak_tflops(arguments.hardware, arguments.hardware_tflops, bf16)
+            self._peak = None if peak is None else accelerator.num_processes * peak * 1e12
+        assert trained is not None
+        self.trained = trained
         self._observed: dict[str, Tensor] = {}
         self._watched = False
         self._waited = 0.0
@@ -92,10 +106,9 @@ class Health:
         self._observed = {}
         self._watched = step == arguments.max_steps or any(step % n == 0 for n in every)
 
-    def observe(self, output: VJEPA2ACOutput) -> None:
+    def observe(self, output: Any) -> None:
         """Features of a forward pass; nothing but a look at a flag in steps that are not logged."""
-        if self._watched:
-            assert output.target_features is not None and output.predicted_features is not None
+        if self._watched and self._flops_per_step is not None:
             self._observed = {
                 "encoder_feature_std": feature_std(output.target_features),
                 "predictor_feature_std": feature_std(output.predicted_features),
@@ -103,18 +116,22 @@ class Health:
 
     def row(self, steps: int, seconds: float) -> dict[str, float]:
         """What the `steps` steps since the last row, which took `seconds`, say; all processes must call it."""
-        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.model.predictor.parameters()])
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.trained.parameters()])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded over processes
-        flops_per_second = self._flops_per_step * steps / seconds
         row = {"parameter_norm": norm.item()}
         row |= {name: value.item() for name, value in self._observed.items()}
         row |= {
-            "tokens_per_second": self._tokens_per_step * steps / seconds,
+            "clips_per_second": self._clips_per_step * steps / seconds,
             "data_wait_share": min(self._waited / seconds, 1.0),
-            "model_tflops_per_second": flops_per_second / 1e12,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        if self._peak is not None:
-            row["mfu"] = flops_per_second / self._peak
+        if self._flops_per_step is not None:
+            flops_per_second = self._flops_per_step * steps / seconds
+            row |= {
+                "tokens_per_second": self._tokens_per_step * steps / seconds,
+                "model_tflops_per_second": flops_per_second / 1e12,
+            }
+            if self._peak is not None:
+                row["mfu"] = flops_per_second / self._peak
         self._waited = 0.0
         return row

@@ -16,11 +16,14 @@ logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL of sysexits.h: a checkpoint was written, start the same command again.
 EXIT_INTERRUPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Seconds within which a second SIGINT is the first one again: Ctrl-C reaches all processes of a terminal's job, and
+# torchrun, which gets it too, passes it on (torch/distributed/elastic/multiprocessing/api.py, `close(death_sig)`).
+SAME_CTRL_C = 1.0
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 as a wish to stop.
+    """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) as a wish to stop.
 
         with StopSignals() as stop:
             ...  # prepare: a signal ends the process at once, with status 75; finished work is on the disk
@@ -28,11 +31,13 @@ class StopSignals:
                 while not stop.requested:
                     ...  # train
 
-    While `deferred`, a signal sets `requested`, and the second SIGTERM ends the process at once (status 143).
+    While `deferred`, a signal sets `requested`, and a second SIGTERM or SIGINT ends the process at once (status
+    143 or 130).
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._deferring = False
         self._previous: dict[int, Any] = {}
 
@@ -55,10 +60,11 @@ class StopSignals:
         if not self._deferring:
             logger.warning("%s: stopped before training went on; what was finished is kept", name)
             raise SystemExit(EXIT_INTERRUPTED)
-        if self.requested and number == signal.SIGTERM:
+        again = number == signal.SIGINT and time.monotonic() - self._since < SAME_CTRL_C
+        if self.requested and number != signal.SIGUSR1 and not again:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
+        self.requested, self._since = True, time.monotonic()
         logger.warning("%s: stopping after this step with a checkpoint", name)
 
 
@@ -71,6 +77,12 @@ class _Deferral:
 
     def __exit__(self, *error: object) -> None:
         self.signals._deferring = False
+
+
+def kill_workers() -> None:
+    """End loader workers that would be waited for at exit: those that hang, or leave signals to this process."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 class LoaderTimeout(TimeoutError):
@@ -107,9 +119,7 @@ class BatchWatch:
         try:
             return next(self.batches)
         except LoaderTimeout:
-            # A worker that is stopped cannot end of itself, and would be waited for at exit.
-            for child in multiprocessing.active_children():
-                child.kill()
+            kill_workers()
             raise
         finally:
             self._since = None

@@ -1,91 +1,27 @@
-"""The record of a run: `metrics.jsonl`, what started it, and whether a continued run is still the same."""
+"""The records of a run: what it depends on (`run.json`), how far it is (`run_status.json`), and its `metrics.jsonl`."""
 
+import argparse
 import json
 import os
-from dataclasses import fields
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..configuration_vjepa2_ac import VJEPA2ACConfig
-from ..records import write_file, write_json
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-# Arguments that may differ between a run and its continuation: they do not change what is computed in a step, but for
-# the ends of the schedule, which move with its length.
-FREE_ARGUMENTS = frozenset(
-    {
-        "output_dir",
-        "cache_features",
-        "num_workers",
-        "prefetch_factor",
-        "max_steps",
-        "warmup_steps",
-        "decay_steps",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "resume",
-        "log_every",
-        "eval_every",
-        "eval_clips",
-        "report_to",
-        "log_pictures",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private",
-        "hub_squash",
-        "hub_strategy",
-        "hub_timeout",
-        "hub_wait",
-        "gradient_checkpointing",
-        "config",
-        "dry_run",
-        "dry_run_json",
-        "hardware",
-        "hardware_tflops",
-        "devices",
-        "mfu",
-        "compile",
-        "loader_warning",
-        "loader_timeout",
-        # Of checkpoints from before saving left the configuration as it was.
-        "model.architectures",
-        "model.auto_map.AutoConfig",
-        "model.auto_map.AutoModel",
-        "model.dtype",
-    }
-)
+from ..records import versions, write_file, write_json
+
+# Variables that change what is computed or how; others may hold secrets.
+_VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "NCCL_", "OMP_", "MKL_", "PYTORCH_", "TORCH_", "NVIDIA_TF32_OVERRIDE")
 
 
 def jsonable(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in arguments.items()}
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to continue a run with other arguments; a field that the model had not yet then counts as its default.
-
-    Raises:
-        ValueError: the fields that differ, with both values.
-    """
-    saved, current = _flat(saved), _flat(current)
-    added = {f"model.{f.name}": f.default for f in fields(VJEPA2ACConfig)}
-    saved |= {k: added[k] for k in added.keys() & current.keys() - saved.keys()}
-    differing = sorted(
-        k for k in saved.keys() | current.keys() if k not in FREE_ARGUMENTS and saved.get(k) != current.get(k)
-    )
-    if differing:
-        details = "; ".join(f"{k}: {saved.get(k)!r} then, {current.get(k)!r} now" for k in differing)
-        raise ValueError(
-            f"{checkpoint} was made with other arguments ({details}). Start with the same ones, with another "
-            "--output_dir, or with --resume never"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields under names with dots, as JSON gives them back."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
 
 
 def write_status(folder: Path, status: str, step: int) -> None:
@@ -128,3 +64,53 @@ class MetricsLog:
         """Bring all rows to the disk, before a checkpoint that counts on them."""
         with self.path.open("a") as file:
             os.fsync(file.fileno())
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that the code in `folder` is tracked in, and whether it has been changed; else None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a repository around an installed package is another one
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/").splitlines()
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """Write `run.json` with this start first and earlier ones of the same run under "earlier".
+
+    All processes must call it; the main one writes.
+    """
+    devices = gather_object([_device_name(accelerator.device)])
+    record: dict[str, Any] = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.orig_argv if hasattr(sys, "orig_argv") else sys.argv,
+        "working_directory": str(Path.cwd()),
+        "arguments": jsonable(vars(arguments)),
+        "processes": accelerator.num_processes,
+        "devices": devices,
+        "versions": {**versions(), "cuda": torch.version.cuda},
+        "git": git_revision(Path(__file__).resolve().parents[1]),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "platform": platform.platform(),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if accelerator.is_main_process:
+        path = arguments.output_dir / "run.json"
+        earlier: list[dict[str, Any]] = []
+        if path.is_file():
+            before = json.loads(path.read_text())
+            earlier = [{k: v for k, v in before.items() if k != "earlier"}, *before.get("earlier", [])]
+        write_json(path, {**record, "earlier": earlier})
+    return record

@@ -4,6 +4,7 @@ The rollouts are those of examples/evaluate.py (docs/evaluation.md, "During trai
 C context steps, H horizons, N frame tokens a step, D encoder width, A action columns.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator
@@ -105,6 +106,11 @@ class ValidationSet:
             generator=torch.Generator(),
             **worker_options(num_workers, prefetch_factor),
         )
+
+    @property
+    def identity(self) -> str:
+        """Of these clips and no others: figures on other ones are not compared with theirs."""
+        return hashlib.sha256("\n".join(self.records.names).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.records.names)
