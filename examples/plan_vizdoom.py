@@ -48,7 +48,7 @@ from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
-from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
+from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, summarize, table
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
 from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
@@ -99,7 +99,7 @@ class Planner:
 def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -> dict[str, Any]:
     """One episode, as a line of the results."""
     seen, info = env.reset(seed=seed)
-    goal, generator = env.goal, np.random.default_rng(seed)
+    goal, generator = env.goal, agent_generator(seed, agent)
     start, total = info["goal_degrees"], 0.0
     if agent == "planner":
         planner.begin(seen, seed)

@@ -83,7 +83,7 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
 from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
-from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
+from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
 from vjepa_ac_hf.records import claim_folder, command_line, versions, weights_checksum, write_file, write_json
@@ -213,7 +213,7 @@ def new_agent(agent: str, arguments: argparse.Namespace, env: VecEnv) -> PPO:
         **PPO_SETTINGS,
     )
     if agent == "features":
-        generator = np.random.default_rng(arguments.seed)
+        generator = agent_generator(arguments.seed, "standardize")
         seen = [env.reset()]
         while len(seen) * env.num_envs < 256:
             seen.append(env.step(generator.integers(len(TURNS), size=env.num_envs))[0])
@@ -278,7 +278,7 @@ def play(env: VecEnv, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]
 
 def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[Any], int]:
     """From what is seen to the number of an action."""
-    generator = np.random.default_rng(seed)
+    generator = agent_generator(seed, agent)
 
     def oracle(_: Any) -> int:
         left = wrap_degrees(float(env.get_attr("goal")[0].state[0]) - env.get_attr("view")[0][0])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import save_world
+from helpers_streams import largest_correlation
 
 pytest.importorskip("vizdoom")
 
@@ -138,3 +139,27 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
         controller.act(seen["frame"][None], seen["state"]), fresh.act(seen["frame"][None], seen["state"])
     )
     env.close()
+
+
+def test_random_turns_know_nothing_of_the_goal():
+    """Drawn from the environment's own stream, the second turn is a quarter of the heading."""
+
+    class Game:
+        max_steps, goal = 8, argparse.Namespace(actions=[])
+
+        def reset(self, seed):
+            self.turns = []
+            return {}, {"goal_degrees": 40.0}
+
+        def step(self, action):
+            self.turns.append(float(action[2]))
+            return {}, 0.0, False, False, {"success": False, "goal_degrees": 40.0, "ended": ""}
+
+    game = Game()
+
+    def turns(seed: int) -> list[float]:
+        PROGRAM["play"](game, "random", None, seed)
+        return game.turns
+
+    assert largest_correlation(turns) < 0.35
+    assert turns(3) == turns(3) != turns(4) and max(map(abs, turns(3))) <= 45

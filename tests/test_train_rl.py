@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import save_world
+from helpers_streams import largest_correlation
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("vizdoom")
@@ -241,3 +242,14 @@ def test_few_places_and_many_headings(goals):
     for wrong in (-1.0, math.inf):
         with pytest.raises(ValueError, match=f"success_reward must be a finite number, at least 0, found {wrong}"):
             type(goals)(goals.env, success_reward=wrong)
+
+
+def test_random_choices_know_nothing_of_the_goal():
+    """Drawn from the environment's own stream, the second choice tells the goal's side."""
+
+    def choices(seed: int) -> list[int]:
+        choose = PROGRAM["chooser"]("random", None, None, seed)
+        return [choose(None) for _ in range(8)]
+
+    assert largest_correlation(choices) < 0.35
+    assert choices(3) == choices(3) != choices(4) and {*choices(3)} <= set(range(5))
