@@ -51,7 +51,7 @@ from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, r
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, summarize, table
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
-from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
+from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_checksum, write_file, write_json
 
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
@@ -60,9 +60,8 @@ KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold",
 class Planner:
     """Acts by the model, from frames and states alone."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
-        self.processor = AutoProcessor.from_pretrained(arguments.model)
+    def __init__(self, arguments: argparse.Namespace, model: Any, processor: Any):
+        self.model, self.processor = model, processor
         self.method = CEM(
             iterations=arguments.iterations,
             candidates=arguments.candidates,
@@ -152,12 +151,15 @@ def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
 def main() -> None:
     arguments = parse_arguments()
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+    model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
+    processor = AutoProcessor.from_pretrained(arguments.model)
     settings = {name: getattr(arguments, name) for name in KEPT}
+    settings |= {"weights": weights_checksum(model), "processor": json_checksum(processor.to_dict())}
     claim_folder(arguments.output, settings, defaults={"hold": 1})
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
     episodes = ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed"))
-    planner = Planner(arguments) if "planner" in arguments.agents else None
+    planner = Planner(arguments, model, processor) if "planner" in arguments.agents else None
     env = GoalViewWrapper(
         ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
         tolerance_degrees=arguments.tolerance_degrees,

@@ -86,7 +86,15 @@ from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
-from vjepa_ac_hf.records import claim_folder, command_line, versions, weights_checksum, write_file, write_json
+from vjepa_ac_hf.records import (
+    claim_folder,
+    command_line,
+    json_checksum,
+    versions,
+    weights_checksum,
+    write_file,
+    write_json,
+)
 
 TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
 EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
@@ -103,10 +111,11 @@ KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degre
 KEPT += ("batch_size", "save_every")
 
 
-def claim_output(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+def claim_output(arguments: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
     """The settings; refuses a folder that has agents of others."""
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
-    settings |= {"encoder": weights_checksum(model.encoder), "ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
+    settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
+    settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
     claim_folder(arguments.output, settings)
     return settings
 
@@ -403,7 +412,7 @@ def main() -> None:
     arguments = parse_arguments()
     model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    settings = claim_output(arguments, model)
+    settings = claim_output(arguments, model, processor)
     trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)

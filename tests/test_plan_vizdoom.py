@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers_models import save_world
 from helpers_streams import largest_correlation
+from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("vizdoom")
 
@@ -61,6 +63,27 @@ def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
         plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3, "--hold", 2)
 
 
+def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkeypatch):
+    folder = shutil.copytree(model, tmp_path / "model")
+    flags = ("--episodes", 1, "--agents", "still")
+    plan(monkeypatch, folder, tmp_path / "out", *flags)
+    other = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        other.predictor.norm.bias[0] += 1e-3
+    other.save_pretrained(folder)
+    with pytest.raises(SystemExit, match=r"made with other arguments \(weights: found \w{8}, expected \w{8}\); choose"):
+        plan(monkeypatch, folder, tmp_path / "out", *flags)
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    plan(monkeypatch, folder, tmp_path / "out", *flags)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.action_statistics["mean"][2] += 1.0
+    processor.save_pretrained(folder)
+    with pytest.raises(
+        SystemExit, match=r"made with other arguments \(processor: found \w{8}, expected \w{8}\); choose"
+    ):
+        plan(monkeypatch, folder, tmp_path / "out", *flags)
+
+
 def test_goals_to_be_held(model, tmp_path, monkeypatch):
     flags = ("--episodes", 2, "--hold", 2, "--max_steps", 4, "--agents", "oracle")
     for episode in plan(monkeypatch, model, tmp_path, *flags):
@@ -102,9 +125,8 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
     """Reached after 5 of the 8 ticks of the second of three planned steps; a controller that is reset begins afresh."""
     game = VizDoomVPTEnv(resolution="160x120", max_ticks=13)
     env = GoalViewWrapper(ModelStepWrapper(game), steps=(1, 1), tolerance_degrees=0.01)
-    planner = PROGRAM["Planner"](
-        argparse.Namespace(model=str(model), device="cpu", iterations=1, candidates=8, horizon=3)
-    )
+    loaded = (AutoModel.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model))
+    planner = PROGRAM["Planner"](argparse.Namespace(iterations=1, candidates=8, horizon=3), *loaded)
     played = PROGRAM["play"](env, "planner", planner, 1)
     assert (played["ended"], played["steps"], played["success"]) == ("ticks", 2, False)
 

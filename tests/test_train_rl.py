@@ -25,6 +25,7 @@ pytest.importorskip("stable_baselines3")
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
+from transformers import AutoProcessor
 
 from vjepa_ac_hf.envs import make_goals
 
@@ -127,6 +128,11 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     with pytest.raises(SystemExit, match=r"features.zip: trained for 32 steps already, --steps is 16"):
         run(monkeypatch, model, tmp_path, "--steps", 16)
     assert (tmp_path / "evaluation.jsonl").read_text() == whole
+    processor = AutoProcessor.from_pretrained(shutil.copytree(model, tmp_path / "other"))
+    processor.resize_mode = "squash"
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"processor: found \w{8}, expected \w{8}"):
+        run(monkeypatch, tmp_path / "other", tmp_path)
 
 
 @pytest.mark.slow
