@@ -9,8 +9,9 @@ step for all environments; the other sees the frames themselves, through Stable-
 
 OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
 every --save_every steps: a second run continues there, and comes to the same agent; with more --steps, to the one of a
-longer training. OUT/evaluation.jsonl has episodes of the trained agents, of random choices, and of an oracle that knows
-the angles, on goals of their own. OUT/summary.json, OUT/success.png and OUT/report.html compare them
+longer training. OUT/evaluation.jsonl has episodes of the trained agents, at their most likely action and (`_sampled`)
+with actions drawn as in training, of random choices, and of an oracle that knows the angles, on goals of their own.
+OUT/summary.json, OUT/success.png and OUT/report.html compare them
 (docs/environments.md, "Learning").
 """
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 TRAINED = ("features", "pixels")
-AGENTS = (*TRAINED, "random", "oracle")
+SAMPLED = "_sampled"  # a trained agent whose actions are drawn, as in training; without it, the most likely ones
+AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "oracle")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 GOAL_POOLINGS = ("similarity", "mean", "none")
@@ -72,6 +74,7 @@ if __name__ == "__main__":
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
@@ -123,21 +126,6 @@ def claim_output(arguments: argparse.Namespace, model: Any, processor: Any) -> d
 # ------------------------------------------------------------------------------------------------- environments
 
 
-class StillView(gymnasium.ObservationWrapper):
-    """View and goal alone; the view as a tubelet that stands still, as goals are encoded."""
-
-    def __init__(self, env: gymnasium.Env, tubelet_size: int):
-        super().__init__(env)
-        views = env.observation_space
-        assert isinstance(views, spaces.Dict)
-        self.tubelet_size = tubelet_size
-        frame = spaces.Box(0, 255, (tubelet_size, *views["goal"].shape), np.uint8)
-        self.observation_space = spaces.Dict({"frame": frame, "goal": views["goal"]})
-
-    def observation(self, observation: dict) -> dict:
-        return {"frame": np.stack([observation["frame"]] * self.tubelet_size), "goal": observation["goal"]}
-
-
 class ViewAndGoalPixels(gymnasium.ObservationWrapper):
     """What the convolutional network sees: view and goal, one after the other, every second (third, ...) pixel.
 
@@ -172,12 +160,13 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
             success_reward=5.0,
         )
         env = DiscreteActions(goals, actions)
-        return StillView(env, processor.tubelet_size) if agent == "features" else ViewAndGoalPixels(env)
+        return env if agent == "features" else ViewAndGoalPixels(env)
 
     games = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     if agent != "features":
         return SB3VectorEnv(games)
-    features = VJEPA2ACVectorFeatureWrapper(games, model, processor, still_keys=("goal",), pooling="none")
+    options: dict[str, Any] = {"still_keys": ("goal",), "still_frames": True, "pooling": "none"}
+    features = VJEPA2ACVectorFeatureWrapper(games, model, processor, **options)
     return GoalFeatures(SB3VectorEnv(features), arguments.pooling)
 
 
@@ -294,7 +283,9 @@ def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[An
         return int(np.argmin(np.abs(np.array(TURNS) - left)))
 
     if ppo is not None:
-        return lambda seen: int(ppo.predict(seen, deterministic=True)[0][0])
+        sampled = agent.endswith(SAMPLED)
+        torch.manual_seed(int(generator.integers(2**63)))
+        return lambda seen: int(ppo.predict(seen, deterministic=not sampled)[0][0])
     return oracle if agent == "oracle" else lambda _: int(generator.integers(len(TURNS)))
 
 
@@ -302,20 +293,21 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
     """Episodes of all agents on the same goals."""
     episodes = ResultLines(arguments.output / "evaluation.jsonl", key=("agent", "trained_steps", "seed"))
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
-    agents = [a for a in AGENTS if a in trained or a not in TRAINED]
-    wanted = [(a, trained[a].num_timesteps if a in trained else 0, seed) for a in agents for seed in seeds]
+    policies = {agent: trained.get(agent.removesuffix(SAMPLED)) for agent in AGENTS}
+    agents = [a for a in AGENTS if policies[a] or a in ("random", "oracle")]
+    wanted = [(a, policies[a].num_timesteps if policies[a] else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
     with episodes:
         for agent, steps, seed in tqdm(wanted, unit="episode", desc="evaluation"):
             if (agent, steps, seed) in episodes:
                 continue
-            sees = "features" if agent == "features" else "pixels"
+            sees = "features" if agent.startswith("features") else "pixels"
             if env is None or sees != current:
                 if env is not None:
                     env.close()
                 env, current = make_env(sees, arguments, model, processor, 1), sees
             line = {"agent": agent, "trained_steps": steps, "seed": seed}
-            episodes.add({**line, **play(env, seed, chooser(agent, env, trained.get(agent), seed))})
+            episodes.add({**line, **play(env, seed, chooser(agent, env, policies[agent], seed))})
     if env is not None:
         env.close()
     return episodes.select(wanted)
