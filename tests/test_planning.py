@@ -1,7 +1,6 @@
 """Planning against plain loops, exhaustive search and analytic optima; model and costs are tiny."""
 
 import ast
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -452,7 +451,8 @@ def test_warm_start_is_the_rest_of_the_plan():
     "make, message",
     [
         (lambda: CEM(iterations=0), "CEM: iterations must be a whole number of at least 1, found 0"),
-        (lambda: CEM(candidates=1), "candidates must be a whole number of at least 2, found 1"),
+        (lambda: CEM(candidates=2, elites=1), "candidates must be a whole number of at least 3, found 2"),
+        (lambda: MPPI(candidates=2), "candidates must be a whole number of at least 3, found 2"),
         (lambda: CEM(candidates=8, elites=9), "elites must be at most the 8 candidates, found 9"),
         (lambda: CEM(elites=0), "elites must be a whole number of at least 1, found 0"),
         (lambda: CEM(elites=2.5), "elites must be a whole number of at least 1, found 2.5"),
@@ -573,12 +573,13 @@ def test_goals_are_encoded_as_tubelets(model, processor):
     torch.testing.assert_close(encode_goal(model, processor, turned), encode(frames[0], frames[0])[0])
     torch.testing.assert_close(encode_goal(model, processor, frames[:2]), encode(frames[0], frames[1])[0])
     torch.testing.assert_close(encode_goal(model, processor, frames), encode(*frames))
+    small = make_frames(1, size=16)[0]  # enlarged, as the processor enlarges a clip's
+    torch.testing.assert_close(encode_goal(model, processor, small), encode(small, small)[0])
     features = torch.randn(TOKENS, WIDTH)
     assert encode_goal(model, processor, features) is features
     for goal, message in [
         (torch.zeros(TOKENS + 1, WIDTH), rf"goal features must be \({TOKENS}, {WIDTH}\).*found \(5, {WIDTH}\)"),
         (frames[:3], "goal frames must be a multiple of tubelet_size 2 frames, found 3"),
-        (make_frames(1, size=16)[0], r"of at least 32 x 32 pixels, found \(2, 3, 16, 16\)"),
         (torch.zeros(4, 4, dtype=torch.uint8), r"goal frames must be uint8 .*found \(4, 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -692,6 +693,11 @@ def test_warm_start_is_never_worse_than_the_rest_of_the_plan(model, processor):
         ),
         (dict(goal=lambda f, a: 3.0), "found float"),
         (dict(goal=lambda f, a: torch.ones(len(f), dtype=torch.int64)), "found torch.int64"),
+        (
+            dict(goal=lambda f, a: a[:, 0, 0], goal_steps="nonsense"),
+            "goal_steps, discount and goal_as_pictures are for goals: .* takes none, found 'nonsense', 1.0 and False",
+        ),
+        (dict(goal=GoalCost(torch.zeros(TOKENS, WIDTH)), discount=0.5), "takes none, found None, 0.5 and False"),
         (dict(goal=lambda f, a: a[:, 0, 0] / 0), "finite costs, found .* for candidate"),
         (dict(space=SearchSpace("vpt-13", statistics=STATISTICS)), "search space's action space is .*processor's is"),
         (dict(processor=make_processor("vpt-36")), "the model's action_dim is 38, but the processor's .* is 36"),
@@ -876,13 +882,25 @@ def test_controller_plans_from_what_was_seen(model, processor, monkeypatch):
         (dict(horizon=6), "horizon must be a whole number from 1 to 5 for a context of 1 steps.*found 6"),
         (dict(context_steps=5), "from 1 to 1 for a context of 5 steps and a model of 6 steps, found 2"),
         (dict(context_steps=0), "context_steps must be a whole number of at least 1, found 0"),
+        (dict(goal_steps="first"), "steps must be 'last' or 'mean', found 'first'"),
+        (dict(goal=make_frames(6)), "a goal for every step must have 2 steps, found 3"),
         (dict(replan_every=3), "replan_every must be a whole number from 1 to the horizon 2, found 3"),
         (dict(space=SearchSpace("vpt-13", statistics=STATISTICS)), "search space's action space is"),
     ],
 )
 def test_bad_controllers(model, processor, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Controller(model, processor, make_frames(1)[0], **{"horizon": 2, "generator": seeded(), **kwargs})
+        Controller(model, processor, **{"goal": make_frames(1)[0], "horizon": 2, "generator": seeded(), **kwargs})
+
+
+def test_what_is_done_to_an_action_leaves_the_plan_alone(model, processor):
+    controller = Controller(model, processor, make_frames(1)[0], horizon=2, generator=seeded(), method=SMALL)
+    action = controller.act(make_frames(1), (0, 0))
+    known = action.clone()
+    action[:] = 7.0
+    assert torch.equal(controller.plan.actions[0], known)
+    controller.act(make_frames(2), (0, 0))
+    assert torch.equal(controller._context.actions[0], known)  # what was returned counts as done
 
 
 def test_bad_observations_change_nothing(model, processor):
@@ -1011,10 +1029,6 @@ def test_distances_and_summary_by_hand():
     hit = [make_landscape(row, 1, true=(row + 0.2, 5.0)) for row in (0, 2, 2)]  # 2 of the 6 pairs share their cell
     expected = (2 * 11.5 + 4 * 5.5) / 12 / 6
     assert summarize_landscapes(hit, ["a"] * 3, ["x"] * 3)["rank_other_actions"] == pytest.approx(expected)
-    assert summary["plan_below_neighbourhood"] is None
-    assert land.neighbourhood_energy == 1.0 and make_landscape(1, 1).neighbourhood_energy == pytest.approx(8 / 9)
-    lands = [dataclasses.replace(make_landscape(1, 1), plan_cost=cost) for cost in (0.8, 0.9, 0.88)]
-    assert summarize_landscapes(lands, ["a"] * 3, ["x"] * 3)["plan_below_neighbourhood"] == pytest.approx(2 / 3)
     empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"], ["x"])
     assert empty["outside_grid"] == 1 and empty["within_one_cell"] is None
     assert list(empty) == list(summary)
@@ -1106,7 +1120,7 @@ def test_landscape_program(program, tmp_path, monkeypatch, capsys):
     for goal in ("tubelet", "frame"):
         program(*common, *plane, "--plan", "--goal", goal)
         found[goal] = json.loads((tmp_path / "out" / "landscapes.json").read_text())
-    assert found["frame"]["goal"] == "frame" and found["frame"]["summary"]["plan_below_neighbourhood"] is not None
+    assert found["frame"]["goal"] == "frame"
     for here, there in zip(found["frame"]["landscapes"], found["tubelet"]["landscapes"], strict=True):
         # Both frames of these clips' tubelets are the same: that one is shown twice changes nothing.
         np.testing.assert_allclose(here["energies"], there["energies"], rtol=0.05)

@@ -17,7 +17,7 @@ from .planner import (
     check_planning,
     encode_context,
     encode_frames,
-    encode_goal,
+    make_cost,
     next_slot,
     plan,
 )
@@ -41,6 +41,7 @@ class Controller:
         space: as `plan` takes it.
         method: as `plan` takes it.
         goal_steps: as `plan` takes it.
+        goal_as_pictures: as `plan` takes it.
         discount: as `plan` takes it.
         max_batch_tokens: as `plan` takes it.
 
@@ -64,6 +65,7 @@ class Controller:
         space: SearchSpace | None = None,
         method: CEM | MPPI | None = None,
         goal_steps: str | None = None,
+        goal_as_pictures: bool = False,
         discount: float = 1.0,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ):
@@ -78,16 +80,15 @@ class Controller:
                 f"replan_every must be a whole number from 1 to the horizon {horizon}, found {replan_every}"
             )
         self.model, self.processor = model, processor
-        is_cost = callable(goal) and not isinstance(goal, Tensor)
-        self.goal = goal if is_cost else encode_goal(model, processor, goal)
+        self._cost = make_cost(
+            model, processor, goal, horizon, steps=goal_steps, discount=discount, as_pictures=goal_as_pictures
+        )
         self.context_steps, self.replan_every = context_steps, replan_every
         self._options: dict[str, Any] = dict(
             horizon=horizon,
             generator=generator,
             space=space,
             method=method,
-            goal_steps=goal_steps,
-            discount=discount,
             max_batch_tokens=max_batch_tokens,
         )
         self.reset()
@@ -124,15 +125,15 @@ class Controller:
                 self.model,
                 self.processor,
                 self._context,
-                self.goal,
+                self._cost,
                 warm_start=self.plan,
                 shift=self._since,
                 **self._options,
             )
             self._since = 0
-        self._action = self.plan.actions[self._since]
+        self._action = self.plan.actions[self._since].clone()
         self._since += 1
-        return self._action
+        return self._action.clone()
 
     def _look(self, frames: Tensor, state: Tensor, slot: int | None, executed: Any) -> None:
         """Add what was seen to the context; nothing changes where it is refused."""

@@ -118,6 +118,34 @@ class GoalCost:
         return distances @ (weights / weights.sum())
 
 
+def make_cost(
+    model: VJEPA2ACModel,
+    processor: VJEPA2ACProcessor,
+    goal: Any,
+    horizon: int,
+    *,
+    steps: str | None,
+    discount: float,
+    as_pictures: bool,
+) -> Cost:
+    """The `GoalCost` of a goal, as `plan` takes it; a cost is returned as it is.
+
+    Raises:
+        ValueError: a goal that does not fit to the model or the horizon, `GoalCost`'s options beside another cost.
+    """
+    if callable(goal) and not isinstance(goal, Tensor):
+        if steps is not None or discount != 1.0 or as_pictures:
+            raise ValueError(
+                "goal_steps, discount and goal_as_pictures are for goals: a cost function takes none, found "
+                f"{steps!r}, {discount} and {as_pictures}"
+            )
+        return goal
+    cost = GoalCost(encode_goal(model, processor, goal, as_pictures=as_pictures), steps=steps, discount=discount)
+    if cost.goal.ndim == 3 and len(cost.goal) != horizon:
+        raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
+    return cost
+
+
 def ticks_per_step(processor: VJEPA2ACProcessor) -> int:
     """Game ticks that an action of the model lasts.
 
@@ -149,19 +177,15 @@ def encode_frames(
     """Features `(steps, N, D)` of uint8 frames, tubelet by tubelet, or with `as_pictures` frame by frame.
 
     Raises:
-        ValueError: frames of another type, or smaller than the model's, a model that encodes whole clips.
+        ValueError: frames of another type or shape, a model that encodes whole clips.
     """
     if model.config.encoding != "tubelet":
         raise ValueError(
             f"{name}: single steps cannot be encoded, the model's encoding is {model.config.encoding!r}, not 'tubelet'"
         )
     shape = tuple(getattr(frames, "shape", ()))
-    size = shape[-2:] if len(shape) == 4 and shape[1] == 3 else shape[1:3]
-    height, width = processor.frame_shape
-    if len(shape) != 4 or size[0] < height or size[1] < width:
-        raise ValueError(
-            f"{name} must be uint8 (frames, 3, height, width) of at least {height} x {width} pixels, found {shape}"
-        )
+    if len(shape) != 4 or 3 not in (shape[1], shape[-1]):
+        raise ValueError(f"{name} must be uint8 (frames, 3, height, width), found {shape}")
     per_step = 1 if as_pictures else processor.tubelet_size
     if len(frames) == 0 or len(frames) % per_step:
         raise ValueError(f"{name} must be a multiple of tubelet_size {per_step} frames, found {len(frames)}")
@@ -397,13 +421,8 @@ def plan(
         space = SearchSpace(processor.action_space, statistics=processor.action_statistics)
     check_planning(model, processor, space)
     check_horizon(model, len(context.features), horizon)
-    if callable(goal) and not isinstance(goal, Tensor):
-        cost = goal
-    else:
-        features = encode_goal(model, processor, goal, as_pictures=goal_as_pictures)
-        cost = GoalCost(features, steps=goal_steps, discount=discount)
-        if cost.goal.ndim == 3 and len(cost.goal) != horizon:
-            raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
+    chosen: dict[str, Any] = {"steps": goal_steps, "discount": discount, "as_pictures": goal_as_pictures}
+    cost = make_cost(model, processor, goal, horizon, **chosen)
     imagination = Imagination(model, processor, context, max_batch_tokens=max_batch_tokens)
     pitch = float(context.states[-1, 1])
     result = minimize(

@@ -67,7 +67,7 @@ class CEM:
     returns: str = "best"
 
     def __post_init__(self) -> None:
-        _check_at_least(self, iterations=1, candidates=2, elites=1)
+        _check_at_least(self, iterations=1, candidates=3, elites=1)
         _check_share(self, "smoothing", "minimum_std", "minimum_probability")
         _check_returns(self)
         if self.elites > self.candidates:
@@ -113,7 +113,7 @@ class MPPI:
     returns: str = "mean"
 
     def __post_init__(self) -> None:
-        _check_at_least(self, iterations=1, candidates=2)
+        _check_at_least(self, iterations=1, candidates=3)
         _check_share(self, "smoothing", "minimum_probability")
         _check_returns(self)
         for name, most in (("temperature", math.inf), ("noise_decay", 1)):
