@@ -13,6 +13,7 @@ from .planner import (
     MAX_BATCH_TOKENS,
     Context,
     Plan,
+    Proposals,
     check_horizon,
     check_planning,
     encode_context,
@@ -21,7 +22,7 @@ from .planner import (
     next_slot,
     plan,
 )
-from .search import CEM, MPPI
+from .search import CEM, MPPI, GradientRefinement
 
 
 class Controller:
@@ -43,6 +44,9 @@ class Controller:
         goal_steps: as `plan` takes it.
         goal_as_pictures: as `plan` takes it.
         discount: as `plan` takes it.
+        refinement: as `plan` takes it.
+        proposals: as `plan` takes it.
+        proposal_mean: as `plan` takes it.
         max_batch_tokens: as `plan` takes it.
 
     Attributes:
@@ -67,6 +71,9 @@ class Controller:
         goal_steps: str | None = None,
         goal_as_pictures: bool = False,
         discount: float = 1.0,
+        refinement: GradientRefinement | None = None,
+        proposals: Proposals | None = None,
+        proposal_mean: bool = True,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ):
         check_planning(model, processor, space)
@@ -89,6 +96,9 @@ class Controller:
             generator=generator,
             space=space,
             method=method,
+            refinement=refinement,
+            proposals=proposals,
+            proposal_mean=proposal_mean,
             max_batch_tokens=max_batch_tokens,
         )
         self.reset()
