@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("vizdoom")
 
+from vjepa_ac_hf import VJEPA2ACForInverseDynamics
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv
 from vjepa_ac_hf.planning import Controller
 
@@ -28,9 +29,9 @@ def model(tmp_path_factory):
     return save_world(tmp_path_factory.mktemp("model"))
 
 
-def plan(monkeypatch, model, output, *flags):
+def plan(monkeypatch, model, output, *flags, candidates=8):
     arguments = ["--model", model, "--output", output, "--resolution", "160x120", "--max_steps", 3, *flags]
-    arguments += ["--candidates", 8, "--iterations", 1]
+    arguments += ["--candidates", candidates, "--iterations", 1]
     monkeypatch.setattr(sys, "argv", ["plan_vizdoom.py", *map(str, arguments)])
     PROGRAM["main"]()
     return [json.loads(line) for line in (output / "episodes.jsonl").read_text().splitlines()]
@@ -84,6 +85,52 @@ def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkey
         plan(monkeypatch, folder, tmp_path / "out", *flags)
 
 
+def test_ways_to_search(model, tmp_path, monkeypatch):
+    """Each changes what is done, and none belongs into another's folder."""
+    world = AutoModel.from_pretrained(model)
+    statistics = AutoProcessor.from_pretrained(model).action_statistics
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    torch.manual_seed(0)
+    head = VJEPA2ACForInverseDynamics.from_world_model(
+        world, action_space=["yaw_delta"], action_statistics=statistics, **small
+    )
+    head.save_pretrained(tmp_path / "head")
+    proposed = ("--inverse_dynamics", tmp_path / "head")
+    ways = [(), ("--method", "icem", "--horizon", 2), ("--method", "mppi"), ("--gradient_steps", 2), proposed]
+    ways.append((*proposed, "--propose", "candidate"))
+    played, made = [], []
+    watched = lambda *a, **options: (made.append(options), Controller(*a, **options))[1]  # noqa: E731
+    monkeypatch.setitem(PROGRAM["main"].__globals__, "Controller", watched)
+    for number, flags in enumerate(ways):
+        output = tmp_path / str(number)
+        played += plan(monkeypatch, model, output, "--agents", "planner", "--episodes", 1, *flags)
+    assert all(e["agent"] == "planner" and e["steps"] <= 3 for e in played)
+    assert [type(options["method"]).__name__ for options in made] == ["CEM", "ICEM", "MPPI", "CEM", "CEM", "CEM"]
+    assert [options["horizon"] for options in made] == [1, 2, 1, 1, 1, 1]
+    assert [options["refinement"] and options["refinement"].steps for options in made] == [None] * 3 + [2, None, None]
+    assert [options["proposals"] is not None for options in made] == [False] * 4 + [True] * 2
+    assert [options["proposal_mean"] for options in made] == [True] * 5 + [False]
+    settings = json.loads((tmp_path / "4" / "settings.json").read_text())
+    assert settings["propose"] == "mean" and len(settings["inverse_dynamics_weights"]) == 8
+    with pytest.raises(
+        SystemExit, match="gradient_steps: found 0, expected 3; inverse_dynamics: found .*, expected None"
+    ):
+        plan(monkeypatch, model, tmp_path / "4", "--gradient_steps", 3)
+    with torch.no_grad():
+        head.vjepa2_ac.encoder.layernorm.bias.add_(1.0)
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="the head's encoder has other weights than the model's"):
+        plan(monkeypatch, model, tmp_path / "new", *proposed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_few_candidates_are_refused(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, model, tmp_path / "no", candidates=2)
+    assert "--candidates must be at least 3, found 2" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_goals_to_be_held(model, tmp_path, monkeypatch):
     flags = ("--episodes", 2, "--hold", 2, "--max_steps", 4, "--agents", "oracle")
     for episode in plan(monkeypatch, model, tmp_path, *flags):
@@ -126,14 +173,18 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
     game = VizDoomVPTEnv(resolution="160x120", max_ticks=13)
     env = GoalViewWrapper(ModelStepWrapper(game), steps=(1, 1), tolerance_degrees=0.01)
     loaded = (AutoModel.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model))
-    planner = PROGRAM["Planner"](argparse.Namespace(iterations=1, candidates=8, horizon=3), *loaded)
+    arguments = argparse.Namespace(
+        iterations=1, candidates=8, horizon=3, method="cem", gradient_steps=0, propose="mean"
+    )
+    planner = PROGRAM["Planner"](arguments, *loaded)
     played = PROGRAM["play"](env, "planner", planner, 1)
     assert (played["ended"], played["steps"], played["success"]) == ("ticks", 2, False)
 
     def make_controller(seed: int) -> Controller:
-        options = {"horizon": 3, "replan_every": 3, "space": planner.space, "method": planner.method}
         generator = torch.Generator().manual_seed(seed)
-        return Controller(planner.model, planner.processor, goal, generator=generator, **options)
+        return Controller(
+            planner.model, planner.processor, goal, generator=generator, replan_every=3, **planner.options
+        )
 
     seen, info = env.reset(seed=3)
     goal = np.moveaxis(seen["goal"], -1, 0)

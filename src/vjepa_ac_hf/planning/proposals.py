@@ -66,7 +66,8 @@ class InverseDynamicsProposals:
     def _decide(self, pairs: Tensor, space: SearchSpace) -> Tensor:
         """Decisions `(P, width)`, one a pair of views `(P, 2, N, D)`."""
         columns = self.head.config.action_space
-        searched: dict[str, tuple] = {c: (c, VIEW_OF_MOUSE.get(c), MOUSE_OF_VIEW.get(c)) for c in space.continuous}
+        free = [c for c, width in zip(space.continuous, space.high - space.low, strict=True) if width > 0]
+        searched: dict[str, tuple] = {c: (c, VIEW_OF_MOUSE.get(c), MOUSE_OF_VIEW.get(c)) for c in free}
         numbers = [n for n in space.numbers if n and len(space.numbers) > 1]
         searched |= {c: (c,) for c in (*space.keys, *(NUMBER_KEYS[n - 1] for n in numbers))}
         missing = [column for column, known in searched.items() if not set(known) & set(columns)]
@@ -75,7 +76,9 @@ class InverseDynamicsProposals:
         told = {c: v[:, 0].double().cpu() for c, v in self.head.decode_actions(self.head(features=pairs)).items()}
         decisions = torch.zeros(len(pairs), space.width, dtype=torch.float64)
         for at, column in enumerate(space.continuous):
-            if column in told:
+            if column not in free:
+                decisions[:, at] = space.low[at]
+            elif column in told:
                 decisions[:, at] = told[column]
             elif column in MOUSE_OF_VIEW:
                 decisions[:, at] = told[MOUSE_OF_VIEW[column]] * DEGREES_PER_PIXEL
