@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 AGENTS = ("planner", "random", "still", "oracle")
+METHODS = ("cem", "icem", "mppi")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 
@@ -29,12 +30,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tolerance_degrees", type=float, default=5.0, help="a success is this near (default 5)")
     parser.add_argument("--hold", type=int, default=1, help="steps in a row that must end so near (default 1)")
     parser.add_argument("--horizon", type=int, default=1, help="steps that the planner looks ahead (default 1)")
-    parser.add_argument("--candidates", type=int, default=64, help="of the cross-entropy method (default 64)")
-    parser.add_argument("--iterations", type=int, default=4, help="of the cross-entropy method (default 4)")
+    parser.add_argument("--method", choices=METHODS, default="cem", help="that the planner searches by (default cem)")
+    parser.add_argument("--candidates", type=int, default=64, help="of an iteration of the method (default 64)")
+    parser.add_argument("--iterations", type=int, default=4, help="of the method (default 4)")
+    parser.add_argument("--gradient_steps", type=int, default=0, help="down the cost's gradient, after it (default 0)")
+    parser.add_argument("--inverse_dynamics", help="folder or Hub repository of a head that proposes where to begin")
+    parser.add_argument(
+        "--propose",
+        choices=("mean", "candidate"),
+        default="mean",
+        help="search around it, or try it too (default mean)",
+    )
     parser.add_argument("--device", default="cpu", help="for the model (default cpu)")
     arguments = parser.parse_args()
-    if arguments.episodes < 1:
-        parser.error(f"--episodes must be at least 1, found {arguments.episodes}")
+    for name, least in (("episodes", 1), ("candidates", 3), ("iterations", 1), ("gradient_steps", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, found {getattr(arguments, name)}")
     return arguments
 
 
@@ -48,42 +59,52 @@ from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
-from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
+from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, summarize, table
 from vjepa_ac_hf.pages import new_figure
-from vjepa_ac_hf.planning import CEM, Controller, SearchSpace
-from vjepa_ac_hf.records import claim_folder, versions, write_file, write_json
+from vjepa_ac_hf.planning import (
+    CEM,
+    ICEM,
+    MPPI,
+    Controller,
+    GradientRefinement,
+    InverseDynamicsProposals,
+    SearchSpace,
+)
+from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_checksum, write_file, write_json
 
+CEMS = {"cem": CEM, "icem": ICEM}
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
+KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose")
 
 
 class Planner:
     """Acts by the model, from frames and states alone."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
-        self.processor = AutoProcessor.from_pretrained(arguments.model)
-        self.method = CEM(
-            iterations=arguments.iterations,
-            candidates=arguments.candidates,
-            elites=max(arguments.candidates // 8, 1),
-        )
-        self.horizon = arguments.horizon
+    def __init__(self, arguments: argparse.Namespace, model: Any, processor: Any, head: Any = None):
+        self.model, self.processor = model, processor
+        sizes = {"iterations": arguments.iterations, "candidates": arguments.candidates}
+        elites = max(arguments.candidates // 8, 1)
+        self.options: dict[str, Any] = {
+            "horizon": arguments.horizon,
+            "method": MPPI(**sizes) if arguments.method == "mppi" else CEMS[arguments.method](**sizes, elites=elites),
+            "refinement": GradientRefinement(steps=arguments.gradient_steps) if arguments.gradient_steps else None,
+            "proposals": InverseDynamicsProposals(head, model) if head else None,
+            "proposal_mean": arguments.propose == "mean",
+        }
         # The goals are turns: no key is pressed, and the view stays level.
         keys = [c for c in self.processor.action_space if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))]
         fixed = {**dict.fromkeys(keys, 0), "pitch_delta": 0.0}
         bounds = {"yaw_delta": (-LARGEST_TURN, LARGEST_TURN)}
-        self.space = SearchSpace(self.processor.action_space, bounds=bounds, fixed=fixed)
+        self.options["space"] = SearchSpace(self.processor.action_space, bounds=bounds, fixed=fixed)
 
     def begin(self, seen: dict, seed: int) -> None:
         self.controller = Controller(
             self.model,
             self.processor,
             np.moveaxis(seen["goal"], -1, 0),
-            horizon=self.horizon,
             generator=torch.Generator().manual_seed(seed),
-            space=self.space,
-            method=self.method,
+            **self.options,
         )
         self.first = True
 
@@ -96,10 +117,10 @@ class Planner:
         return self.controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
 
 
-def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -> dict[str, Any]:
+def play(env: GoalViewWrapper, agent: str, planner: Planner, seed: int) -> dict[str, Any]:
     """One episode, as a line of the results."""
     seen, info = env.reset(seed=seed)
-    goal, generator = env.goal, np.random.default_rng(seed)
+    goal, generator = env.goal, agent_generator(seed, agent)
     start, total = info["goal_degrees"], 0.0
     if agent == "planner":
         planner.begin(seen, seed)
@@ -152,12 +173,19 @@ def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
 def main() -> None:
     arguments = parse_arguments()
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+    model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
+    processor = AutoProcessor.from_pretrained(arguments.model)
     settings = {name: getattr(arguments, name) for name in KEPT}
-    claim_folder(arguments.output, settings, defaults={"hold": 1})
+    settings |= {"weights": weights_checksum(model), "processor": json_checksum(processor.to_dict())}
+    head = None
+    if arguments.inverse_dynamics:
+        head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
+        settings["inverse_dynamics_weights"] = weights_checksum(head)
+    planner = Planner(arguments, model, processor, head)  # what does not fit together is refused before the folder
+    claim_folder(arguments.output, settings)
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
     episodes = ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed"))
-    planner = Planner(arguments) if "planner" in arguments.agents else None
     env = GoalViewWrapper(
         ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
         tolerance_degrees=arguments.tolerance_degrees,

@@ -9,8 +9,9 @@ step for all environments; the other sees the frames themselves, through Stable-
 
 OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
 every --save_every steps: a second run continues there, and comes to the same agent; with more --steps, to the one of a
-longer training. OUT/evaluation.jsonl has episodes of the trained agents, of random choices, and of an oracle that knows
-the angles, on goals of their own. OUT/summary.json, OUT/success.png and OUT/report.html compare them
+longer training. OUT/evaluation.jsonl has episodes of the trained agents, at their most likely action and (`_sampled`)
+with actions drawn as in training, of random choices, and of an oracle that knows the angles, on goals of their own.
+OUT/summary.json, OUT/success.png and OUT/report.html compare them
 (docs/environments.md, "Learning").
 """
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 TRAINED = ("features", "pixels")
-AGENTS = (*TRAINED, "random", "oracle")
+SAMPLED = "_sampled"  # a trained agent whose actions are drawn, as in training; without it, the most likely ones
+AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "oracle")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 GOAL_POOLINGS = ("similarity", "mean", "none")
@@ -72,6 +74,7 @@ if __name__ == "__main__":
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
@@ -83,10 +86,18 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
 from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
-from vjepa_ac_hf.envs.episodes import ResultLines, success_rate, summarize, table
+from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
-from vjepa_ac_hf.records import claim_folder, command_line, versions, weights_checksum, write_file, write_json
+from vjepa_ac_hf.records import (
+    claim_folder,
+    command_line,
+    json_checksum,
+    versions,
+    weights_checksum,
+    write_file,
+    write_json,
+)
 
 TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
 EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
@@ -103,30 +114,16 @@ KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degre
 KEPT += ("batch_size", "save_every")
 
 
-def claim_output(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+def claim_output(arguments: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
     """The settings; refuses a folder that has agents of others."""
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
-    settings |= {"encoder": weights_checksum(model.encoder), "ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
+    settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
+    settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
     claim_folder(arguments.output, settings)
     return settings
 
 
 # ------------------------------------------------------------------------------------------------- environments
-
-
-class StillView(gymnasium.ObservationWrapper):
-    """View and goal alone; the view as a tubelet that stands still, as goals are encoded."""
-
-    def __init__(self, env: gymnasium.Env, tubelet_size: int):
-        super().__init__(env)
-        views = env.observation_space
-        assert isinstance(views, spaces.Dict)
-        self.tubelet_size = tubelet_size
-        frame = spaces.Box(0, 255, (tubelet_size, *views["goal"].shape), np.uint8)
-        self.observation_space = spaces.Dict({"frame": frame, "goal": views["goal"]})
-
-    def observation(self, observation: dict) -> dict:
-        return {"frame": np.stack([observation["frame"]] * self.tubelet_size), "goal": observation["goal"]}
 
 
 class ViewAndGoalPixels(gymnasium.ObservationWrapper):
@@ -163,12 +160,13 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
             success_reward=5.0,
         )
         env = DiscreteActions(goals, actions)
-        return StillView(env, processor.tubelet_size) if agent == "features" else ViewAndGoalPixels(env)
+        return env if agent == "features" else ViewAndGoalPixels(env)
 
     games = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     if agent != "features":
         return SB3VectorEnv(games)
-    features = VJEPA2ACVectorFeatureWrapper(games, model, processor, still_keys=("goal",), pooling="none")
+    options: dict[str, Any] = {"still_keys": ("goal",), "still_frames": True, "pooling": "none"}
+    features = VJEPA2ACVectorFeatureWrapper(games, model, processor, **options)
     return GoalFeatures(SB3VectorEnv(features), arguments.pooling)
 
 
@@ -213,7 +211,7 @@ def new_agent(agent: str, arguments: argparse.Namespace, env: VecEnv) -> PPO:
         **PPO_SETTINGS,
     )
     if agent == "features":
-        generator = np.random.default_rng(arguments.seed)
+        generator = agent_generator(arguments.seed, "standardize")
         seen = [env.reset()]
         while len(seen) * env.num_envs < 256:
             seen.append(env.step(generator.integers(len(TURNS), size=env.num_envs))[0])
@@ -278,14 +276,16 @@ def play(env: VecEnv, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]
 
 def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[Any], int]:
     """From what is seen to the number of an action."""
-    generator = np.random.default_rng(seed)
+    generator = agent_generator(seed, agent)
 
     def oracle(_: Any) -> int:
         left = wrap_degrees(float(env.get_attr("goal")[0].state[0]) - env.get_attr("view")[0][0])
         return int(np.argmin(np.abs(np.array(TURNS) - left)))
 
     if ppo is not None:
-        return lambda seen: int(ppo.predict(seen, deterministic=True)[0][0])
+        sampled = agent.endswith(SAMPLED)
+        torch.manual_seed(int(generator.integers(2**63)))
+        return lambda seen: int(ppo.predict(seen, deterministic=not sampled)[0][0])
     return oracle if agent == "oracle" else lambda _: int(generator.integers(len(TURNS)))
 
 
@@ -293,20 +293,21 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
     """Episodes of all agents on the same goals."""
     episodes = ResultLines(arguments.output / "evaluation.jsonl", key=("agent", "trained_steps", "seed"))
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
-    agents = [a for a in AGENTS if a in trained or a not in TRAINED]
-    wanted = [(a, trained[a].num_timesteps if a in trained else 0, seed) for a in agents for seed in seeds]
+    policies = {agent: trained.get(agent.removesuffix(SAMPLED)) for agent in AGENTS}
+    agents = [a for a in AGENTS if policies[a] or a in ("random", "oracle")]
+    wanted = [(a, policies[a].num_timesteps if policies[a] else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
     with episodes:
         for agent, steps, seed in tqdm(wanted, unit="episode", desc="evaluation"):
             if (agent, steps, seed) in episodes:
                 continue
-            sees = "features" if agent == "features" else "pixels"
+            sees = "features" if agent.startswith("features") else "pixels"
             if env is None or sees != current:
                 if env is not None:
                     env.close()
                 env, current = make_env(sees, arguments, model, processor, 1), sees
             line = {"agent": agent, "trained_steps": steps, "seed": seed}
-            episodes.add({**line, **play(env, seed, chooser(agent, env, trained.get(agent), seed))})
+            episodes.add({**line, **play(env, seed, chooser(agent, env, policies[agent], seed))})
     if env is not None:
         env.close()
     return episodes.select(wanted)
@@ -403,7 +404,7 @@ def main() -> None:
     arguments = parse_arguments()
     model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    settings = claim_output(arguments, model)
+    settings = claim_output(arguments, model, processor)
     trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)

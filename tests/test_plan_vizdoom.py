@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import save_world
+from helpers_streams import largest_correlation
+from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("vizdoom")
 
+from vjepa_ac_hf import VJEPA2ACForInverseDynamics
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv
 from vjepa_ac_hf.planning import Controller
 
@@ -25,9 +29,9 @@ def model(tmp_path_factory):
     return save_world(tmp_path_factory.mktemp("model"))
 
 
-def plan(monkeypatch, model, output, *flags):
+def plan(monkeypatch, model, output, *flags, candidates=8):
     arguments = ["--model", model, "--output", output, "--resolution", "160x120", "--max_steps", 3, *flags]
-    arguments += ["--candidates", 8, "--iterations", 1]
+    arguments += ["--candidates", candidates, "--iterations", 1]
     monkeypatch.setattr(sys, "argv", ["plan_vizdoom.py", *map(str, arguments)])
     PROGRAM["main"]()
     return [json.loads(line) for line in (output / "episodes.jsonl").read_text().splitlines()]
@@ -58,6 +62,73 @@ def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
     assert (tmp_path / "episodes.jsonl").read_text() == whole
     with pytest.raises(SystemExit, match="tolerance_degrees: found 5.0, expected 3.0; hold: found 1, expected 2"):
         plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3, "--hold", 2)
+
+
+def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkeypatch):
+    folder = shutil.copytree(model, tmp_path / "model")
+    flags = ("--episodes", 1, "--agents", "still")
+    plan(monkeypatch, folder, tmp_path / "out", *flags)
+    other = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        other.predictor.norm.bias[0] += 1e-3
+    other.save_pretrained(folder)
+    with pytest.raises(SystemExit, match=r"made with other arguments \(weights: found \w{8}, expected \w{8}\); choose"):
+        plan(monkeypatch, folder, tmp_path / "out", *flags)
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    plan(monkeypatch, folder, tmp_path / "out", *flags)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.action_statistics["mean"][2] += 1.0
+    processor.save_pretrained(folder)
+    with pytest.raises(
+        SystemExit, match=r"made with other arguments \(processor: found \w{8}, expected \w{8}\); choose"
+    ):
+        plan(monkeypatch, folder, tmp_path / "out", *flags)
+
+
+def test_ways_to_search(model, tmp_path, monkeypatch):
+    """Each changes what is done, and none belongs into another's folder."""
+    world = AutoModel.from_pretrained(model)
+    statistics = AutoProcessor.from_pretrained(model).action_statistics
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    torch.manual_seed(0)
+    head = VJEPA2ACForInverseDynamics.from_world_model(
+        world, action_space=["yaw_delta"], action_statistics=statistics, **small
+    )
+    head.save_pretrained(tmp_path / "head")
+    proposed = ("--inverse_dynamics", tmp_path / "head")
+    ways = [(), ("--method", "icem", "--horizon", 2), ("--method", "mppi"), ("--gradient_steps", 2), proposed]
+    ways.append((*proposed, "--propose", "candidate"))
+    played, made = [], []
+    watched = lambda *a, **options: (made.append(options), Controller(*a, **options))[1]  # noqa: E731
+    monkeypatch.setitem(PROGRAM["main"].__globals__, "Controller", watched)
+    for number, flags in enumerate(ways):
+        output = tmp_path / str(number)
+        played += plan(monkeypatch, model, output, "--agents", "planner", "--episodes", 1, *flags)
+    assert all(e["agent"] == "planner" and e["steps"] <= 3 for e in played)
+    assert [type(options["method"]).__name__ for options in made] == ["CEM", "ICEM", "MPPI", "CEM", "CEM", "CEM"]
+    assert [options["horizon"] for options in made] == [1, 2, 1, 1, 1, 1]
+    assert [options["refinement"] and options["refinement"].steps for options in made] == [None] * 3 + [2, None, None]
+    assert [options["proposals"] is not None for options in made] == [False] * 4 + [True] * 2
+    assert [options["proposal_mean"] for options in made] == [True] * 5 + [False]
+    settings = json.loads((tmp_path / "4" / "settings.json").read_text())
+    assert settings["propose"] == "mean" and len(settings["inverse_dynamics_weights"]) == 8
+    with pytest.raises(
+        SystemExit, match="gradient_steps: found 0, expected 3; inverse_dynamics: found .*, expected None"
+    ):
+        plan(monkeypatch, model, tmp_path / "4", "--gradient_steps", 3)
+    with torch.no_grad():
+        head.vjepa2_ac.encoder.layernorm.bias.add_(1.0)
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="the head's encoder has other weights than the model's"):
+        plan(monkeypatch, model, tmp_path / "new", *proposed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_few_candidates_are_refused(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, model, tmp_path / "no", candidates=2)
+    assert "--candidates must be at least 3, found 2" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_goals_to_be_held(model, tmp_path, monkeypatch):
@@ -101,16 +172,19 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
     """Reached after 5 of the 8 ticks of the second of three planned steps; a controller that is reset begins afresh."""
     game = VizDoomVPTEnv(resolution="160x120", max_ticks=13)
     env = GoalViewWrapper(ModelStepWrapper(game), steps=(1, 1), tolerance_degrees=0.01)
-    planner = PROGRAM["Planner"](
-        argparse.Namespace(model=str(model), device="cpu", iterations=1, candidates=8, horizon=3)
+    loaded = (AutoModel.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model))
+    arguments = argparse.Namespace(
+        iterations=1, candidates=8, horizon=3, method="cem", gradient_steps=0, propose="mean"
     )
+    planner = PROGRAM["Planner"](arguments, *loaded)
     played = PROGRAM["play"](env, "planner", planner, 1)
     assert (played["ended"], played["steps"], played["success"]) == ("ticks", 2, False)
 
     def make_controller(seed: int) -> Controller:
-        options = {"horizon": 3, "replan_every": 3, "space": planner.space, "method": planner.method}
         generator = torch.Generator().manual_seed(seed)
-        return Controller(planner.model, planner.processor, goal, generator=generator, **options)
+        return Controller(
+            planner.model, planner.processor, goal, generator=generator, replan_every=3, **planner.options
+        )
 
     seen, info = env.reset(seed=3)
     goal = np.moveaxis(seen["goal"], -1, 0)
@@ -138,3 +212,27 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
         controller.act(seen["frame"][None], seen["state"]), fresh.act(seen["frame"][None], seen["state"])
     )
     env.close()
+
+
+def test_random_turns_know_nothing_of_the_goal():
+    """Drawn from the environment's own stream, the second turn is a quarter of the heading."""
+
+    class Game:
+        max_steps, goal = 8, argparse.Namespace(actions=[])
+
+        def reset(self, seed):
+            self.turns = []
+            return {}, {"goal_degrees": 40.0}
+
+        def step(self, action):
+            self.turns.append(float(action[2]))
+            return {}, 0.0, False, False, {"success": False, "goal_degrees": 40.0, "ended": ""}
+
+    game = Game()
+
+    def turns(seed: int) -> list[float]:
+        PROGRAM["play"](game, "random", None, seed)
+        return game.turns
+
+    assert largest_correlation(turns) < 0.35
+    assert turns(3) == turns(3) != turns(4) and max(map(abs, turns(3))) <= 45

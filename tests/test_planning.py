@@ -1,13 +1,13 @@
 """Planning against plain loops, exhaustive search and analytic optima; model and costs are tiny."""
 
 import ast
-import dataclasses
 import importlib.util
 import itertools
 import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,23 @@ from helpers_training import load_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vjepa_ac_hf import ACTION_COLUMNS, ACTION_SPACES, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf import (
+    ACTION_COLUMNS,
+    ACTION_SPACES,
+    VJEPA2ACForInverseDynamics,
+    VJEPA2ACModel,
+    VJEPA2ACProcessor,
+)
 from vjepa_ac_hf.planning import (
     CEM,
+    ICEM,
     MPPI,
     Controller,
     Distribution,
     GoalCost,
+    GradientRefinement,
     Imagination,
+    InverseDynamicsProposals,
     Landscape,
     SearchSpace,
     encode_context,
@@ -42,7 +51,9 @@ from vjepa_ac_hf.planning import (
     to_vpt_lines,
     vary_columns,
 )
+from vjepa_ac_hf.planning.actions import colored_noise
 from vjepa_ac_hf.planning.planner import next_slot
+from vjepa_ac_hf.planning.search import refine
 from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions, clip_states
 from vjepa_ac_hf.recordings.log import parse_recording
 
@@ -329,7 +340,14 @@ def test_fit_and_weights_by_hand():
         np.testing.assert_allclose(fitted.number, np.array(counted, dtype=float), atol=1e-12)
 
 
-@pytest.mark.parametrize("method", [CEM(iterations=12, candidates=64, elites=8), MPPI(iterations=12, returns="best")])
+DISCRETE = [
+    CEM(iterations=12, candidates=64, elites=8),
+    ICEM(iterations=12, candidates=64, elites=8, candidates_decay=1.05),
+    MPPI(iterations=12, returns="best"),
+]
+
+
+@pytest.mark.parametrize("method", DISCRETE)
 def test_discrete_minimum_is_the_exhaustive_one(method):
     """3 steps, 2 keys and 3 choices of number key: 12 ** 3 sequences, of which the cost has one minimum."""
     space = SearchSpace(["key.w", "mouse.left", "key.1", "key.2", "hotbar.0", "hotbar.1"])
@@ -351,7 +369,7 @@ def test_discrete_minimum_is_the_exhaustive_one(method):
 
 
 @pytest.mark.parametrize("returns", ["best", "mean"])
-@pytest.mark.parametrize("make", [CEM, MPPI])
+@pytest.mark.parametrize("make", [CEM, ICEM, MPPI])
 def test_quadratic_minimum_is_the_analytic_one(make, returns):
     space = SearchSpace(["yaw_delta", "pitch_delta"], bounds={"yaw_delta": (-30, 30), "pitch_delta": (-10, 10)})
     # A positive definite form that couples steps; its minimum lies inside the bounds but for one value.
@@ -403,6 +421,165 @@ def test_candidates_hold_the_mean_and_the_best_and_costs_never_rise():
     assert found.cost == lowest and torch.equal(found.decisions, best)
 
 
+@pytest.mark.parametrize(("horizon", "exponent"), [(5, 2.0), (6, 1.0), (2, 3.0), (32, 2.0)])
+def test_coloured_noise_has_the_power_and_the_variance_that_it_should(horizon, exponent):
+    white = torch.randn(40_000, horizon, 1, generator=seeded(), dtype=torch.float64)
+    noise = colored_noise(white, exponent)[..., 0]
+    frequencies = [min(k, horizon - k) / horizon or 1 / horizon for k in range(horizon)]
+    power = np.array([f**-exponent for f in frequencies])
+    # Covariances of a stationary process are the cosine sums of its power; variance 1.
+    expected = [
+        sum(p * math.cos(2 * math.pi * k * apart / horizon) for k, p in enumerate(power)) / power.sum()
+        for apart in range(horizon)
+    ]
+    covariance = (noise.T @ noise / len(noise)).numpy()
+    for one, other in itertools.product(range(horizon), repeat=2):
+        assert covariance[one, other] == pytest.approx(expected[abs(one - other)], abs=0.03)
+    assert expected[0] == 1 and abs(float(noise.mean())) < 0.03
+    assert colored_noise(white, 0.0) is white and colored_noise(white[:, :1], exponent).equal(white[:, :1])
+
+
+def test_coloured_plans_are_smooth_and_within_their_bounds():
+    space = SearchSpace(["yaw_delta", "key.w"], bounds={"yaw_delta": (-30, 30)})
+    start = space.initial(12)
+    white, red = (space.sample(start, 400, seeded(), noise_exponent=e) for e in (0.0, 2.0))
+    assert torch.equal(white, space.sample(start, 400, seeded()))
+    assert torch.equal(white[..., 1:], red[..., 1:])  # keys are drawn as before
+    assert red[..., 0].abs().max() <= 30
+    jumps, spread = (lambda d: float(d[..., 0].diff(dim=1).abs().mean())), (lambda d: float(d[..., 0].std()))
+    assert jumps(red) < 0.6 * jumps(white) and spread(red) == pytest.approx(spread(white), rel=0.05)
+
+
+def test_elites_stay_and_candidates_get_fewer():
+    space = SearchSpace("vpt-38", statistics=STATISTICS)
+    target, seen = space.sample(space.initial(3), 1, seeded(9))[0], []
+
+    def evaluate(decisions):
+        seen.append(decisions)
+        return (decisions - target).abs().sum(dim=(1, 2))
+
+    method = ICEM(iterations=5, candidates=40, elites=10, keep_elites=0.3, candidates_decay=1.25)
+    proposals = space.sample(space.initial(3), 4, seeded(3))
+    found = minimize(evaluate, space, space.initial(3), method=method, generator=seeded(), proposals=proposals)
+    assert [len(d) for d in seen] == [40, 32, 26, 20, 20]  # twice the elites at least
+    assert torch.equal(seen[0][0], space.mode(space.initial(3))) and torch.equal(seen[0][1:5], proposals)
+    for before, after in itertools.pairwise(seen):
+        costs = (before - target).abs().sum(dim=(1, 2))
+        assert torch.equal(after[1:4], before[costs.argsort(stable=True)[:3]])
+    assert torch.equal(found.ranked[0], found.decisions) and len(found.ranked) == 20
+    ranked = (found.ranked - target).abs().sum(dim=(1, 2))
+    assert (ranked.diff() >= 0).all() and float(ranked[0]) == found.cost
+    with pytest.raises(ValueError, match="ICEM: 40 candidates leave room for 38 proposals, found 39"):
+        minimize(
+            evaluate,
+            space,
+            space.initial(3),
+            method=method,
+            generator=seeded(),
+            proposals=space.sample(space.initial(3), 39, seeded()),
+        )
+
+
+# --- gradients --------------------------------------------------------------------------------------------------
+
+
+def test_gradients_find_the_minimum_of_a_quadratic():
+    """Coupled over steps; one variable is fixed, one optimum lies beyond its bound."""
+    bounds = {"yaw_delta": (-30, 30), "pitch_delta": (2, 2)}
+    space = SearchSpace(["yaw_delta", "pitch_delta", "key.w"], bounds=bounds)
+    mix = torch.randn(3, 3, generator=seeded(1), dtype=torch.float64)
+    form = mix @ mix.T + 2 * torch.eye(3, dtype=torch.float64)
+    optimum = torch.tensor([12.0, -7.0, 3.0], dtype=torch.float64)
+
+    def evaluate(decisions):
+        apart = decisions[..., 0] - optimum
+        pressed = decisions[..., 2].sum(dim=1)
+        return torch.einsum("mi,ij,mj->m", apart, form, apart) + pressed
+
+    def gradients(decisions):
+        apart = decisions[..., 0] - optimum
+        slope = torch.zeros_like(decisions)
+        slope[..., 0] = 2 * apart @ form
+        slope[..., 2] = 1.0  # of a key, which is not moved
+        return evaluate(decisions), slope
+
+    method = CEM(iterations=1, candidates=12, elites=4)
+    start = minimize(evaluate, space, space.initial(3), method=method, generator=seeded())
+    found = refine(start, evaluate, gradients, space, GradientRefinement(steps=200, starts=1))
+    np.testing.assert_allclose(found.decisions[:, 0], optimum, atol=1e-3)
+    assert (found.decisions[:, 1] == 2).all() and torch.equal(found.decisions[:, 2:], start.decisions[:, 2:])
+    assert found.cost == pytest.approx(float(evaluate(found.decisions[None])[0])) and found.cost < start.cost
+    assert len(found.costs) == 201 and found.costs[0] == start.costs[0] and found.costs[-1]["best"] == found.cost
+    several = refine(start, evaluate, gradients, space, GradientRefinement(steps=200, starts=3))
+    pressed = {tuple(keys.tolist()) for keys in start.ranked[:3, :, 2]}
+    assert several.cost <= found.cost + 1e-6 and tuple(several.decisions[:, 2].tolist()) in pressed
+    lows = [record["best"] for record in found.costs]
+    assert lows == sorted(lows, reverse=True)
+
+    def far(decisions):
+        return (decisions[..., 0] - 100).square().sum(dim=1)
+
+    def slopes(decisions):
+        slope = torch.zeros_like(decisions)
+        slope[..., 0] = 2 * (decisions[..., 0] - 100)
+        return far(decisions), slope
+
+    start = minimize(far, space, space.initial(3), method=method, generator=seeded())
+    found = refine(start, far, slopes, space, GradientRefinement(steps=40, step_size=0.5))
+    assert (found.decisions[:, 0] == 30).all()
+    # Uphill: nothing is better than where it began, and that is kept.
+    back = refine(found, far, lambda d: (far(d), -slopes(d)[1]), space, GradientRefinement(steps=3, starts=1))
+    assert back.cost == found.cost and torch.equal(back.decisions, found.decisions)
+
+
+@pytest.mark.parametrize("columns", ["vpt-38", ["mouse_dx", "mouse_dy", "key.w"], ["yaw_delta", "mouse_dy"]])
+def test_whole_actions_are_differentiable(columns):
+    """Against finite differences, in float64; away from where pitch stops."""
+    space = SearchSpace(columns, statistics=STATISTICS)
+    decisions = space.sample(space.initial(3), 2, seeded()) * 0.5
+    fixed, variables = decisions[..., len(space.continuous) :].round(), len(space.continuous)
+
+    def actions(values):
+        return space.complete(torch.cat([values, fixed], dim=-1), pitch=5.0, slot=3)
+
+    values = decisions[..., :variables].clone().requires_grad_()
+    assert torch.autograd.gradcheck(actions, (values,))
+
+
+@pytest.mark.parametrize("columns", ["vpt-38", ["mouse_dx", "mouse_dy", "key.w"]])
+def test_gradients_through_the_rollout_are_finite_differences(columns):
+    model, processor = make_model(columns), make_processor(columns)
+    context = make_context(model, processor, states=torch.tensor([[3.0, 1.0], [170.0, 4.0], [178.0, -7.0]]))
+    space = SearchSpace(columns, statistics=STATISTICS)
+    complete = partial(space.complete, pitch=-7.0, slot=context.slot)
+    decisions = space.sample(space.initial(3), 3, seeded(2))
+    goal = torch.randn(TOKENS, WIDTH, generator=seeded(1))
+    cost = lambda f, a: (f[:, -1] - goal).square().mean(dim=(1, 2)) + 1e-4 * a[..., 2].square().sum(1)  # noqa: E731
+    whole = Imagination(model, processor, context)
+    costs, slopes = whole.costs_and_gradients(decisions, complete, cost)
+    torch.testing.assert_close(costs, whole.costs(complete(decisions), cost), rtol=1e-5, atol=1e-6)
+    assert slopes.shape == decisions.shape and slopes.dtype == torch.float64 and not slopes.requires_grad
+    std = space.initial(1).std[0]
+    checked = 0
+    for m, h, v in itertools.product(range(3), range(3), range(len(space.continuous))):
+        step = 0.02 * float(std[v])
+        ends = []
+        for sign in (1, -1):
+            moved = decisions[m].clone()
+            moved[h, v] += sign * step
+            ends.append(float(whole.costs(complete(moved[None]), cost)[0]))
+        expected = (ends[0] - ends[1]) / (2 * step) * float(std[v])
+        assert float(slopes[m, h, v] * std[v]) == pytest.approx(expected, rel=0.05, abs=2e-3)
+        checked += abs(expected) > 0.02
+    assert checked >= 6  # the cost does depend on what is varied
+    parts = Imagination(model, processor, context, max_batch_tokens=TOKENS + 2)
+    torch.testing.assert_close(parts.costs_and_gradients(decisions, complete, cost)[1], slopes, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="the cost function has no gradient"):
+        whole.costs_and_gradients(decisions, complete, lambda f, a: f.detach().mean(dim=(1, 2, 3)))
+    with pytest.raises(ValueError, match="the cost's gradient has .* values that are not finite"):
+        whole.costs_and_gradients(decisions, complete, lambda f, a: (f - f).sum(dim=(1, 2, 3)).sqrt())
+
+
 def test_noise_and_probabilities_do_not_collapse():
     space = SearchSpace("vpt-38", statistics=STATISTICS)
     stds: list[torch.Tensor] = []
@@ -452,8 +629,16 @@ def test_warm_start_is_the_rest_of_the_plan():
     "make, message",
     [
         (lambda: CEM(iterations=0), "CEM: iterations must be a whole number of at least 1, found 0"),
-        (lambda: CEM(candidates=1), "candidates must be a whole number of at least 2, found 1"),
+        (lambda: CEM(candidates=2, elites=1), "candidates must be a whole number of at least 3, found 2"),
+        (lambda: MPPI(candidates=2), "candidates must be a whole number of at least 3, found 2"),
         (lambda: CEM(candidates=8, elites=9), "elites must be at most the 8 candidates, found 9"),
+        (lambda: CEM(candidates=8, elites=8, keep_elites=0.9), "at most 6 elites can be kept, found 7 "),
+        (lambda: ICEM(candidates=8, elites=9), "ICEM: elites must be at most the 8 candidates, found 9"),
+        (lambda: ICEM(candidates_decay=0.5), "candidates_decay must be a finite number of at least 1, found 0.5"),
+        (lambda: MPPI(noise_exponent=-1.0), "noise_exponent must be a finite number of at least 0, found -1.0"),
+        (lambda: CEM(keep_elites=1.0), "keep_elites must be at least 0 and below 1, found 1.0"),
+        (lambda: GradientRefinement(steps=0), "GradientRefinement: steps must be a whole number of at least 1"),
+        (lambda: GradientRefinement(step_size=0.0), "step_size must be above 0 and finite, found 0.0"),
         (lambda: CEM(elites=0), "elites must be a whole number of at least 1, found 0"),
         (lambda: CEM(elites=2.5), "elites must be a whole number of at least 1, found 2.5"),
         (lambda: CEM(smoothing=1.0), "smoothing must be at least 0 and below 1, found 1.0"),
@@ -573,12 +758,13 @@ def test_goals_are_encoded_as_tubelets(model, processor):
     torch.testing.assert_close(encode_goal(model, processor, turned), encode(frames[0], frames[0])[0])
     torch.testing.assert_close(encode_goal(model, processor, frames[:2]), encode(frames[0], frames[1])[0])
     torch.testing.assert_close(encode_goal(model, processor, frames), encode(*frames))
+    small = make_frames(1, size=16)[0]  # enlarged, as the processor enlarges a clip's
+    torch.testing.assert_close(encode_goal(model, processor, small), encode(small, small)[0])
     features = torch.randn(TOKENS, WIDTH)
     assert encode_goal(model, processor, features) is features
     for goal, message in [
         (torch.zeros(TOKENS + 1, WIDTH), rf"goal features must be \({TOKENS}, {WIDTH}\).*found \(5, {WIDTH}\)"),
         (frames[:3], "goal frames must be a multiple of tubelet_size 2 frames, found 3"),
-        (make_frames(1, size=16)[0], r"of at least 32 x 32 pixels, found \(2, 3, 16, 16\)"),
         (torch.zeros(4, 4, dtype=torch.uint8), r"goal frames must be uint8 .*found \(4, 4\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -674,6 +860,159 @@ def test_warm_start_is_never_worse_than_the_rest_of_the_plan(model, processor):
     assert second.cost <= first.cost * (1 + 1e-6)
 
 
+def test_gradients_make_plans_better_and_leave_keys_alone(model, processor):
+    context, goal = make_context(model, processor, states=torch.zeros(3, 2)), make_frames(1, seed=7)[0]
+    options = dict(horizon=3, method=CEM(iterations=2, candidates=12, elites=4))
+    rough = plan(model, processor, context, goal, generator=seeded(), **options)
+    with torch.no_grad():  # as users call it
+        fine, again = (
+            plan(
+                model, processor, context, goal, generator=seeded(), refinement=GradientRefinement(steps=12), **options
+            )
+            for _ in range(2)
+        )
+    assert fine.cost < 0.97 * rough.cost and torch.equal(fine.actions, again.actions)
+    assert len(fine.costs) == 14 and fine.costs[:2] == rough.costs
+    expected = imagined_by_hand(model, processor, context, fine.actions)
+    distance = float((expected[-1] - encode_goal(model, processor, goal)).abs().mean())
+    assert fine.cost == pytest.approx(distance, rel=1e-4)
+    torch.testing.assert_close(fine.actions[:, 0] * 0.15, fine.actions[:, 2])
+    assert all(p.grad is None for p in model.parameters())
+    controller = Controller(
+        *(model, processor, goal), horizon=3, generator=seeded(), method=SMALL, refinement=GradientRefinement(steps=2)
+    )
+    controller.act(make_frames(1), (0, 0))
+    assert len(controller.plan.costs) == 5
+
+
+def test_plans_begin_with_what_was_kept_and_what_is_proposed(model, processor, monkeypatch):
+    context, goal = make_context(model, processor), make_frames(1, seed=7)[0]
+    space = SearchSpace("vpt-38", statistics=STATISTICS)
+    method = ICEM(iterations=2, candidates=16, elites=8, keep_elites=0.5)
+    options = dict(horizon=3, method=method, space=space)
+    first = plan(model, processor, context, goal, generator=seeded(), **options)
+    assert first.elites.shape == (4, 3, space.width) and torch.equal(first.elites[0], first.decisions)
+    begun = []
+
+    def watched(evaluate, space, initial, **kwargs):
+        begun.append((initial, kwargs["proposals"]))
+        return minimize(evaluate, space, initial, **kwargs)
+
+    monkeypatch.setattr(planner, "minimize", watched)
+    plan(model, processor, context, goal, generator=seeded(4), warm_start=first, shift=1, **options)
+    initial, kept = begun.pop()
+    assert torch.equal(space.mode(initial)[:2], first.decisions[1:])
+    assert torch.equal(kept[:, :2], first.elites[1:, 1:])
+    assert torch.equal(kept[:, 2], space.mode(space.initial(3))[2].expand(3, -1))
+
+    known = space.sample(space.initial(3), 2, seeded(8))
+    seen = []
+
+    def propose(*arguments):
+        seen.append(arguments)
+        return known
+
+    options |= dict(warm_start=first, shift=0, proposals=propose)
+    found = plan(model, processor, context, goal, generator=seeded(4), **options)
+    initial, candidates = begun.pop()
+    assert torch.equal(space.mode(initial), known[0]) and torch.equal(candidates[0], known[1])
+    assert torch.equal(candidates[1], first.decisions) and len(candidates) == 5
+    assert found.cost <= first.cost * (1 + 1e-6)  # the rest of the earlier plan stays a candidate
+    assert seen[0][0] is context and seen[0][2:] == (space, 3)
+    torch.testing.assert_close(seen[0][1], encode_goal(model, processor, goal))
+    plan(model, processor, context, goal, generator=seeded(4), proposal_mean=False, **options)
+    initial, candidates = begun.pop()
+    assert torch.equal(space.mode(initial), first.decisions) and torch.equal(candidates[:2], known)
+    with pytest.raises(ValueError, match="proposals need a goal's features, found the cost <function"):
+        plan(model, processor, context, lambda f, a: a[:, 0, 0], generator=seeded(), **options)
+    known = known[:, :2]
+    with pytest.raises(ValueError, match=rf"decisions \(P, 3, {space.width}\), found \(2, 2, {space.width}\)"):
+        plan(model, processor, context, goal, generator=seeded(), **options)
+
+
+SMALL_HEAD = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+
+
+def make_head(model, columns, **kwargs) -> VJEPA2ACForInverseDynamics:
+    options = {"action_space": columns, "action_statistics": STATISTICS, **SMALL_HEAD, **kwargs}
+    head = VJEPA2ACForInverseDynamics.from_world_model(model, **options).eval()
+    with torch.no_grad():  # turns and keys that differ
+        for parameter in head.head.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=seeded(3)))
+    return head
+
+
+def test_inverse_dynamics_proposes_what_the_head_tells(model, processor):
+    columns = ["mouse_dx", "pitch_delta", "key.w", "key.1", "key.2", "hotbar.0", "hotbar.1"]
+    head = make_head(model, columns)
+    keys = {c: 0.0 for c in ACTION_COLUMNS if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))}
+    for free in ("key.w", "key.1", "key.2"):
+        keys.pop(free)
+    bounds = {"yaw_delta": (-20, 20), "pitch_delta": (-3, 3)}
+    space = SearchSpace("vpt-38", bounds=bounds, fixed=keys)
+    assert space.continuous == ["yaw_delta", "pitch_delta"] and space.keys == ["key.w"] and space.numbers == [0, 1, 2]
+    context = make_context(model, processor)
+    goals = torch.randn(3, TOKENS, WIDTH, generator=seeded(1))
+
+    def by_hand(here, there):
+        with torch.no_grad():
+            output = head(features=torch.stack([here, there])[None])
+        turns = output.continuous[0, 0].double().tolist()
+        # The head's columns in its order; mouse in pixels of 0.15 degrees.
+        yaw = (turns[0] * 80.0 + 1.0) * 0.15
+        pitch = turns[1] * 6.0 + 0.5
+        w, one, two = (float(x) > 0 for x in output.binary_logits[0, 0, :3])
+        return yaw, pitch, float(w), 1.0 if one else 2.0 if two else 0.0
+
+    def clamp(value, most):
+        return max(-most, min(most, value))
+
+    proposals, met = InverseDynamicsProposals(head, model), set()
+    for goal in goals:
+        yaw, pitch, *pressed = by_hand(context.features[-1], goal)
+        met.add(tuple(pressed))
+        (one,) = proposals(context, goal, space, 1)
+        assert one[0].tolist() == pytest.approx([clamp(yaw, 20), clamp(pitch, 3), *pressed], rel=1e-5)
+        evenly, at_once = proposals(context, goal, space, 3)
+        share = [clamp(yaw / 3, 20), clamp(pitch / 3, 3), *pressed]
+        for step in range(3):
+            assert evenly[step].tolist() == pytest.approx(share, rel=1e-5)
+            expected = one[0].tolist() if step == 0 else [0.0] * 4
+            assert at_once[step].tolist() == pytest.approx(expected, rel=1e-5)
+    (chain,) = proposals(context, goals, space, 3)
+    for step, (here, there) in enumerate(itertools.pairwise([context.features[-1], *goals])):
+        yaw, pitch, *pressed = by_hand(here, there)
+        met.add(tuple(pressed))
+        assert chain[step].tolist() == pytest.approx([clamp(yaw, 20), clamp(pitch, 3), *pressed], rel=1e-5)
+    assert len(met) > 1
+    found = plan(
+        *(model, processor, context, goals[0]), horizon=1, generator=seeded(), space=space, method=SMALL,
+        proposals=proposals,
+    )  # fmt: skip
+    alone = space.complete(
+        proposals(context, goals[0], space, 1), pitch=float(context.states[-1, 1]), slot=context.slot
+    )
+    cost = Imagination(model, processor, context).costs(alone, GoalCost(goals[0]))
+    assert found.costs[0]["current_mean"] == pytest.approx(float(cost[0]), rel=1e-5)
+
+
+def test_heads_that_do_not_fit(model, processor):
+    context, goal = make_context(model, processor), torch.zeros(TOKENS, WIDTH)
+    space = SearchSpace("vpt-38", statistics=STATISTICS)
+    with pytest.raises(ValueError, match=r"the head tells no \['pitch_delta', .*it tells \['yaw_delta'\]"):
+        InverseDynamicsProposals(make_head(model, ["yaw_delta"]), model)(context, goal, space, 1)
+    other = make_model()
+    with torch.no_grad():
+        other.encoder.layernorm.bias.add_(1.0)
+    with pytest.raises(ValueError, match=r"other weights than the model's: checksums (\w{8}) and (?!\1)\w{8}"):
+        InverseDynamicsProposals(make_head(other, ["yaw_delta"]), model)
+    InverseDynamicsProposals(make_head(make_model(), ["yaw_delta"]), model)  # the same weights, another copy
+    with pytest.raises(ValueError, match="normalize_features of the head is False, the model's is True"):
+        InverseDynamicsProposals(make_head(make_model(normalize_features=False), ["yaw_delta"]), model)
+    with pytest.raises(ValueError, match="the head's config.action_statistics is None"):
+        InverseDynamicsProposals(make_head(model, ["yaw_delta"], action_statistics=None), model)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -692,6 +1031,11 @@ def test_warm_start_is_never_worse_than_the_rest_of_the_plan(model, processor):
         ),
         (dict(goal=lambda f, a: 3.0), "found float"),
         (dict(goal=lambda f, a: torch.ones(len(f), dtype=torch.int64)), "found torch.int64"),
+        (
+            dict(goal=lambda f, a: a[:, 0, 0], goal_steps="nonsense"),
+            "goal_steps, discount and goal_as_pictures are for goals: .* takes none, found 'nonsense', 1.0 and False",
+        ),
+        (dict(goal=GoalCost(torch.zeros(TOKENS, WIDTH)), discount=0.5), "takes none, found None, 0.5 and False"),
         (dict(goal=lambda f, a: a[:, 0, 0] / 0), "finite costs, found .* for candidate"),
         (dict(space=SearchSpace("vpt-13", statistics=STATISTICS)), "search space's action space is .*processor's is"),
         (dict(processor=make_processor("vpt-36")), "the model's action_dim is 38, but the processor's .* is 36"),
@@ -876,13 +1220,25 @@ def test_controller_plans_from_what_was_seen(model, processor, monkeypatch):
         (dict(horizon=6), "horizon must be a whole number from 1 to 5 for a context of 1 steps.*found 6"),
         (dict(context_steps=5), "from 1 to 1 for a context of 5 steps and a model of 6 steps, found 2"),
         (dict(context_steps=0), "context_steps must be a whole number of at least 1, found 0"),
+        (dict(goal_steps="first"), "steps must be 'last' or 'mean', found 'first'"),
+        (dict(goal=make_frames(6)), "a goal for every step must have 2 steps, found 3"),
         (dict(replan_every=3), "replan_every must be a whole number from 1 to the horizon 2, found 3"),
         (dict(space=SearchSpace("vpt-13", statistics=STATISTICS)), "search space's action space is"),
     ],
 )
 def test_bad_controllers(model, processor, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Controller(model, processor, make_frames(1)[0], **{"horizon": 2, "generator": seeded(), **kwargs})
+        Controller(model, processor, **{"goal": make_frames(1)[0], "horizon": 2, "generator": seeded(), **kwargs})
+
+
+def test_what_is_done_to_an_action_leaves_the_plan_alone(model, processor):
+    controller = Controller(model, processor, make_frames(1)[0], horizon=2, generator=seeded(), method=SMALL)
+    action = controller.act(make_frames(1), (0, 0))
+    known = action.clone()
+    action[:] = 7.0
+    assert torch.equal(controller.plan.actions[0], known)
+    controller.act(make_frames(2), (0, 0))
+    assert torch.equal(controller._context.actions[0], known)  # what was returned counts as done
 
 
 def test_bad_observations_change_nothing(model, processor):
@@ -1011,10 +1367,6 @@ def test_distances_and_summary_by_hand():
     hit = [make_landscape(row, 1, true=(row + 0.2, 5.0)) for row in (0, 2, 2)]  # 2 of the 6 pairs share their cell
     expected = (2 * 11.5 + 4 * 5.5) / 12 / 6
     assert summarize_landscapes(hit, ["a"] * 3, ["x"] * 3)["rank_other_actions"] == pytest.approx(expected)
-    assert summary["plan_below_neighbourhood"] is None
-    assert land.neighbourhood_energy == 1.0 and make_landscape(1, 1).neighbourhood_energy == pytest.approx(8 / 9)
-    lands = [dataclasses.replace(make_landscape(1, 1), plan_cost=cost) for cost in (0.8, 0.9, 0.88)]
-    assert summarize_landscapes(lands, ["a"] * 3, ["x"] * 3)["plan_below_neighbourhood"] == pytest.approx(2 / 3)
     empty = summarize_landscapes([make_landscape(0, 0, true=(9.0, 0.0))], ["a"], ["x"])
     assert empty["outside_grid"] == 1 and empty["within_one_cell"] is None
     assert list(empty) == list(summary)
@@ -1106,7 +1458,7 @@ def test_landscape_program(program, tmp_path, monkeypatch, capsys):
     for goal in ("tubelet", "frame"):
         program(*common, *plane, "--plan", "--goal", goal)
         found[goal] = json.loads((tmp_path / "out" / "landscapes.json").read_text())
-    assert found["frame"]["goal"] == "frame" and found["frame"]["summary"]["plan_below_neighbourhood"] is not None
+    assert found["frame"]["goal"] == "frame"
     for here, there in zip(found["frame"]["landscapes"], found["tubelet"]["landscapes"], strict=True):
         # Both frames of these clips' tubelets are the same: that one is shown twice changes nothing.
         np.testing.assert_allclose(here["energies"], there["energies"], rtol=0.05)

@@ -5,6 +5,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from helpers_clips import write_clips
 from test_modeling import tiny_model
 
@@ -39,7 +40,7 @@ def save_heads(folder: Path, statistics: dict) -> None:
         processor.save_pretrained(folder / name)
 
 
-def test_snippets_run(tmp_path, monkeypatch, caplog):
+def test_snippets_run(tmp_path, monkeypatch, caplog, capsys):
     recording = sorted((ROOT / "tests" / "data").glob("*.mp4")) + sorted((ROOT / "tests" / "data").glob("*.jsonl"))
     (tmp_path / "demo" / "shards").mkdir(parents=True)
     write_tar(tmp_path / "demo" / "shards" / "shard-000000.tar", [(path.name, path) for path in recording])
@@ -58,8 +59,16 @@ def test_snippets_run(tmp_path, monkeypatch, caplog):
     names: dict = {}
     for snippet in snippets:  # the later ones go on from the second
         exec(compile(snippet, "README.md", "exec"), names)
-    assert names["future"].shape == names["imagined"].shape == (1, 6, 4, 48)
-    assert not names["future"].equal(names["imagined"])
+    assert names["future"].shape == (1, 6, 4, 48) and names["imagined"].shape == (2, 6, 4, 48)
+    # The clips that turn most come first, and of them the turns alone are mirrored, after the context.
+    first = [abs(c["actions"][1][2]) for c in names["turning"]]
+    assert first == sorted(first, reverse=True) and min(first) > 1
+    taken, mirrored = np.array(names["taken"]), names["mirrored"]
+    assert np.argwhere((taken != mirrored).any(axis=(0, 1))).ravel().tolist() == [0, 2]
+    np.testing.assert_array_equal(mirrored[:, 1:, 2], -taken[:, 1:, 2])
+    np.testing.assert_array_equal(mirrored[:, 0], taken[:, 0])
+    told = dict(re.findall(r"turns as (\w+) error one step ahead ([\d.]+)", capsys.readouterr().out))
+    assert set(told) == {"taken", "mirrored"} and told["taken"] != told["mirrored"]
     assert names["told"]["yaw_delta"].shape == (1, 7) and names["ahead"].binary_logits.shape[:3] == (1, 8, 2)
     assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
     assert not any(tick["drop"] for tick in names["found"].to_minerl())

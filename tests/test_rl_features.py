@@ -12,7 +12,7 @@ gymnasium = pytest.importorskip("gymnasium")
 
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from vjepa_ac_hf import VJEPA2ACProcessor
 from vjepa_ac_hf.envs.features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper, token_similarities
@@ -24,21 +24,24 @@ NUM_ENVS = 8
 class Pictures(gymnasium.Env):
     """A random picture a step, of which the seed decides all; episodes of random length."""
 
-    def __init__(self, as_dict: bool = False, tubelets: bool = False):
-        self.as_dict = as_dict
+    def __init__(self, as_dict: bool = False, tubelets: bool = False, model_steps: bool = False):
+        self.as_dict, self.model_steps = as_dict or model_steps, model_steps
         self.shape = (2, *SIZE, 3) if tubelets else (*SIZE, 3)
         frame = spaces.Box(0, 255, self.shape, np.uint8)
         self.observation_space = frame
-        if as_dict:
+        if self.as_dict:
             goal = spaces.Box(0, 255, (*SIZE, 3), np.uint8)
             state = spaces.Box(-1, 1, (2,), np.float32)
             self.observation_space = spaces.Dict({"frame": frame, "goal": goal, "state": state})
+        if model_steps:
+            self.observation_space["tubelet"] = spaces.Box(0, 255, (2, *SIZE, 3), np.uint8)
         self.action_space = spaces.Discrete(2)
 
     def _look(self):
         frame = self.np_random.integers(0, 256, self.shape, dtype=np.uint8)
         state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        return {"frame": frame, "goal": self.goal.copy(), "state": state} if self.as_dict else frame
+        steps = {"tubelet": np.stack([frame, 255 - frame])} if self.model_steps else {}
+        return {"frame": frame, "goal": self.goal.copy(), "state": state, **steps} if self.as_dict else frame
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -171,6 +174,46 @@ def test_tubelets_are_encoded_as_they_are(model, processor):
         before, found, seen = seen, env.step(0)[0], raw.step(0)[0]
 
 
+@pytest.mark.parametrize("still", [True, None])
+def test_frames_of_model_steps_stand_still_as_goals_do(model, processor, still):
+    """Two frames a whole step apart are no tubelet of the training: each is one of its own."""
+    raw, oracle = Pictures(model_steps=still is None, as_dict=True), Oracle(model, processor, 1, 1)
+    options = {"still_frames": still, "num_steps": 2, "spacing": 2, "pooling": "none"}
+    vector = SyncVectorEnv(
+        [lambda: Pictures(model_steps=still is None, as_dict=True)] * 2, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    vector = VJEPA2ACVectorFeatureWrapper(vector, model, processor, still_keys=("goal",), **options)
+    found, seen = vector.reset(seed=4)[0], raw.reset(seed=4)[0]
+    frames = [seen["frame"]] * 3
+    for _ in range(raw.left):
+        for step, frame in enumerate((frames[-3], frames[-1])):
+            np.testing.assert_allclose(found["features"][0, step], oracle.tubelet(frame, frame), atol=2e-6)
+        np.testing.assert_allclose(found["goal"][0, 0], oracle.tubelet(seen["goal"], seen["goal"]), atol=2e-6)
+        found, _, ended, _, info = vector.step(np.zeros(2, int))
+        seen = raw.step(0)[0]
+        frames.append(seen["frame"])
+    assert ended[0]
+    for step, frame in enumerate((frames[-3], frames[-1])):
+        last = info["final_obs"][0]["features"]
+        np.testing.assert_allclose(last[step], oracle.tubelet(frame, frame), atol=2e-6)
+
+
+def test_the_oracle_sees_that_it_has_arrived(model, processor):
+    """In the game, as the README has it: at the goal, and only there, view and goal are the same features."""
+    pytest.importorskip("vizdoom")
+    from vjepa_ac_hf.envs import make_goals
+
+    goals = make_goals(resolution="160x120", steps=(2, 3))
+    env = VJEPA2ACFeatureWrapper(goals, model, processor, still_keys=("goal",))
+    seen, _ = env.reset(seed=1)
+    apart = [np.abs(seen["features"] - seen["goal"]).mean()]
+    for action in goals.goal.actions:
+        seen, _, _, _, info = env.step(action)
+        apart.append(np.abs(seen["features"] - seen["goal"]).mean())
+    env.close()
+    assert info["goal_degrees"] == 0 and apart[-1] < 1e-6 < min(apart[:-1]) / 100
+
+
 def test_another_dtype_and_a_bigger_encoder(processor):
     half = tiny_model().eval().to(torch.bfloat16)
     env = VJEPA2ACFeatureWrapper(Pictures(), half, processor)
@@ -197,6 +240,8 @@ def test_bad_input_is_named(model, processor):
         VJEPA2ACFeatureWrapper(Pictures(), model, processor, pooling="max")
     with pytest.raises(ValueError, match="with spacing 1, found 4"):
         VJEPA2ACFeatureWrapper(Pictures(tubelets=True), model, processor, spacing=4)
+    with pytest.raises(ValueError, match="still_frames takes single frames, 'frame' has 2 of a tubelet"):
+        VJEPA2ACFeatureWrapper(Pictures(tubelets=True), model, processor, still_frames=True)
     with pytest.raises(ValueError, match="need Dict observations"):
         VJEPA2ACFeatureWrapper(Pictures(), model, processor, still_keys=("goal",))
 
@@ -350,7 +395,35 @@ def test_vector_environment_is_what_stable_baselines_makes_of_single_ones(model,
                 assert vector.reset_infos[i]["begun"] and single.reset_infos[i]["left"] == vector.reset_infos[i]["left"]
     assert min(ended.values()) > 3
     assert found_env.get_attr("left") == single.get_attr("left")
+    assert found_env.get_attr("left", indices=[2, 1]) == [single.get_attr("left")[i] for i in (2, 1)]
     assert found_env.env_is_wrapped(VJEPA2ACFeatureWrapper, [1]) == [False]
+
+
+class Counts(Pictures):
+    """Counts how often it is called."""
+
+    called = 0
+
+    def call_me(self, times: int, *, more: int = 0) -> int:
+        self.called += times + more
+        return self.called
+
+
+def test_methods_of_some_environments_leave_the_others_alone():
+    pytest.importorskip("stable_baselines3")
+    from vjepa_ac_hf.envs.sb3 import SB3VectorEnv
+
+    env = SB3VectorEnv(SyncVectorEnv([Counts] * 3, autoreset_mode=AutoresetMode.SAME_STEP))
+    assert env.env_method("call_me", 1, indices=[2, 0]) == [1, 1]
+    assert env.env_method("call_me", 1, indices=1, more=4) == [5]
+    assert env.get_attr("called") == [1, 5, 1]
+    assert env.env_method("call_me", 2) == [3, 7, 3]
+    elsewhere = AsyncVectorEnv([Counts] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = SB3VectorEnv(elsewhere)
+    with pytest.raises(NotImplementedError, match=r"AsyncVectorEnv .* all 2 environments at once, found indices \[1\]"):
+        env.env_method("call_me", 1, indices=[1])
+    assert env.env_method("call_me", 1) == [1, 1] and env.get_attr("called", indices=[1]) == [1]
+    env.close()
 
 
 def test_vector_environments_that_do_not_fit_are_refused(model, processor):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_models import save_world
+from helpers_streams import largest_correlation
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("vizdoom")
@@ -24,6 +25,8 @@ pytest.importorskip("stable_baselines3")
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
+from stable_baselines3.common.vec_env import DummyVecEnv
+from transformers import AutoProcessor
 
 from vjepa_ac_hf.envs import make_goals
 
@@ -77,9 +80,10 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = lines(tmp_path / "evaluation.jsonl")
-    agents = ("features", "pixels", "random", "oracle")
+    trained = ("features", "pixels")
+    agents = ("features", "features_sampled", "pixels", "pixels_sampled", "random", "oracle")
     assert {(e["agent"], e["trained_steps"], e["seed"] - 10**9) for e in evaluation} == {
-        (agent, 32 * (agent in agents[:2]), i) for agent in agents for i in range(2)
+        (agent, 32 * agent.startswith(trained), i) for agent in agents for i in range(2)
     }
     for seed in {e["seed"] for e in evaluation}:  # the same goals for all
         assert len({e["start_degrees"] for e in evaluation if e["seed"] == seed}) == 1
@@ -97,7 +101,7 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     for e in (e for e in evaluation if e["agent"] == "oracle"):
         least = math.ceil((e["start_degrees"] - 5) / 20) + 1
         assert e["success"] and least <= e["steps"] <= least + 1
-    for agent in agents[:2]:
+    for agent in trained:
         training, episodes = summary["agents"][agent]["training"], lines(tmp_path / f"{agent}.jsonl")
         saves = lines(tmp_path / f"{agent}_saves.jsonl")
         assert [s["step"] for s in saves] == [16, 32] == [p["step"] for p in training["curve"]]
@@ -126,6 +130,11 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     with pytest.raises(SystemExit, match=r"features.zip: trained for 32 steps already, --steps is 16"):
         run(monkeypatch, model, tmp_path, "--steps", 16)
     assert (tmp_path / "evaluation.jsonl").read_text() == whole
+    processor = AutoProcessor.from_pretrained(shutil.copytree(model, tmp_path / "other"))
+    processor.resize_mode = "squash"
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"processor: found \w{8}, expected \w{8}"):
+        run(monkeypatch, tmp_path / "other", tmp_path)
 
 
 @pytest.mark.slow
@@ -149,7 +158,7 @@ def test_an_interrupted_training_comes_to_the_same_agent(model, finished, tmp_pa
         file.write('{"step": 4')
     run(monkeypatch, model, tmp_path / "parts", *alone)
     assert lines(tmp_path / "parts/features.jsonl") == lines(finished / "features.jsonl")
-    expected = [e for e in lines(finished / "evaluation.jsonl") if e["agent"] != "pixels"]
+    expected = [e for e in lines(finished / "evaluation.jsonl") if not e["agent"].startswith("pixels")]
     found = [e for e in lines(tmp_path / "parts/evaluation.jsonl") if e["trained_steps"] != 16]
     assert sorted(found, key=str) == sorted(expected, key=str)
     summary = json.loads((tmp_path / "parts/summary.json").read_text())
@@ -218,17 +227,32 @@ def test_what_the_agents_see_is_what_stable_baselines_and_gymnasium_take(goals):
     discrete = PROGRAM["DiscreteActions"](goals)
     seen, _ = goals.reset(seed=3)
     view, goal = seen["frame"], seen["goal"]
-    still, pixels = PROGRAM["StillView"](discrete, 3), PROGRAM["ViewAndGoalPixels"](discrete)
-    for env in (still, pixels):
-        check_env(env, skip_render_check=True)
+    pixels = PROGRAM["ViewAndGoalPixels"](discrete)
+    check_env(pixels, skip_render_check=True)
     check_for_stable_baselines(pixels)
-    found = still.reset(seed=3)[0]
-    np.testing.assert_array_equal(found["frame"], np.stack([view, view, view]))
-    np.testing.assert_array_equal(found["goal"], goal)
     found = pixels.reset(seed=3)[0]
     assert found.shape == (60, 80, 6)
     for y, x in ((0, 0), (7, 31), (59, 79)):
         np.testing.assert_array_equal(found[y, x], [*view[2 * y, 2 * x], *goal[2 * y, 2 * x]])
+
+
+def test_trained_agents_act_as_in_training_and_at_their_most_likely_action():
+    """A policy of known probabilities: drawn actions follow them, the same for the same episode; the others do not."""
+    env = DummyVecEnv([lambda: gymnasium.make("CartPole-v1")])
+    ppo = PPO("MlpPolicy", env, n_steps=2, batch_size=2, seed=0, device="cpu")
+    with torch.no_grad():
+        ppo.policy.action_net.weight.zero_()
+        ppo.policy.action_net.bias.copy_(torch.tensor([0.3, 0.7]).log())
+    seen = np.zeros((1, 4), np.float32)
+
+    def choices(agent: str, seed: int) -> list[int]:
+        choose = PROGRAM["chooser"](agent, env, ppo, seed)
+        return [choose(seen) for _ in range(40)]
+
+    drawn = [choices("features_sampled", seed) for seed in range(20)]
+    assert np.mean(drawn) == pytest.approx(0.7, abs=0.06) and len({tuple(row) for row in drawn}) == 20
+    assert choices("features_sampled", 7) == drawn[7]
+    assert choices("features", 7) == [1] * 40
 
 
 def test_few_places_and_many_headings(goals):
@@ -241,3 +265,14 @@ def test_few_places_and_many_headings(goals):
     for wrong in (-1.0, math.inf):
         with pytest.raises(ValueError, match=f"success_reward must be a finite number, at least 0, found {wrong}"):
             type(goals)(goals.env, success_reward=wrong)
+
+
+def test_random_choices_know_nothing_of_the_goal():
+    """Drawn from the environment's own stream, the second choice tells the goal's side."""
+
+    def choices(seed: int) -> list[int]:
+        choose = PROGRAM["chooser"]("random", None, None, seed)
+        return [choose(None) for _ in range(8)]
+
+    assert largest_correlation(choices) < 0.35
+    assert choices(3) == choices(3) != choices(4) and {*choices(3)} <= set(range(5))

@@ -333,6 +333,25 @@ def test_recordings_of_episodes(tmp_path):
     again.close()
 
 
+def test_an_oracle_that_looks_for_a_goal_is_not_recorded(tmp_path):
+    """Goals around a recorder: what is on disk is the play after `reset`, from the start that it began at."""
+    recorder = RecordVPT(VizDoomVPTEnv(resolution=RESOLUTION), tmp_path)
+    goals = GoalViewWrapper(ModelStepWrapper(recorder))
+    starts = []
+    for seed in range(2):
+        seen, _ = goals.reset(seed=seed)
+        starts.append(seen["state"])
+        goals.step(raw_action(turn=-6))
+    goals.reset(options={"goal": goals.goal})
+    goals.close()
+    logs = [[json.loads(line) for line in p.read_text().splitlines()] for p in sorted(tmp_path.glob("*.jsonl"))]
+    assert [len(log) for log in logs] == [9, 9, 1] and len(list(tmp_path.iterdir())) == 6
+    for log, start in zip(logs, [*starts, starts[1]], strict=True):
+        assert (log[0]["yaw"], log[0]["pitch"]) == pytest.approx(tuple(start), abs=1e-4)
+        assert sum(line["mouse"]["dx"] for line in log) == (-40 if len(log) == 9 else 0)
+    assert recorder.episodes == 3
+
+
 def test_goals_are_reached_by_their_oracle_and_not_without(steps):
     goals = GoalViewWrapper(steps, steps=(1, 3), walk=0.5, tolerance_degrees=4, tolerance_units=25, max_steps=4)
     lengths = set()

@@ -65,6 +65,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def json_checksum(value: Any) -> str:
+    """CRC-32 of a value of JSON, whatever the order of its keys."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
 def weights_checksum(module: "nn.Module") -> str:
     """CRC-32 of all parameters and buffers of a module that is not sharded."""
     import torch  # who only writes files does not wait for it

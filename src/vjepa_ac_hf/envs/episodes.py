@@ -20,6 +20,16 @@ logger = logging.getLogger(__name__)
 ENDED_EARLY = ("death", "teleport")
 
 
+def agent_generator(seed: int, agent: str) -> np.random.Generator:
+    """Random numbers of an agent's own: those of the environment with this seed, which draws the goal, are others.
+
+    Args:
+        seed: of the episode.
+        agent: a name: each has its own stream.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=tuple(agent.encode())))
+
+
 class ResultLines:
     """A file of results, a JSON object a line, to which a second run adds what is missing.
 

@@ -29,8 +29,11 @@ class FrameEncoder:
         space: of a single environment's observation: a Box of frames or a Dict that has one.
         frame_key: the Dict's frames.
         still_keys: other frames of the Dict, each of which is encoded on its own, as a tubelet that stands still.
+        still_frames: whether each frame of `frame_key` is encoded so too, one a step, and so compares with the stills.
+            None: where the Dict has a `tubelet` beside the frames: they are the frames of model steps, and two of them
+            are further apart than the frames of any tubelet that the model was trained on.
         num_steps: T, steps of which features are given.
-        spacing: environment steps between two frames of a step.
+        spacing: environment steps between two frames of a step; between two steps with `still_frames`.
         pooling: "mean" over the tokens of each step, or "none".
         num_envs: B.
 
@@ -46,6 +49,7 @@ class FrameEncoder:
         *,
         frame_key: str = "frame",
         still_keys: tuple[str, ...] = (),
+        still_frames: bool | None = None,
         num_steps: int = 1,
         spacing: int = 1,
         pooling: str = "mean",
@@ -73,8 +77,12 @@ class FrameEncoder:
             raise ValueError(
                 f"observations of {self.per_push} frames must be tubelets of {size}, with spacing 1, found {spacing}"
             )
-        self.spacing, self.num_frames = spacing, num_steps * size
-        remembered = (self.num_frames - 1) * spacing + 1
+        if still_frames is None:
+            still_frames = isinstance(space, spaces.Dict) and "tubelet" in space.spaces and self.per_push == 1
+        if still_frames and self.per_push > 1:
+            raise ValueError(f"still_frames takes single frames, {frame_key!r} has {self.per_push} of a tubelet")
+        self.spacing, self.repeats = spacing, size if still_frames else 1
+        remembered = (num_steps * size // self.repeats - 1) * spacing + 1
         self.frames_BLCYX = torch.zeros(num_envs, remembered, 3, *shape, dtype=torch.uint8)
         self.stills = {key: np.zeros((num_envs, *self._shape(1)), np.float32) for key in still_keys}
         self.space = self._feature_space(space, num_steps)
@@ -136,7 +144,8 @@ class FrameEncoder:
         if unchanged is not None:
             self.frames_BLCYX[torch.from_numpy(unchanged)] = known[torch.from_numpy(unchanged)]
         count = len(self.frames_BLCYX)
-        features = self.encode(torch.cat([self.frames_BLCYX[:, :: self.spacing], *(w[None] for w in windows)]))
+        seen_BFCYX = torch.cat([self.frames_BLCYX[:, :: self.spacing], *(w[None] for w in windows)])
+        features = self.encode(seen_BFCYX.repeat_interleave(self.repeats, dim=1))
         if not self.is_dict:
             return features[:count], dict(zip(finals, features[count:], strict=True))
         finals = {
@@ -197,14 +206,15 @@ class VJEPA2ACFeatureWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """Features of the latest frames of one environment; `VJEPA2ACVectorFeatureWrapper` is for many.
 
     Observations: in place of frames, float32 `(T * D,)` ("mean") or `(T, N, D)` ("none") features of the latest
-    T steps, of `tubelet_size` frames each, `spacing` environment steps apart. At the beginning of an episode the first
-    frame stands for those before it. Of a Dict, other entries stay, and `features` replace `frame_key`.
+    T steps, of `tubelet_size` frames each, `spacing` environment steps apart, or with `still_frames` of one frame each,
+    repeated: what a still goal compares with, and the default for frames of model steps. At the beginning of an episode
+    the first frame stands for those before it. Of a Dict, other entries stay, and `features` replace `frame_key`.
 
     Args:
         env: frames are uint8 `(Y, X, 3)`, or a tubelet `(F, Y, X, 3)`.
         model: a `VJEPA2ACModel`, on the device and in the dtype to be used; its encoder is frozen.
         processor: its processor.
-        options: `FrameEncoder`'s `frame_key`, `still_keys`, `num_steps`, `spacing`, `pooling`.
+        options: `FrameEncoder`'s `frame_key`, `still_keys`, `still_frames`, `num_steps`, `spacing`, `pooling`.
 
     Raises:
         ValueError: a vector environment, or what `FrameEncoder` refuses.

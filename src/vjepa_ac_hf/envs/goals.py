@@ -188,7 +188,7 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
 
     def _draw(self, seed: int | None) -> GoalEpisode:
         for attempt in range(_ATTEMPTS):
-            seen, begun = self.env.reset(seed=seed if attempt == 0 else None)
+            seen, begun = self.env.reset(seed=seed if attempt == 0 else None, options={"rehearsal": True})
             generator = self.unwrapped.np_random
             side = generator.choice([-1, 1])
             start_state, start_position = seen["state"], begun["position"]

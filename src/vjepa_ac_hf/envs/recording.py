@@ -81,7 +81,8 @@ class RecordVPT(gymnasium.Wrapper, RecordConstructorArgs):
     splits one by one.
 
     Goes directly around the environment, under wrappers that change its observations. The last frame gets a line
-    without input, unless it is beyond a death or teleport. Files are complete when the episode has ended, or after the
+    without input, unless it is beyond a death or teleport. Rehearsals (`reset(options={"rehearsal": True})`: an oracle
+    that looks for a goal) are left out. Files are complete when the episode has ended, or after the
     next `reset` or `close`.
 
     Args:
@@ -106,6 +107,8 @@ class RecordVPT(gymnasium.Wrapper, RecordConstructorArgs):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         self._finish()
+        if (options or {}).get("rehearsal"):
+            return self.env.reset(seed=seed, options=options)
         start = FIRST_START + timedelta(minutes=5 * self.episodes)
         name = f"{self.alias}-{self.episodes:06d}-{0:012x}-{start:%Y%m%d-%H%M%S}"
         if Path(self.folder, name + ".mp4").exists():
@@ -119,7 +122,8 @@ class RecordVPT(gymnasium.Wrapper, RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[dict, Any, bool, bool, dict]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        assert self._writer is not None
+        if self._writer is None:
+            return observation, reward, terminated, truncated, info
         self._writer.add(self._frame, self.game.line)
         self._frame = observation["frame"].copy()
         if terminated or truncated:

@@ -75,11 +75,25 @@ class SB3VectorEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return self.env_method(attr_name, indices=indices)
+        found = self._base.get_attr(attr_name)
+        return [found[i] for i in self._get_indices(indices)]
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        found = self._base.call(method_name, *method_args, **method_kwargs)
-        return [found[i] for i in self._get_indices(indices)]
+        """Call a method of all environments, or of those named.
+
+        Raises:
+            NotImplementedError: some environments only, where they live in other processes.
+        """
+        chosen = list(self._get_indices(indices))
+        if chosen == list(range(self.num_envs)):
+            return list(self._base.call(method_name, *method_args, **method_kwargs))
+        envs = getattr(self._base, "envs", None)
+        if envs is None:
+            raise NotImplementedError(
+                f"{type(self._base).__name__} calls a method of all {self.num_envs} environments at once, found "
+                f"indices {chosen}"
+            )
+        return [envs[i].get_wrapper_attr(method_name)(*method_args, **method_kwargs) for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if indices is not None:

@@ -104,16 +104,17 @@ class VizDoomVPTEnv(gymnasium.Env):
         Args:
             seed: of the environment's random numbers, from which start and heading are drawn; None goes on with them.
             options: `engine_seed` (1 .. 2**31 - 1), which decides the place, and `heading` (degrees), instead of what
-                would be drawn: with both (`info` has them), a life begins as an earlier one did.
+                would be drawn: with both (`info` has them), a life begins as an earlier one did. `rehearsal`: the
+                episode is no play, and `RecordVPT` leaves it out.
 
         Raises:
             ValueError: an unknown option.
         """
         super().reset(seed=seed)
         options = dict(options or {})
-        unknown = sorted(set(options) - {"engine_seed", "heading"})
+        unknown = sorted(set(options) - {"engine_seed", "heading", "rehearsal"})
         if unknown:
-            raise ValueError(f"reset options {unknown} are unknown: known are ['engine_seed', 'heading']")
+            raise ValueError(f"reset options {unknown} are unknown: known are ['engine_seed', 'heading', 'rehearsal']")
         engine_seed = (
             options["engine_seed"] if "engine_seed" in options else self.np_random.integers(1, self._engine_seeds)
         )

@@ -1,8 +1,9 @@
 """Planning with the world model: search for actions whose imagined future is like a goal (docs/planning.md).
 
-`actions` says what may be searched and makes whole actions of it, `search` holds the two methods, `planner` joins them
-with the model, `control` replans as frames come in, `environments` turns actions into MineRL's and VPT's form,
-`landscape` looks at the energy over two columns. Open `planner.py` first.
+`actions` says what may be searched and makes whole actions of it, `search` holds the methods, `planner` joins them with
+the model, `proposals` has an inverse dynamics head say where to begin, `control` replans as frames come in,
+`environments` turns actions into MineRL's and VPT's form, `landscape` looks at the energy over two columns. Open
+`planner.py` first.
 """
 
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view, vary_columns
@@ -10,17 +11,21 @@ from .control import Controller
 from .environments import VPTLog, to_minerl_action, to_vpt_lines
 from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
 from .planner import Context, GoalCost, Imagination, Plan, encode_context, encode_goal, plan
-from .search import CEM, MPPI, minimize
+from .proposals import InverseDynamicsProposals
+from .search import CEM, ICEM, MPPI, GradientRefinement, minimize
 
 __all__ = [
     "CEM",
     "DEFAULT_FIXED",
+    "ICEM",
     "MPPI",
     "Context",
     "Controller",
     "Distribution",
     "GoalCost",
+    "GradientRefinement",
     "Imagination",
+    "InverseDynamicsProposals",
     "Landscape",
     "Plan",
     "SearchSpace",

@@ -213,17 +213,28 @@ class SearchSpace:
         number[:steps] = torch.lerp(number[:steps], fitted.number, _WARM_START)
         return Distribution(mean, initial.std, press, number)
 
+    def shift(self, decisions: Tensor, shift: int, horizon: int) -> Tensor:
+        """What is left of decisions `(P, H', width)` once `shift` steps are done, then as `initial` has it at most."""
+        rest = decisions[:, shift : shift + horizon].cpu()
+        later = self.mode(self.initial(horizon))[rest.shape[1] :]
+        return torch.cat([rest, later.expand(len(rest), -1, -1)], dim=1)
+
     def mode(self, distribution: Distribution) -> Tensor:
         """The mean of the continuous variables, and keys as they most probably are: `(H, width)`."""
         number = distribution.number.argmax(dim=-1, keepdim=True)
         mean = distribution.mean.clamp(self.low, self.high)
         return torch.cat([mean, (distribution.press > 0.5).double(), number.double()], dim=-1)
 
-    def sample(self, distribution: Distribution, count: int, generator: torch.Generator) -> Tensor:
-        """Decisions `(count, H, width)` within the bounds, on the CPU; drawn where the generator lives."""
+    def sample(
+        self, distribution: Distribution, count: int, generator: torch.Generator, *, noise_exponent: float = 0.0
+    ) -> Tensor:
+        """Decisions `(count, H, width)` within the bounds, on the CPU; drawn where the generator lives.
+
+        The noise of continuous variables is white over the steps, or `colored_noise`.
+        """
         device, (horizon, variables) = generator.device, distribution.mean.shape
         options: dict[str, Any] = dict(generator=generator, device=device, dtype=torch.float64)
-        noise = torch.randn(count, horizon, variables, **options).cpu()
+        noise = colored_noise(torch.randn(count, horizon, variables, **options).cpu(), noise_exponent)
         values = (distribution.mean + noise * distribution.std).clamp(self.low, self.high)
         press = torch.rand(count, horizon, len(self.keys), **options).cpu() < distribution.press
         number = torch.multinomial(distribution.number.to(device), count, replacement=True, generator=generator)
@@ -269,6 +280,21 @@ class SearchSpace:
         raw[..., _NUMBER_KEYS] = torch.nn.functional.one_hot(number, NUM_SLOTS + 1).double()[..., 1:]
         _follow_slots(raw, number, torch.full_like(number[:, 0], -1 if slot is None else slot))
         return raw
+
+
+def colored_noise(white: Tensor, exponent: float) -> Tensor:
+    """White noise `(M, H, V)` made to vary slowly over the H steps: its power falls with frequency ** -exponent.
+
+    Each value keeps mean 0 and variance 1; steps are correlated, around the ends too (the noise is periodic in H). The
+    lowest frequency stands for the mean, too. 0 changes nothing. Pinneri et al., arXiv 2008.06389, section 3.1.
+    """
+    horizon = white.shape[1]
+    if exponent == 0 or horizon == 1 or not white.numel():
+        return white
+    frequencies = torch.fft.fftfreq(horizon, dtype=white.dtype).abs().clamp(min=1 / horizon)
+    power = frequencies**-exponent
+    gains = (power / power.mean()).sqrt()
+    return torch.fft.ifft(torch.fft.fft(white, dim=1) * gains[:, None], dim=1).real
 
 
 def vary_columns(actions: Tensor, chosen: Mapping[str, Tensor], *, pitch: float) -> Tensor:

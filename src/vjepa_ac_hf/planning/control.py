@@ -13,15 +13,16 @@ from .planner import (
     MAX_BATCH_TOKENS,
     Context,
     Plan,
+    Proposals,
     check_horizon,
     check_planning,
     encode_context,
     encode_frames,
-    encode_goal,
+    make_cost,
     next_slot,
     plan,
 )
-from .search import CEM, MPPI
+from .search import CEM, MPPI, GradientRefinement
 
 
 class Controller:
@@ -41,7 +42,11 @@ class Controller:
         space: as `plan` takes it.
         method: as `plan` takes it.
         goal_steps: as `plan` takes it.
+        goal_as_pictures: as `plan` takes it.
         discount: as `plan` takes it.
+        refinement: as `plan` takes it.
+        proposals: as `plan` takes it.
+        proposal_mean: as `plan` takes it.
         max_batch_tokens: as `plan` takes it.
 
     Attributes:
@@ -64,7 +69,11 @@ class Controller:
         space: SearchSpace | None = None,
         method: CEM | MPPI | None = None,
         goal_steps: str | None = None,
+        goal_as_pictures: bool = False,
         discount: float = 1.0,
+        refinement: GradientRefinement | None = None,
+        proposals: Proposals | None = None,
+        proposal_mean: bool = True,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ):
         check_planning(model, processor, space)
@@ -78,16 +87,18 @@ class Controller:
                 f"replan_every must be a whole number from 1 to the horizon {horizon}, found {replan_every}"
             )
         self.model, self.processor = model, processor
-        is_cost = callable(goal) and not isinstance(goal, Tensor)
-        self.goal = goal if is_cost else encode_goal(model, processor, goal)
+        self._cost = make_cost(
+            model, processor, goal, horizon, steps=goal_steps, discount=discount, as_pictures=goal_as_pictures
+        )
         self.context_steps, self.replan_every = context_steps, replan_every
         self._options: dict[str, Any] = dict(
             horizon=horizon,
             generator=generator,
             space=space,
             method=method,
-            goal_steps=goal_steps,
-            discount=discount,
+            refinement=refinement,
+            proposals=proposals,
+            proposal_mean=proposal_mean,
             max_batch_tokens=max_batch_tokens,
         )
         self.reset()
@@ -124,15 +135,15 @@ class Controller:
                 self.model,
                 self.processor,
                 self._context,
-                self.goal,
+                self._cost,
                 warm_start=self.plan,
                 shift=self._since,
                 **self._options,
             )
             self._since = 0
-        self._action = self.plan.actions[self._since]
+        self._action = self.plan.actions[self._since].clone()
         self._since += 1
-        return self._action
+        return self._action.clone()
 
     def _look(self, frames: Tensor, state: Tensor, slot: int | None, executed: Any) -> None:
         """Add what was seen to the context; nothing changes where it is refused."""

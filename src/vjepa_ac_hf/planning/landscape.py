@@ -78,12 +78,6 @@ class Landscape:
         """Share of cells whose energy is above this one; ties count half."""
         return float((self.energies > energy).mean() + 0.5 * (self.energies == energy).mean())
 
-    @property
-    def neighbourhood_energy(self) -> float | None:
-        """Mean energy of the cells within one cell of the recorded action; None where there is no such cell."""
-        near = self.energies[self.distances() <= 1]
-        return float(near.mean()) if len(near) else None
-
     def nearest_energy(self, action: tuple[float, float]) -> float:
         """Energy of the cell nearest to these values of both columns."""
         row, column = (int(np.abs(v - a).argmin()) for v, a in zip(self.values, action, strict=True))
@@ -99,7 +93,6 @@ class Landscape:
             "true_energy": self.true_energy,
             "argmin": list(self.minimum),
             "distance_cells": self.distance,
-            "neighbourhood_energy": self.neighbourhood_energy,
             "plan_cost": self.plan_cost,
             "rank": self.rank,
             "covers_true_action": self.covers_true,
@@ -217,10 +210,8 @@ def summarize_landscapes(
         `within_one_cell`, share of clips, with `ci95` (None with fewer than two units); `chance`, the share that a
         random cell would reach; `best_constant`, that of the one cell which suits these clips best;
         `median_distance_cells`; `rank`, the mean of `Landscape.rank`; `rank_other_actions`, the same for the actions
-        recorded in the other clips (None with one clip); `correlation`, by column, of minimum and recorded action
-        over clips (None where one of them is constant); and `plan_below_neighbourhood`, the share of clips in which a
-        planner's cost is below the mean energy around the recorded action (None where none searched). None where no
-        clip is left.
+        recorded in the other clips (None with one clip); and `correlation`, by column, of minimum and recorded action
+        over clips (None where one of them is constant). None where no clip is left.
     """
     inside = [land.covers_true for land in landscapes]
     covered = [land for land, kept in zip(landscapes, inside, strict=True) if kept]
@@ -232,7 +223,7 @@ def summarize_landscapes(
     if not covered:
         missing = [
             *("within_one_cell", "ci95", "chance", "best_constant", "median_distance_cells"),
-            *("rank", "rank_other_actions", "correlation", "plan_below_neighbourhood"),
+            *("rank", "rank_other_actions", "correlation"),
         ]
         return {**figures, **dict.fromkeys(missing)}
     near = np.stack([land.distances() <= 1 for land in covered])
@@ -243,11 +234,6 @@ def summarize_landscapes(
         weights = resample_weights(len(units), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
         sums, counts = np.bincount(unit_of, hits), np.bincount(unit_of)
         interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
-    planned = [
-        land.plan_cost < around
-        for land in covered
-        if land.plan_cost is not None and (around := land.neighbourhood_energy) is not None
-    ]
     others = [a.rank_of(a.nearest_energy(b.true)) for a in covered for b in covered if a is not b]
     return {
         **figures,
@@ -262,7 +248,6 @@ def summarize_landscapes(
             column: _correlation([land.minimum[axis] for land in covered], [land.true[axis] for land in covered])
             for axis, column in enumerate(covered[0].columns)
         },
-        "plan_below_neighbourhood": float(np.mean(planned)) if planned else None,
     }
 
 

@@ -5,6 +5,7 @@ Letters: C context steps, H steps of the horizon, M candidates, N frame tokens a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation.clips import check_model_and_processor
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import PITCH_SCALE, VJEPA2ACProcessor
-from .actions import COLUMN, NUM_SLOTS, NUMBER_KEYS, SLOTS, SearchSpace, integrate_view
+from .actions import COLUMN, NUM_SLOTS, NUMBER_KEYS, SLOTS, Distribution, SearchSpace, integrate_view
 from .environments import to_minerl_action, to_vpt_lines
-from .search import CEM, MPPI, minimize
+from .search import CEM, MPPI, GradientRefinement, minimize, refine
 
 Cost = Callable[[Tensor, Tensor], Tensor]  # features (M, H, N, D), raw actions (M, H, 38) -> costs (M,)
+Proposals = Callable[["Context", Tensor, SearchSpace, int], Tensor]  # ..., goal's features, ... -> (P, H, width)
 NATIVE_FPS = 20  # Minecraft's ticks a second
 MAX_BATCH_TOKENS = 2**14
 
@@ -50,8 +52,10 @@ class Plan:
         features: `(H, N, D)`: what the model expects to see after each action.
         cost: of these actions.
         costs: an object an iteration: `best` so far, `current_mean` (the distribution's mean, drawn from in this
-            iteration), `candidates` (mean over all candidates).
+            iteration), `candidates` (mean over all candidates); then one a step of a refinement, with the first start
+            for the mean, and its starts for the candidates.
         decisions: `(H, width)`, what was searched: for `warm_start`.
+        elites: `(E, H, width)`, the best candidates of the last iteration, as many as the method keeps: likewise.
         ticks_per_step: game ticks that an action lasts.
     """
 
@@ -61,6 +65,7 @@ class Plan:
     cost: float
     costs: list[dict[str, float]]
     decisions: Tensor
+    elites: Tensor
     ticks_per_step: int
 
     def to_minerl(self) -> list[dict[str, Any]]:
@@ -118,6 +123,34 @@ class GoalCost:
         return distances @ (weights / weights.sum())
 
 
+def make_cost(
+    model: VJEPA2ACModel,
+    processor: VJEPA2ACProcessor,
+    goal: Any,
+    horizon: int,
+    *,
+    steps: str | None,
+    discount: float,
+    as_pictures: bool,
+) -> Cost:
+    """The `GoalCost` of a goal, as `plan` takes it; a cost is returned as it is.
+
+    Raises:
+        ValueError: a goal that does not fit to the model or the horizon, `GoalCost`'s options beside another cost.
+    """
+    if callable(goal) and not isinstance(goal, Tensor):
+        if steps is not None or discount != 1.0 or as_pictures:
+            raise ValueError(
+                "goal_steps, discount and goal_as_pictures are for goals: a cost function takes none, found "
+                f"{steps!r}, {discount} and {as_pictures}"
+            )
+        return goal
+    cost = GoalCost(encode_goal(model, processor, goal, as_pictures=as_pictures), steps=steps, discount=discount)
+    if cost.goal.ndim == 3 and len(cost.goal) != horizon:
+        raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
+    return cost
+
+
 def ticks_per_step(processor: VJEPA2ACProcessor) -> int:
     """Game ticks that an action of the model lasts.
 
@@ -149,19 +182,15 @@ def encode_frames(
     """Features `(steps, N, D)` of uint8 frames, tubelet by tubelet, or with `as_pictures` frame by frame.
 
     Raises:
-        ValueError: frames of another type, or smaller than the model's, a model that encodes whole clips.
+        ValueError: frames of another type or shape, a model that encodes whole clips.
     """
     if model.config.encoding != "tubelet":
         raise ValueError(
             f"{name}: single steps cannot be encoded, the model's encoding is {model.config.encoding!r}, not 'tubelet'"
         )
     shape = tuple(getattr(frames, "shape", ()))
-    size = shape[-2:] if len(shape) == 4 and shape[1] == 3 else shape[1:3]
-    height, width = processor.frame_shape
-    if len(shape) != 4 or size[0] < height or size[1] < width:
-        raise ValueError(
-            f"{name} must be uint8 (frames, 3, height, width) of at least {height} x {width} pixels, found {shape}"
-        )
+    if len(shape) != 4 or 3 not in (shape[1], shape[-1]):
+        raise ValueError(f"{name} must be uint8 (frames, 3, height, width), found {shape}")
     per_step = 1 if as_pictures else processor.tubelet_size
     if len(frames) == 0 or len(frames) % per_step:
         raise ValueError(f"{name} must be a multiple of tubelet_size {per_step} frames, found {len(frames)}")
@@ -298,6 +327,9 @@ class Imagination:
     @torch.no_grad()
     def rollout(self, actions: Tensor) -> Tensor:
         """Imagined features `(M, H, N, D)` of raw actions `(M, H, 38)`, all M at once."""
+        return self._rollout(actions)
+
+    def _rollout(self, actions: Tensor) -> Tensor:
         known, device = self.context, self.model.device
         candidates, steps = len(actions), len(known.features)
         whole = torch.cat([known.actions.expand(candidates, -1, -1), actions.double().cpu()], dim=1)
@@ -328,6 +360,37 @@ class Imagination:
             found.append(check_costs(costs, len(part)))
         return torch.cat(found)
 
+    def costs_and_gradients(
+        self, decisions: Tensor, complete: Callable[[Tensor], Tensor], cost: Cost
+    ) -> tuple[Tensor, Tensor]:
+        """Costs `(M,)` and their gradients, as decisions are, float64 on the CPU, through the rollout.
+
+        What the gradient needs is held for all steps and layers: parts are as much smaller, at least one candidate.
+
+        Args:
+            decisions: `(M, ...)`.
+            complete: raw actions `(m, H, 38)` of decisions `(m, ...)`, differentiable.
+            cost: as for `costs`, and differentiable.
+
+        Raises:
+            ValueError: costs that `costs` refuses, or without a gradient; gradients that are not finite.
+        """
+        held = decisions.shape[1] * self.model.config.pred_num_hidden_layers
+        found, slopes = [], []
+        for part in decisions.split(max(self.candidates_at_once // held, 1)):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                actions = complete(part)
+                costs = cost(self._rollout(actions), actions.float().to(self.model.device))
+                found.append(check_costs(costs, len(part)))
+                if not costs.requires_grad:
+                    raise ValueError("the cost function has no gradient: gradient refinement needs one")
+                slopes.append(torch.autograd.grad(costs.sum(), part)[0])
+            if not torch.isfinite(slopes[-1]).all():
+                wrong = int((~torch.isfinite(slopes[-1])).sum())
+                raise ValueError(f"the cost's gradient has {wrong} values that are not finite")
+        return torch.cat(found), torch.cat(slopes)
+
 
 def check_costs(costs: Any, candidates: int) -> Tensor:
     """Costs `(candidates,)` as float64 on the CPU; anything else is a ValueError."""
@@ -344,6 +407,16 @@ def check_costs(costs: Any, candidates: int) -> Tensor:
     return costs
 
 
+def check_proposals(proposals: Proposals, context: Context, cost: Cost, space: SearchSpace, horizon: int) -> Tensor:
+    """Decisions `(P, horizon, width)` that are proposed for a goal; anything else is a ValueError."""
+    if not isinstance(cost, GoalCost):
+        raise ValueError(f"proposals need a goal's features, found the cost {cost!r}")
+    found = proposals(context, cost.goal, space, horizon)
+    if found.ndim != 3 or tuple(found.shape[1:]) != (horizon, space.width) or len(found) == 0:
+        raise ValueError(f"proposals must be decisions (P, {horizon}, {space.width}), found {tuple(found.shape)}")
+    return found.double().cpu()
+
+
 def check_horizon(model: VJEPA2ACModel, context_steps: int, horizon: int) -> None:
     """Raise a ValueError where context and horizon are longer than the clips that the model was trained on."""
     longest = model.config.num_steps - context_steps
@@ -352,6 +425,28 @@ def check_horizon(model: VJEPA2ACModel, context_steps: int, horizon: int) -> Non
             f"horizon must be a whole number from 1 to {longest} for a context of {context_steps} steps and a model of "
             f"{model.config.num_steps} steps, found {horizon}"
         )
+
+
+def _begin(
+    space: SearchSpace,
+    horizon: int,
+    method: CEM | MPPI,
+    earlier: Plan | None,
+    shift: int,
+    proposed: Tensor | None,
+    as_mean: bool,
+) -> tuple[Distribution, Tensor]:
+    """Where a search begins: its distribution, and candidates `(P, H, width)` beside that one's mean."""
+    initial, first = space.initial(horizon), torch.zeros(0, horizon, space.width, dtype=torch.float64)
+    if earlier is not None:
+        initial = space.warm_start(earlier.decisions, shift, horizon)
+        first = space.shift(earlier.elites[1 : method.kept], shift, horizon)
+    if proposed is None:
+        return initial, first
+    if not as_mean:
+        return initial, torch.cat([proposed, first])
+    around = space.warm_start(proposed[0], 0, horizon)
+    return around, torch.cat([proposed[1:], space.mode(initial)[None], first])
 
 
 def plan(
@@ -369,6 +464,9 @@ def plan(
     discount: float = 1.0,
     warm_start: Plan | None = None,
     shift: int = 1,
+    refinement: GradientRefinement | None = None,
+    proposals: Proposals | None = None,
+    proposal_mean: bool = True,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> Plan:
     """Actions whose imagined future has a low cost.
@@ -382,12 +480,17 @@ def plan(
         horizon: steps H to plan; with the context at most the steps of the model's clips.
         generator: of all random numbers: the same seed gives the same plan.
         space: what is searched; None: all of the processor's action space, with default bounds.
-        method: `CEM()` (the default) or `MPPI()`.
+        method: `CEM()` (the default), `ICEM()` or `MPPI()`.
         goal_steps: `GoalCost`'s `steps`.
         goal_as_pictures: `encode_goal`'s `as_pictures`.
         discount: `GoalCost`'s.
         warm_start: an earlier plan to start from, of the same search space.
         shift: how many of its steps are done.
+        refinement: steps down the gradient of what the method has found.
+        proposals: a function of context, the goal's features, space and horizon that returns decisions
+            `(P, H, width)`, such as `InverseDynamicsProposals`: candidates of the first iteration.
+        proposal_mean: the search begins around the first of them, in place of the bounds' middle or the earlier plan
+            (which stays a candidate).
         max_batch_tokens: see `Imagination`.
 
     Raises:
@@ -397,23 +500,22 @@ def plan(
         space = SearchSpace(processor.action_space, statistics=processor.action_statistics)
     check_planning(model, processor, space)
     check_horizon(model, len(context.features), horizon)
-    if callable(goal) and not isinstance(goal, Tensor):
-        cost = goal
-    else:
-        features = encode_goal(model, processor, goal, as_pictures=goal_as_pictures)
-        cost = GoalCost(features, steps=goal_steps, discount=discount)
-        if cost.goal.ndim == 3 and len(cost.goal) != horizon:
-            raise ValueError(f"a goal for every step must have {horizon} steps, found {len(cost.goal)}")
+    chosen: dict[str, Any] = {"steps": goal_steps, "discount": discount, "as_pictures": goal_as_pictures}
+    cost = make_cost(model, processor, goal, horizon, **chosen)
     imagination = Imagination(model, processor, context, max_batch_tokens=max_batch_tokens)
-    pitch = float(context.states[-1, 1])
-    result = minimize(
-        lambda decisions: imagination.costs(space.complete(decisions, pitch=pitch, slot=context.slot), cost),
-        space,
-        space.initial(horizon) if warm_start is None else space.warm_start(warm_start.decisions, shift, horizon),
-        method=CEM() if method is None else method,
-        generator=generator,
-    )
-    actions = space.complete(result.decisions[None], pitch=pitch, slot=context.slot)
+    method = CEM() if method is None else method
+    complete = partial(space.complete, pitch=float(context.states[-1, 1]), slot=context.slot)
+
+    def evaluate(decisions: Tensor) -> Tensor:
+        return imagination.costs(complete(decisions), cost)
+
+    proposed = None if proposals is None else check_proposals(proposals, context, cost, space, horizon)
+    initial, first = _begin(space, horizon, method, warm_start, shift, proposed, proposal_mean)
+    result = minimize(evaluate, space, initial, method=method, generator=generator, proposals=first)
+    if refinement is not None:
+        gradients = partial(imagination.costs_and_gradients, complete=complete, cost=cost)
+        result = refine(result, evaluate, gradients, space, refinement)
+    actions = complete(result.decisions[None])
     return Plan(
         actions=actions[0],
         states=integrate_view(context.states[-1], actions[0]),
@@ -421,5 +523,6 @@ def plan(
         cost=result.cost,
         costs=result.costs,
         decisions=result.decisions,
+        elites=result.ranked[: method.kept],
         ticks_per_step=ticks_per_step(processor),
     )
