@@ -26,6 +26,7 @@ MISTAKES = {
     "pack": ("--input=empty --output=out", "--input empty: no pair of .mp4 and .jsonl below it, 0 unpaired files"),
     "build": ("--shards empty/*.tar --output=out", "empty/*.tar"),
     "check-alignment": ("--shards empty/*.tar --output=out", "empty/*.tar"),
+    "check-recordings": ("--shards empty/*.tar", "empty/*.tar"),
     "preview": ("--dataset=empty --output=out", "empty"),
     "report": ("--dataset=empty --output=out", "empty"),
     "record": ("--output=full", "holds shards but no recording.json; choose another --output"),
@@ -36,7 +37,7 @@ MISTAKES = {
     "plan": ("--model=empty --output=out", "empty"),
     "landscape": ("--model=empty --dataset=empty --output=out", "empty"),
     "train-rl": ("--model=empty --output=out", "empty"),
-    "push": ("--output_dir=empty", "empty: neither a final model nor a checkpoint that waits to be pushed"),
+    "push": ("--output_dir=empty", "empty: neither a final model nor a checkpoint that waits for a repository"),
     "convert": ("--checkpoint=none.pt --output=out", "No such file or directory: 'none.pt'"),
 }
 
