@@ -6,7 +6,8 @@
 Features are encoded once and kept (--cache_features, default: a folder `features` beside OUT, for all heads there).
 Leaves in OUT: the head (config.json, model.safetensors, processor_config.json, README.md and the code: load the folder
 with AutoModel, classification with AutoModelForVideoClassification), metrics.jsonl (training), metrics.json and
-report.html (validation clips, next to baselines), run.json, run_status.json and checkpoints/step-00000500. Exit status 0 only when all steps are done; 75
+report.html (validation clips, next to baselines), run.json, run_status.json and checkpoints/step-00000500.
+Exit status 0 only when all steps are done; 75
 after SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint: start the same command again. What the heads compute:
 docs/applications.md.
 """
