@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
+from vjepa_ac_hf.console import Parser
 
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 REPAIRS = (
@@ -38,7 +39,7 @@ REPAIRS = (
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", nargs="+", help="globs of .tar shards, or folders with recordings or shards")
     add("--output", type=Path, required=True, help="folder of the data set, new or of an earlier run")
@@ -276,9 +277,6 @@ def main() -> int:
     before = signal.signal(signal.SIGTERM, stop)  # so that workers end and temporary files go
     try:
         return build(arguments)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted: what is finished stays, the same command goes on with the rest", file=sys.stderr)
         return 128 + signal.SIGINT

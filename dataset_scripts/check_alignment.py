@@ -32,11 +32,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser
+
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
     add("--output", type=Path, required=True, help="folder of the results")
@@ -322,14 +324,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    arguments = parse_arguments()
     try:
-        return run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return run(parse_arguments())
     except BrokenProcessPool as error:
-        print(f"error: a process died (out of memory?), what is finished is kept, run again: {error}", file=sys.stderr)
-    return 1
+        raise ValueError(f"a process died (out of memory?), what is finished is kept, run again: {error}") from error
 
 
 if __name__ == "__main__":

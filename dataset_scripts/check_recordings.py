@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
     add("--output", type=Path, help="folder for recordings.json (default: none, numbers are only printed)")
@@ -91,12 +93,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    try:
-        check(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check(parse_arguments())
     return 0
 
 

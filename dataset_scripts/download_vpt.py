@@ -16,9 +16,11 @@ import signal
 import sys
 from pathlib import Path
 
+from vjepa_ac_hf.console import Parser
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--index", required=True, help="index file: path, http(s) URL, or hf://datasets/ORG/NAME[@revision][/folder]")
     add("--output", type=Path, required=True, help="folder of the recordings")
@@ -116,7 +118,7 @@ def download(arguments: argparse.Namespace) -> int:
             filters = {"index": arguments.index, "indexed": len(index.entries), "left_out": selection.left_out}
             filters["doubled"] = selection.doubled
             write_json(arguments.output / REPORT_NAME, {**filters, **report.to_dict()})
-    print(report.summary())
+    print(f"{report.summary()}; {arguments.output}")
     if interrupted:
         print("interrupted: the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -131,9 +133,8 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         return download(arguments)
-    except (DownloadError, OSError, ValueError, httpx2.HTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except httpx2.HTTPError as error:
+        raise DownloadError(f"{arguments.index}: {error or type(error).__name__}") from error
     except KeyboardInterrupt:
         return INTERRUPTED
 

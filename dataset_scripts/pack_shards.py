@@ -12,9 +12,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+from vjepa_ac_hf.console import Parser
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="folder with recordings, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
     parser.add_argument("--recordings_per_shard", type=int, default=32, help="default: %(default)s")
@@ -67,8 +69,9 @@ def main() -> int:
     arguments = parse_arguments()
     paired, unpaired = find_recordings(arguments.input)
     if not paired:
-        print(f"no pair of .mp4 and .jsonl below {arguments.input}; unpaired: {len(unpaired)}", file=sys.stderr)
-        return 1
+        raise ValueError(
+            f"--input {arguments.input}: no pair of .mp4 and .jsonl below it, {len(unpaired)} unpaired files"
+        )
     groups = [
         paired[start : start + arguments.recordings_per_shard]
         for start in range(0, len(paired), arguments.recordings_per_shard)
@@ -78,8 +81,7 @@ def main() -> int:
     # Shards of an earlier, other packing would double recordings.
     foreign = sorted(set(arguments.output.glob("shard-*.tar")) - set(shards))
     if foreign:
-        print(f"{arguments.output} has shards that this run does not write: {foreign[0]}; remove them", file=sys.stderr)
-        return 1
+        raise ValueError(f"{arguments.output} has shards that this run does not write: {foreign[0]}; remove them")
 
     num_written = 0
     for shard, stems in zip(tqdm(shards, desc="shards", unit="shard"), groups, strict=True):
@@ -91,7 +93,8 @@ def main() -> int:
 
     report = {"recordings": len(paired), "shards": len(shards), "unpaired": unpaired}
     write_json(arguments.output / "pack_report.json", report)
-    print(f"{len(paired)} recordings in {len(shards)} shards, {num_written} written, {len(unpaired)} files unpaired")
+    counts = f"{len(paired)} recordings in {len(shards)} shards, {num_written} written, {len(unpaired)} files unpaired"
+    print(f"{counts}; {arguments.output}")
     for entry in unpaired:
         print(f"  unpaired: {entry['recording']}: {entry['reason']}")
     return 0

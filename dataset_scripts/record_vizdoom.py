@@ -24,12 +24,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from vjepa_ac_hf.console import Parser
+
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
     parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a player each")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks (frames, log lines) a recording")
@@ -208,7 +210,7 @@ def main() -> None:
     output = arguments.output.resolve()
     kept = ("recordings", "ticks", "seed", "resolution", "recordings_per_shard", "pauses", "weapon")
     if any(output.glob("*.tar")) and not (output / "recording.json").is_file():
-        raise SystemExit(f"{output}: holds shards but no recording.json; choose another --output")
+        raise ValueError(f"{output}: holds shards but no recording.json; choose another --output")
     settings = {k: getattr(arguments, k) for k in kept}
     claim_folder(output, settings, file="recording.json", defaults={"pauses": 0.0, "weapon": False})
 

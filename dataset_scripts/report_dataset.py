@@ -14,11 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser, folder_or_repo
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--dataset", required=True, metavar="DIR_OR_REPO", help="folder or Hub repository of a built data set")
+    add(
+        "--dataset",
+        required=True,
+        type=folder_or_repo,
+        metavar="DIR_OR_REPO",
+        help="folder or Hub repository of a built data set",
+    )
     add("--output", type=Path, required=True, help="folder of the report")
     return parser.parse_args()
 
@@ -154,12 +162,7 @@ def make_report(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    try:
-        return make_report(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return make_report(parse_arguments())
 
 
 if __name__ == "__main__":

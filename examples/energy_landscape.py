@@ -10,13 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser, folder_or_repo
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )
-    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
-    parser.add_argument("--dataset", required=True, help="folder or Hub repository of a tubelet data set")
+    parser.add_argument(
+        "--dataset", required=True, type=folder_or_repo, help="folder or Hub repository of a tubelet data set"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for landscapes.json and landscapes.png")
     parser.add_argument("--split", default="validation", help="split of the data set")
     parser.add_argument("--clips", type=int, nargs="+", help="rows of the split (default: --max_clips, evenly spaced)")
@@ -72,7 +76,7 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from vjepa_ac_hf.evaluation import clips as clip_data
-from vjepa_ac_hf.loading.clips import clip_name, decode_clip, load_clips
+from vjepa_ac_hf.loading.clips import check_geometry, clip_name, decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
     CEM,
@@ -149,6 +153,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device).eval()
     check_planning(model, processor)
+    check_geometry(args.dataset, processor)
     check_horizon(model, args.context_steps, args.horizon)
     check_columns(args.columns, processor.action_space)
     if args.plan and set(args.columns) - set(CONTINUOUS_COLUMNS):

@@ -13,13 +13,17 @@ from typing import Any
 # As a script's own folder comes first on Python's path, `import evaluate` would find this file, not the library.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
 
+from vjepa_ac_hf.console import Parser, folder_or_repo
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )
-    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
-    parser.add_argument("--dataset", required=True, help="folder or Hub repository of a tubelet data set")
+    parser.add_argument(
+        "--dataset", required=True, type=folder_or_repo, help="folder or Hub repository of a tubelet data set"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and report.html")
     parser.add_argument("--split", default="validation", help="split of the data set")
     parser.add_argument("--context_steps", type=int, default=2, help="true steps that a rollout starts from")
@@ -53,7 +57,7 @@ from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
-from vjepa_ac_hf.loading.clips import decode_clip, load_clips
+from vjepa_ac_hf.loading.clips import check_geometry, decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.records import command_line, tensor_digests, versions, weights_digest
 
@@ -63,6 +67,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model).to(args.device).eval()
     clip_data.check_model_and_processor(model, processor)
+    check_geometry(args.dataset, processor)
     dataset = load_clips(args.dataset, args.split, streaming=True)  # read in order, twice: no copy is worth it
     clip_data.check_columns(dataset)
     return model, processor, dataset.select(clip_data.spread(len(dataset), args.max_clips))

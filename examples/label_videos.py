@@ -15,11 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser, folder_or_repo
+
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="trained inverse dynamics head: folder or Hub repository")
+    parser = Parser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "--model", required=True, type=folder_or_repo, help="trained inverse dynamics head: folder or Hub repository"
+    )
     parser.add_argument("--videos", nargs="+", required=True, help="files, folders (with those below), patterns")
     parser.add_argument("--output", type=Path, help="folder for labels and report (default: beside each video)")
     parser.add_argument(
@@ -40,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         default="likelier",
         help="pressed where likelier than not, or (balanced) than the key's own rate (default likelier)",
     )
-    parser.add_argument("--native_fps", type=float, default=20.0, help="frames a second of the videos (default 20)")
+    parser.add_argument("--native_fps", type=float, help="frames a second of the videos (default: of those trained on)")
     parser.add_argument("--batch_size", type=int, default=8, help="clips at once (default 8)")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
@@ -117,20 +121,17 @@ def report(arguments: argparse.Namespace, labeller: Labeller, entries: list[dict
 def main() -> int:
     arguments = parse_arguments()
     entries: list[dict[str, Any]] = []
-    try:
-        files = label_files(find_videos(arguments.videos), arguments.output)
-        labeller = Labeller.from_pretrained(
-            arguments.model,
-            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            dtype=arguments.dtype,
-            native_fps=arguments.native_fps,
-            min_confidence=arguments.min_confidence,
-            confidence_columns=arguments.confidence_columns,
-            keys=arguments.keys,
-        )
-        refuse_other_settings(files, labeller.settings)
-    except ValueError as error:
-        raise SystemExit(f"label_videos.py: {error}") from error
+    files = label_files(find_videos(arguments.videos), arguments.output)
+    labeller = Labeller.from_pretrained(
+        arguments.model,
+        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=arguments.dtype,
+        native_fps=arguments.native_fps,
+        min_confidence=arguments.min_confidence,
+        confidence_columns=arguments.confidence_columns,
+        keys=arguments.keys,
+    )
+    refuse_other_settings(files, labeller.settings)
     if arguments.report is None:
         above = os.path.commonpath([file.video.resolve().parent for file in files])
         arguments.report = (arguments.output or Path(above)) / "label_report.json"

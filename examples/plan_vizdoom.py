@@ -12,6 +12,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser, folder_or_repo, made
+
 AGENTS = ("planner", "random", "still", "oracle")
 METHODS = ("cem", "icem", "mppi")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
@@ -19,8 +21,10 @@ RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for episodes.jsonl and summary.json")
     parser.add_argument("--episodes", type=int, default=50, help="goals for each agent (default 50)")
     parser.add_argument("--agents", nargs="+", choices=AGENTS, default=list(AGENTS), help="default: all")
@@ -202,6 +206,7 @@ def main() -> None:
     write_json(arguments.output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
     write_file(arguments.output / "success.png", draw(agents, counted))
     print(table(agents))
+    print(made("summary", arguments.output / "summary.json"))
 
 
 if __name__ == "__main__":

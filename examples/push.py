@@ -14,12 +14,14 @@ import logging
 import sys
 from pathlib import Path
 
+from vjepa_ac_hf.console import Parser
+
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of a training run")
     parser.add_argument("--hub_model_id", help="ORG/NAME (default: that of the run)")
     parser.add_argument("--hub_private", action="store_true", help="create the repository as private")
@@ -127,12 +129,8 @@ def push(arguments: argparse.Namespace) -> str:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    try:
-        print(push(parse_arguments()))
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(push(parse_arguments()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.loading.clips import (
     check_clips,
+    check_geometry,
     check_players,
     clip_frame_rate,
+    clip_geometry,
     load_action_statistics,
     load_clips,
     split_files,
@@ -104,7 +106,7 @@ def build_configuration(arguments: argparse.Namespace) -> tuple[VJEPA2ACConfig, 
 def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJEPA2ACProcessor:
     return VJEPA2ACProcessor(
         resolution=config.resolution,
-        resize_mode=arguments.resize_mode,
+        **clip_geometry(arguments.dataset, arguments.resize_mode),
         frames_per_clip=config.frames_per_clip,
         tubelet_size=config.encoder_config.tubelet_size,
         action_space=config.action_space,
@@ -115,6 +117,7 @@ def build_processor(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> VJ
 def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     """Training clips and, where the data set has them, validation clips spread over the split; both checked."""
     train = load_clips(arguments.dataset, "train", streaming=arguments.streaming)
+    check_geometry(arguments.dataset, processor)
     # Planning and labelling take from the processor how long an action lasts.
     processor.fps = clip_frame_rate(train, f"{arguments.dataset}, split train")
     check_clips(train, processor, f"{arguments.dataset}, split train")
@@ -147,6 +150,7 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
             "num_workers": workers,
             "prefetch_factor": arguments.prefetch_factor,
             "announce": accelerator.print,
+            **{"verify": arguments.verify_cache, "shared": True},
         }
         if validation is not None:  # first: it is small, and what is wrong with it is known before the long build
             folder = arguments.cache_features / f"validation-{len(validation)}"
@@ -254,6 +258,7 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
     arguments.log_pictures = check_pictures(arguments.log_pictures, arguments.report_to)
     config, encoder = build_configuration(arguments)
     processor = build_processor(arguments, config)
+    arguments.resize_mode = processor.resize_mode  # the data set's, for the records of the run
     splits = load_splits(arguments, processor)
     check_batch(arguments, len(splits[0]))
     if accelerator.is_main_process:

@@ -3,10 +3,11 @@
     accelerate launch examples/train_head.py --task inverse_dynamics --dataset DIR_OR_REPO --model REPO_OR_DIR \\
         --output_dir OUT
 
-Features are encoded once and kept (--cache_features, default OUT/features). Leaves in OUT: the head (config.json,
-model.safetensors, processor_config.json, README.md and the code: load the folder with AutoModel, classification with
-AutoModelForVideoClassification), metrics.jsonl (training), metrics.json and report.html (validation clips, next to
-baselines), run.json, run_status.json and checkpoints/step-00000500. Exit status 0 only when all steps are done; 75
+Features are encoded once and kept (--cache_features, default: a folder `features` beside OUT, for all heads there).
+Leaves in OUT: the head (config.json, model.safetensors, processor_config.json, README.md and the code: load the folder
+with AutoModel, classification with AutoModelForVideoClassification), metrics.jsonl (training), metrics.json and
+report.html (validation clips, next to baselines), run.json, run_status.json and checkpoints/step-00000500.
+Exit status 0 only when all steps are done; 75
 after SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint: start the same command again. What the heads compute:
 docs/applications.md.
 """
@@ -20,34 +21,44 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from vjepa_ac_hf.training.arguments import Parser, add_loop_flags, fill_in_batch, number_of_processes
+from vjepa_ac_hf.console import Parser, folder_or_repo
+from vjepa_ac_hf.training.arguments import add_loop_flags, fill_in_batch, number_of_processes
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--task", required=True, choices=("action_anticipation", "inverse_dynamics", "video_classification")
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help="built data set: a folder or a Hub repository")
+    data.add_argument(
+        "--dataset", required=True, type=folder_or_repo, help="built data set: a folder or a Hub repository"
+    )
     data.add_argument("--action_space", default="vpt-36", help="vpt-13, vpt-36, vpt-38, or columns by commas")
     data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
-    data.add_argument("--resize_mode", choices=("crop", "squash"), default="crop", help="how the data set was built")
+    data.add_argument("--resize_mode", choices=("crop", "squash"), help="default: as the data set was built")
     data.add_argument("--labels", help="classification: JSON file {recording: label}, a column, or 'hotbar' (docs)")
     data.add_argument("--max_train_clips", type=int, help="use this many, spread over the split (default: all)")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
     data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
     data.add_argument(
-        "--cache_features", default="auto", help="folder (auto: OUT/features), or none: encode every time"
+        "--cache_features",
+        default="auto",
+        help="folder of caches (auto: features beside OUT, for all heads there), or none: encode every time",
     )
     data.add_argument("--cache_dtype", choices=("bfloat16", "int8", "float32"), default="bfloat16")
+    data.add_argument(
+        "--verify_cache", action="store_true", help="compare all videos with the cache, not only sizes and times"
+    )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help="world model: repository or folder")
-    model.add_argument("--encoder", help="instead: a pretrained V-JEPA 2, or 'random' for an untrained one")
+    model.add_argument("--model", type=folder_or_repo, help="world model: repository or folder")
+    model.add_argument(
+        "--encoder", type=folder_or_repo, help="instead: a pretrained V-JEPA 2, or 'random' for an untrained one"
+    )
     model.add_argument("--model_config", default="vitl16", help="with --encoder random: preset or JSON file")
     model.add_argument("--frame_size", help="with --encoder: pixels, or HEIGHT,WIDTH; default: the encoder's")
     model.add_argument("--features_from", choices=("encoder", "predictor"), default="encoder")
@@ -107,7 +118,7 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     if arguments.train_encoder and arguments.cache_features != "none":
         parser.error(f"--train_encoder changes the features: no --cache_features {arguments.cache_features}")
     if arguments.cache_features == "auto":
-        arguments.cache_features = str(arguments.output_dir / "features")
+        arguments.cache_features = str(arguments.output_dir.parent / "features")
     arguments.warmup_steps, arguments.decay_steps = arguments.max_steps // 20, arguments.max_steps // 2
     arguments.compile, arguments.global_batch_size = False, None
     fill_in_batch(arguments, number_of_processes(arguments))
@@ -132,8 +143,10 @@ from vjepa_ac_hf.evaluation.head_report import write_head_report
 from vjepa_ac_hf.loading.clips import (
     ClipCollator,
     check_clips,
+    check_geometry,
     check_players,
     clip_frame_rate,
+    clip_geometry,
     load_action_statistics,
     load_clips,
 )
@@ -187,8 +200,9 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
     )
     if file:
         own = VJEPA2ACProcessor.from_pretrained(arguments.model)
-        pixels = {"pixel_mean": own.pixel_mean, "pixel_std": own.pixel_std, "fps": own.fps}
-        if own.resize_mode != arguments.resize_mode:
+        pixels = {k: getattr(own, k) for k in ("pixel_mean", "pixel_std", "fps", "native_fps", "resize_mode")}
+        check_geometry(arguments.dataset, own)
+        if arguments.resize_mode not in (None, own.resize_mode):
             raise ValueError(
                 f"{file}: the world model's resize_mode is {own.resize_mode!r}, --resize_mode is "
                 f"{arguments.resize_mode!r}"
@@ -196,10 +210,10 @@ def build_processor(arguments: argparse.Namespace, world: VJEPA2ACModel) -> VJEP
     else:
         clips = load_clips(arguments.dataset, "train", streaming=True)
         pixels = {"fps": clip_frame_rate(clips, f"{arguments.dataset}, split train")}
+        pixels |= clip_geometry(arguments.dataset, arguments.resize_mode)
     return VJEPA2ACProcessor(
         **pixels,
         resolution=config.resolution,
-        resize_mode=arguments.resize_mode,
         frames_per_clip=config.frames_per_clip,
         tubelet_size=config.encoder_config.tubelet_size,
         action_space=space.split(",") if "," in space or space in ACTION_COLUMNS else space,
@@ -245,7 +259,7 @@ def store_features(arguments, accelerator, model, processor, train, validation):
         return train, validation
     options = {"dtype": arguments.cache_dtype, "batch_size": arguments.per_device_batch_size}
     options |= {"num_workers": arguments.num_workers, "prefetch_factor": arguments.prefetch_factor}
-    options |= {"announce": accelerator.print}
+    options |= {"announce": accelerator.print, "verify": arguments.verify_cache, "shared": True}
     return [
         cache_features(
             *(model.vjepa2_ac, clips, processor, Path(arguments.cache_features) / f"{split}-{len(clips)}"),
@@ -347,6 +361,7 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
     set_seed(arguments.seed)
     world = load_world_model(arguments)
     processor = build_processor(arguments, world)
+    arguments.resize_mode = processor.resize_mode  # the data set's, for the records of the run
     splits, without_label = load_splits(arguments, processor)
     if without_label:
         accelerator.print(f"--labels {arguments.labels}: {without_label} clips have no label and are left out")

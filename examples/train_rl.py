@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vjepa_ac_hf.console import Parser, folder_or_repo, made
+
 TRAINED = ("features", "pixels")
 SAMPLED = "_sampled"  # a trained agent whose actions are drawn, as in training; without it, the most likely ones
 AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "oracle")
@@ -34,8 +36,10 @@ GOAL_POOLINGS = ("similarity", "mean", "none")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub repository of model and processor")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for agents, episodes and report")
     parser.add_argument("--agents", nargs="+", choices=TRAINED, default=list(TRAINED), help="default: both")
     parser.add_argument("--steps", type=int, default=40960, help="steps (of 8 ticks) for each agent (default 40960)")
@@ -230,7 +234,7 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
         for name in (agent, f"{agent}_saves")
     )
     if done > arguments.steps:
-        raise SystemExit(f"{saved}: trained for {done} steps already, --steps is {arguments.steps}")
+        raise ValueError(f"{saved}: trained for {done} steps already, --steps is {arguments.steps}")
     if ppo and done == arguments.steps:
         print(f"{saved}: trained already, {done} steps")
         return ppo
@@ -415,6 +419,7 @@ def main() -> None:
     write_file(arguments.output / "success.png", picture)
     write_report(arguments.output, summary, picture)
     print(table(agents))
+    print(made("report", arguments.output / "report.html"))
 
 
 if __name__ == "__main__":

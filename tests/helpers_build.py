@@ -13,6 +13,8 @@ import torchcodec.decoders  # noqa: F401
 from helpers_data import name_of, shard_of, write_recording
 from tqdm import tqdm
 
+from vjepa_ac_hf.console import report
+
 SCRIPT = Path(__file__).parent.parent / "dataset_scripts" / "build_vpt_tubelets.py"
 # Imported here with all it needs, so that a fork begins to build at once.
 _main = runpy.run_path(str(SCRIPT))["main"]
@@ -45,6 +47,8 @@ def fork_build(arguments: list, prepare: Callable[[], None] = lambda: None, log:
         code = _main()
     except SystemExit as stop:
         code = stop.code
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        code = report(error)  # as the interpreter does for an uncaught one
     finally:
         os._exit(code)
 

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchcodec.encoders import VideoEncoder
 
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.recordings import alignment
 from vjepa_ac_hf.recordings.alignment import (
     PICTURE_HEIGHT,
@@ -522,6 +523,8 @@ def run(*arguments):
             code = runpy.run_path(str(PROGRAM))["main"]()
         except SystemExit as stop:
             code = stop.code
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            code = report(error)  # as the interpreter does for an uncaught one
     return code, out.getvalue(), err.getvalue()
 
 

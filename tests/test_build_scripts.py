@@ -24,6 +24,7 @@ from helpers_data import make_lines, make_video, name_of, oracle_actions, to_log
 from test_vpt_tubelets import assert_same_rows
 
 from vjepa_ac_hf import ActionStatistics
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.inspection.summary import ActionHistograms, summary_markdown
 
 SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
@@ -47,6 +48,8 @@ def run(script, *arguments):
             code = runpy.run_path(str(SCRIPTS / script))["main"]()
         except SystemExit as stop:
             code = stop.code
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            code = report(error)  # as the interpreter does for an uncaught one
     return code, out.getvalue(), err.getvalue()
 
 

@@ -28,6 +28,7 @@ from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.downloading import index as remote_index
 from vjepa_ac_hf.downloading import recordings as download
 from vjepa_ac_hf.downloading import transfer
@@ -609,6 +610,8 @@ def run(*arguments):
             code = runpy.run_path(str(SCRIPT))["main"]()
         except SystemExit as stop:
             code = stop.code
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            code = report(error)  # as the interpreter does for an uncaught one
         finally:
             signal.signal(signal.SIGTERM, handler)
     return code, out.getvalue(), err.getvalue()

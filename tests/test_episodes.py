@@ -22,13 +22,13 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     claim_folder(folder, {"seed": 0, "hold": 1})
     claim_folder(folder, {"seed": 0, "hold": 1})
     expected = r"settings.json: made with other arguments \(seed: found 0, expected 1; hold: found 1, expected 2\)"
-    with pytest.raises(SystemExit, match=expected + "; choose another --output"):
+    with pytest.raises(ValueError, match=expected + "; choose another --output"):
         claim_folder(folder, {"seed": 1, "hold": 2})
     (folder / "settings.json").write_text('{"seed": 0}')  # written before there was `hold`
     claim_folder(folder, {"seed": 0, "hold": 1}, defaults={"hold": 1})
     assert json.loads((folder / "settings.json").read_text()) == {"seed": 0, "hold": 1}
     (folder / "settings.json").write_text('{"seed": 0}')
-    with pytest.raises(SystemExit, match=r"\(hold: found None, expected 1\)"):
+    with pytest.raises(ValueError, match=r"\(hold: found None, expected 1\)"):
         claim_folder(folder, {"seed": 0, "hold": 1})
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.loading import cached_clips, feature_cache
-from vjepa_ac_hf.loading.cache_key import weights_digest
+from vjepa_ac_hf.loading.cache_key import cache_key, weights_digest
 from vjepa_ac_hf.loading.cached_clips import CachedClips
 from vjepa_ac_hf.loading.clips import ClipCollator, load_clips
 from vjepa_ac_hf.loading.feature_cache import bytes_per_clip, cache_features
@@ -306,6 +306,89 @@ def test_changed_pictures_of_the_same_size_are_refused(folder, built, monkeypatc
     )
 
 
+def stored_clips(folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A data set of this test alone, and its Arrow file."""
+    load_clips(str(folder / "clips"), "train").save_to_disk(tmp_path / "stored")
+    (file,) = (tmp_path / "stored").glob("*.arrow")
+    return tmp_path / "stored", file
+
+
+def change_a_video(clips: Path, file: Path, index: int) -> None:
+    """One bit of one video in the Arrow file, whose size and time stay as they were."""
+    video = Dataset.load_from_disk(clips).cast_column("video", Video(decode=False))[index]["video"]["bytes"]
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[content.index(video) + len(video) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_start_with_a_complete_cache_reads_no_video(folder, tmp_path, monkeypatch):
+    """A changed bit shows who reads: nobody at a start, all with `verify` or where the files' times have changed."""
+    stored, file = stored_clips(folder, tmp_path)
+    cache = tmp_path / "cache"
+
+    def start(**options) -> int:
+        return len(build(folder, cache, clips=Dataset.load_from_disk(stored), **options))
+
+    assert start() == 14
+    before = chunk_files(cache)
+    monkeypatch.setattr(VJEPA2ACModel, "encode", None)
+    change_a_video(stored, file, 9)
+    assert start() == 14
+    with pytest.raises(ValueError, match=r"(?s)1 chunks cannot be used.*features-00002.*videos: found"):
+        start(verify=True)
+    os.utime(file, ns=(1, 10**18))
+    for _ in range(2):  # and again: what was refused is not remembered
+        with pytest.raises(ValueError, match=r"(?s)1 chunks cannot be used.*features-00002.*videos: found"):
+            start()
+    change_a_video(stored, file, 9)  # back as it was, at another time: read once, and known from then on
+    assert start() == 14
+    change_a_video(stored, file, 2)
+    assert start() == 14 and chunk_files(cache) == before
+    file.write_bytes(file.read_bytes())  # written again: the time alone has changed
+    with pytest.raises(ValueError, match=r"(?s)1 chunks cannot be used.*features-00000"):
+        start()
+
+
+def test_the_same_clips_in_memory_are_compared_at_every_start(folder, built, tmp_path):
+    """They have no files whose times could tell; a copy of the data set on another disk is the same data set."""
+    cache = copy_of(built, tmp_path / "cache")
+    known = json.loads((cache / "files.json").read_text())
+    assert len(build(folder, cache, clips=other_clips(folder))) == 14
+    assert json.loads((cache / "files.json").read_text()) == known
+    stored, _ = stored_clips(folder, tmp_path)
+    assert len(build(folder, cache, clips=Dataset.load_from_disk(stored))) == 14
+    assert len(json.loads((cache / "files.json").read_text())) == len(known) + 1
+
+
+def test_some_clips_have_the_sizes_of_their_own_videos(folder):
+    clips = load_clips(str(folder / "clips"), "train")
+    for rows in ([3, 0, 12], range(4, 9), [13]):
+        some = clips.select(rows)
+        expected = [(r["recording_id"], r["start_tick"], len(r["video"]["bytes"])) for r in some]
+        digest = hashlib.sha256(json.dumps(expected).encode()).hexdigest()
+        assert cache_key(make_model(), make_processor(folder), some, "int8")["clips"] == digest
+
+
+def test_caches_of_several_keys_lie_beside_each_other(folder, built, tmp_path, monkeypatch):
+    said: list[str] = []
+    options = {"shared": True, "announce": said.append}
+    first = build(folder, tmp_path / "train", **options)
+    assert first.folder.parent == tmp_path and re.fullmatch(r"train-[0-9a-f]{12}", first.folder.name)
+    second = build(folder, tmp_path / "train", dtype="int8", **options)
+    assert second.folder != first.folder and chunk_files(first.folder) == chunk_files(built)
+    assert any(
+        line.startswith(f"{second.folder} is new: {first.folder} holds features of something else (dtype: found")
+        for line in said
+    )
+    # Another predictor and action space, the same encoder: nothing is encoded.
+    monkeypatch.setattr(VJEPA2ACModel, "encode", None)
+    model = make_model(action_space="vpt-36", pred_num_hidden_layers=1, auto_steps=1)
+    assert build(folder, tmp_path / "train", model=model, **options).folder == first.folder
+    old = copy_of(built, tmp_path / "old" / "train")  # named as before there were keys in names
+    assert build(folder, old, **options).folder == old
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -529,8 +612,8 @@ def test_losses_are_those_without_a_cache(workspace, train_here):
                     assert found[name] == pytest.approx(expected[name], rel=TOLERANCE[dtype]), name
         if dtype != "float32":
             assert losses(output) != losses(plain)
-        caches = {p.name for p in (workspace / "cache" / dtype).iterdir()}
-        assert caches == {"train", "validation-6"}
+        caches = sorted(p.name for p in (workspace / "cache" / dtype).iterdir())
+        assert [re.sub(r"-[0-9a-f]{12}$", "", name) for name in caches] == ["train", "validation-6"]
 
 
 def test_types_by_default_and_on_resume(workspace, train_here):
@@ -538,7 +621,8 @@ def test_types_by_default_and_on_resume(workspace, train_here):
     output, cache = workspace / "default", workspace / "cache_default"
     flags = [f"--cache_features={cache}", "--max_steps=4"]
     train_here(command(workspace, output, *flags))
-    assert json.loads((cache / "train" / "key.json").read_text())["dtype"] == "bfloat16"
+    (key,) = cache.glob("train-*/key.json")
+    assert json.loads(key.read_text())["dtype"] == "bfloat16"
     for other in ("int8", "float32"):
         with pytest.raises(ValueError, match=f"cache_dtype: 'bfloat16' then, '{other}' now"):
             train_here(command(workspace, output, *flags, f"--cache_dtype={other}"))

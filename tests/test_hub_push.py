@@ -35,6 +35,7 @@ from test_push import environment, train_command
 from transformers import VJEPA2Model
 
 from vjepa_ac_hf import ACTION_COLUMNS, ActionStatistics, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, repository_folder, save_final_model
 from vjepa_ac_hf.hub.upload import Snapshot, look, retry_after
@@ -655,7 +656,11 @@ def test_an_evaluation_of_other_weights_is_refused_and_an_old_one_left_out(
 
 def run_push(monkeypatch, *flags) -> int:
     monkeypatch.setattr(sys, "argv", ["examples/push.py", *map(str, flags)])
-    return load_program("examples/push.py").main()
+    program = load_program("examples/push.py")
+    try:
+        return program.main()
+    except (OSError, RuntimeError, ValueError) as error:
+        return report(error)  # as the interpreter does for an uncaught one
 
 
 @pytest.fixture

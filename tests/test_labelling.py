@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACProcessor
 from vjepa_ac_hf.building.rows import BuildReport, iter_clips, listing_report
 from vjepa_ac_hf.building.selection import BuildOptions
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.labelling import LabelError, LabelFiles, Labeller, find_videos, label_files, label_video, videos
 from vjepa_ac_hf.labelling.files import write_lines
 from vjepa_ac_hf.labelling.windows import count_tubelets, plan_windows, read_windows
@@ -422,12 +422,8 @@ def run(saved: Path, *arguments, prepare=lambda: None) -> int:
         sys.argv = ["label_videos.py", "--model", str(saved), *map(str, arguments)]
         prepare()
         code = PROGRAM["main"]()
-    except SystemExit as stop:
-        code = 1
-        print(stop.code)
-    except BaseException:
-        traceback.print_exc()
-        raise
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        code = report(error)  # as the interpreter does for an uncaught one
     finally:
         os._exit(code)
 

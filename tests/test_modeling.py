@@ -285,3 +285,17 @@ def test_bfloat16_weights():
         found = model.to(torch.bfloat16)(**inputs)
     assert found.loss.dtype == torch.float32
     torch.testing.assert_close(found.predicted_features.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("changes", [{"action_space": "vpt-36", "action_dim": None}, {"pred_hidden_size": 48}])
+def test_random_encoders_of_a_seed_are_the_same_whatever_predicts_from_them(changes):
+    """Features that were cached for one action space serve the next one (docs/model.md, "Feature cache")."""
+    encoders = []
+    for seed, options in ((7, {}), (7, changes), (8, {})):
+        torch.manual_seed(seed)
+        encoders.append(VJEPA2ACModel(tiny_config(**options)).encoder.state_dict())
+    for name, tensor in encoders[0].items():
+        assert torch.equal(tensor, encoders[1][name]), name
+    name = "layer.0.mlp.fc1.weight"
+    assert not torch.equal(encoders[0][name], encoders[2][name])
+    assert encoders[0][name].std().item() == pytest.approx(0.02, rel=0.2)  # and drawn as the rest is

@@ -60,7 +60,7 @@ def test_episodes_summary_and_a_second_run(model, tmp_path, monkeypatch):
     (tmp_path / "episodes.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20])
     assert plan(monkeypatch, model, tmp_path, "--episodes", 3) == episodes
     assert (tmp_path / "episodes.jsonl").read_text() == whole
-    with pytest.raises(SystemExit, match="tolerance_degrees: found 5.0, expected 3.0; hold: found 1, expected 2"):
+    with pytest.raises(ValueError, match="tolerance_degrees: found 5.0, expected 3.0; hold: found 1, expected 2"):
         plan(monkeypatch, model, tmp_path, "--episodes", 3, "--tolerance_degrees", 3, "--hold", 2)
 
 

@@ -13,6 +13,7 @@ from datasets import load_dataset
 from helpers_data import DATA, LUANTI, make_lines, make_video, to_log
 
 from vjepa_ac_hf import ACTION_COLUMNS
+from vjepa_ac_hf.console import report
 from vjepa_ac_hf.inspection.recordings import describe, read_options, summarize
 from vjepa_ac_hf.recordings.clips import ClipSpec, aggregate_actions
 from vjepa_ac_hf.recordings.log import parse_recording
@@ -170,7 +171,10 @@ def run_check(monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "check_recordings", program)
         spec.loader.exec_module(program)
         monkeypatch.setattr(sys, "argv", ["check_recordings.py", *map(str, arguments)])
-        status = program.main()
+        try:
+            status = program.main()
+        except (OSError, ValueError) as error:
+            status = report(error)  # as the interpreter does for an uncaught one
         return status, *capsys.readouterr()
 
     return run

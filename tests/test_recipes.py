@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import VJEPA2Config
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
 from vjepa_ac_hf.training.arguments import build_parser, parse_arguments
@@ -26,6 +27,7 @@ from vjepa_ac_hf.training.estimates import (
     training_hours,
 )
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
+from vjepa_ac_hf.training.preflight import startup_summary
 from vjepa_ac_hf.training.presets import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,10 +163,11 @@ def test_what_the_demo_trains_with(monkeypatch, tmp_path, steps):
     monkeypatch.setattr(sys, "argv", ["demo.py", f"--output={tmp_path}", f"--max_steps={steps}", "--seed=3"])
     demo.main()
     flags = next(flags for program, flags in commands if program == "examples/train.py")
+    (tmp_path / "clips").mkdir()
     monkeypatch.chdir(ROOT)
     found = parse_arguments("", [str(flag) for flag in flags])
     before = parse(
-        *("--model_config=tiny-32px", "--encoder=random", "--action_space=vpt-38", "--resize_mode=squash"),
+        *("--model_config=tiny-32px", "--encoder=random", "--action_space=vpt-38"),
         *(f"--dataset={tmp_path / 'clips'}", f"--output_dir={tmp_path / 'model'}", "--cache_dtype=float32"),
         *(f"--cache_features={tmp_path / 'features'}", "--num_workers=0", "--seed=3", f"--max_steps={steps}"),
         *("--per_device_batch_size=16", "--learning_rate=4e-3", f"--decay_steps={steps // 4}", "--loss_type=l1"),
@@ -447,3 +450,84 @@ def test_another_action_space_than_the_saved_model_is_refused(tmp_path):
         ValueError, match=r"--action_space has 36 columns, the model of .*config.json has 38 \(differing: "
     ):
         build_config(str(tmp_path), action_space="vpt-36")
+
+
+# ------------------------------------------------------------------------------------------------------ model files
+
+
+SMALL_ENCODER = {"crop_size": 32, "patch_size": 16, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def model_file(tmp_path, values):
+    path = tmp_path / "model.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return str(path)
+
+
+def test_a_predictor_follows_the_encoder_where_a_file_gives_no_sizes(tmp_path):
+    """`{"frames_per_clip": 8}` over an encoder of 0.4 million parameters made a predictor of 302 million."""
+    sizes = ("pred_hidden_size", "pred_num_hidden_layers", "pred_num_attention_heads")
+
+    def found(values, **overrides):
+        config = build_config(model_file(tmp_path, values), **overrides)
+        return tuple(getattr(config, name) for name in sizes)
+
+    pretrained = VJEPA2Config(**SMALL_ENCODER)
+    assert found({"frames_per_clip": 8}, encoder_config=pretrained) == (96, 3, 3)
+    assert found({"encoder_config": SMALL_ENCODER}) == (96, 3, 3)
+    assert found({"encoder_config": SMALL_ENCODER, "pred_hidden_size": 384}) == (384, 3, 6)
+    assert found({"encoder_config": SMALL_ENCODER, "pred_num_hidden_layers": 1}) == (96, 1, 3)
+    # The large ones are as they were: V-JEPA 2-AC's, for ViT-L and for ViT-g.
+    assert found({"frames_per_clip": 8}) == (1024, 24, 16)
+    giant = {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22, "mlp_ratio": 48 / 11}
+    assert found({"encoder_config": giant}) == (1024, 24, 16)
+    model = VJEPA2ACModel(build_config(model_file(tmp_path, {"frames_per_clip": 8}), encoder_config=pretrained))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.predictor, model.encoder)]
+    assert counts[0] < 2 * counts[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 96}, r"'hidden_size' is the encoder's: write it as \{\"encoder_config\": \{\"hidden_size\""),
+        ({"crop_size": 64}, "'crop_size' is the encoder's"),
+        (
+            {"encoder_config": {"pred_hidden_size": 96}},
+            "'pred_hidden_size' is the model's: write it beside encoder_config",
+        ),
+        ({"encoder_config": {"auto_steps": 1}}, "'auto_steps' is the model's"),
+        ({"pred_hiden_size": 96}, "unknown key 'pred_hiden_size'; did you mean 'pred_hidden_size'"),
+        ("{", "model.json: not readable as JSON"),
+        ("[]", "model.json: expected an object"),
+    ],
+)
+def test_keys_of_the_wrong_level_are_told_where_they_belong(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(model_file(tmp_path, values))
+
+
+def test_a_large_predictor_over_a_small_encoder_is_warned_of(tmp_path, caplog):
+    arguments = parse("--model_config=tiny", "--encoder=random", "--dataset=d", "--output_dir=o")
+    for layers, warned in ((2, False), (40, True)):
+        sizes = {"pred_hidden_size": 96, "pred_num_hidden_layers": layers, "pred_num_attention_heads": 3}
+        encoder = SMALL_ENCODER | {"num_hidden_layers": 1}
+        model = VJEPA2ACModel(build_config(model_file(tmp_path, {"encoder_config": encoder} | sizes)))
+        caplog.clear()
+        text = startup_summary(arguments, model, "random", ([0] * 100, None), 1)
+        predictor, encoder = (sum(p.numel() for p in part.parameters()) for part in (model.predictor, model.encoder))
+        assert f"predictor       {predictor:,} parameters, trained: {layers} layers of width 96" in text
+        assert f"encoder         {encoder:,} parameters, frozen: 1 layers of width 96 (random)" in text
+        assert (
+            (f"{predictor / encoder:.0f} times as many as its encoder" in caplog.text)
+            == warned
+            == (predictor > 10 * encoder)
+        )
+
+
+def test_every_key_of_a_model_file_is_documented():
+    text = (ROOT / "docs" / "training.md").read_text()
+    section = text.split("## Model files")[1].split("\n## ")[0]
+    keys = set(
+        re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in section.splitlines() if line.startswith("|")))
+    )
+    assert keys == VJEPA2ACConfig.own_fields().keys()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, VJEPA2Config, VJEPA2Model
 
 from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.loading.clips import check_geometry
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps, write_checksums
 from vjepa_ac_hf.training.optimization import build_optimizer, build_scheduler
 from vjepa_ac_hf.training.presets import PRESETS, build_config
@@ -267,3 +268,20 @@ def test_presets_build():
     assert build_config("vitl16", action_space="vpt-38").action_dim == 38
     v21 = {"vitb16-v21", "vitl16-v21", "vitg16-v21", "vitG16-v21"}
     assert set(PRESETS) == {"tiny", "tiny-32px", "tiny-fine", "vitl16", "vitg16"} | v21
+
+
+def test_a_data_set_says_how_its_frames_were_made(workspace, tmp_path, train_here):
+    """Built with squash and trained without a flag, the saved processor cropped raw frames."""
+    shutil.copytree(workspace / "clips", tmp_path / "clips")
+    options = {"resize_mode": "squash", "resolution": 32, "clip": {"native_fps": 40}}
+    (tmp_path / "clips" / "report.json").write_text(json.dumps({"options": options}))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    train_here(command(tmp_path, tmp_path / "out", "--max_steps=1", "--eval_every=0"))
+    processor = VJEPA2ACProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.resize_mode, processor.native_fps, processor.fps) == ("squash", 40, 5)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["resize_mode"] == "squash"
+    with pytest.raises(ValueError, match=r"built with resize_mode 'squash' \(report.json\), --resize_mode is 'crop'"):
+        train_here(command(tmp_path, tmp_path / "other", "--max_steps=1", "--resize_mode=crop"))
+    processor.resize_mode = "crop"
+    with pytest.raises(ValueError, match=r"resize_mode 'squash' \(report.json\), the model's processor has 'crop'"):
+        check_geometry(str(tmp_path / "clips"), processor)

@@ -365,7 +365,7 @@ def test_mistakes_are_found_before_anything_is_computed(train_head, workspace, t
     for path in (workspace / "world").iterdir():
         shutil.copy(path, workspace / "squashed")
     with pytest.raises(ValueError, match="resize_mode is 'squash', --resize_mode is 'crop'"):
-        train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed")
+        train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed", resize_mode="crop")
     VJEPA2ACProcessor(resolution=32, fps=10).save_pretrained(workspace / "squashed")
     with pytest.raises(ValueError, match="split train, .*the processor's fps is 10, the video has 5 frames a second"):
         train_head("inverse_dynamics", tmp_path / "out", model=workspace / "squashed")
@@ -382,6 +382,38 @@ def test_without_another_processor_the_frame_rate_is_the_data_sets(program, work
             dataset=str(tmp_path / "clips"), model=model, action_space=SPACE, action_stats="auto", resize_mode="crop"
         )
         assert program.build_processor(arguments, world).fps == 10
+
+
+def test_heads_of_several_tasks_share_a_cache(train_head, workspace, tmp_path, monkeypatch):
+    """Untrained encoders of a seed are the same whatever the head and its actions are; so is the cache beside them."""
+    world = {"model": None, "encoder": "random", "model_config": workspace / "tiny.json", "cache_features": None}
+    train_head("inverse_dynamics", tmp_path / "a", max_steps=1, **world)
+    caches = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+    assert len(caches) == 2
+    monkeypatch.setattr(VJEPA2ACModel, "encode", None)
+    train_head("action_anticipation", tmp_path / "b", action_space="yaw_delta,key.w", max_steps=1, **world)
+    train_head("inverse_dynamics", tmp_path / "c", head_hidden_size=32, max_steps=1, verify_cache=True, **world)
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").rglob("*.safetensors")}
+    assert found == caches
+
+
+def test_a_data_set_says_how_its_frames_were_made(train_head, workspace, tmp_path, capsys):
+    write_clips(tmp_path / "clips", train=6, validation=3)
+    options = {"resize_mode": "squash", "resolution": 32, "clip": {"native_fps": 40}}
+    (tmp_path / "clips" / "report.json").write_text(json.dumps({"options": options}))
+    world = {"model": None, "encoder": "random", "model_config": workspace / "tiny.json", "dataset": tmp_path / "clips"}
+    train_head("inverse_dynamics", tmp_path / "a", max_steps=1, cache_features="none", **world)
+    processor = AutoProcessor.from_pretrained(tmp_path / "a")
+    assert (processor.resize_mode, processor.native_fps) == ("squash", 40)
+    with pytest.raises(ValueError, match=r"was built with resize_mode 'squash' .*, --resize_mode is 'crop'"):
+        train_head("inverse_dynamics", tmp_path / "b", resize_mode="crop", **world)
+    shutil.copytree(workspace / "world", tmp_path / "world")
+    VJEPA2ACProcessor(resolution=32).save_pretrained(tmp_path / "world")
+    with pytest.raises(ValueError, match=r"was built with resize_mode 'squash' .*, the model's processor has 'crop'"):
+        train_head("inverse_dynamics", tmp_path / "b", model=tmp_path / "world", dataset=tmp_path / "clips")
+    VJEPA2ACProcessor(resolution=32, resize_mode="squash", native_fps=40).save_pretrained(tmp_path / "world")
+    train_head("inverse_dynamics", tmp_path / "d", model=tmp_path / "world", dataset=tmp_path / "clips", max_steps=1)
+    assert AutoProcessor.from_pretrained(tmp_path / "d").native_fps == 40
 
 
 def test_labels_come_from_columns_files_and_the_hotbar(workspace, tmp_path):

@@ -125,9 +125,9 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     assert {**run(monkeypatch, model, tmp_path), "command": summary["command"]} == summary
     assert (tmp_path / "evaluation.jsonl").read_text() == whole
     assert (tmp_path / "pixels.zip").read_bytes() == agent
-    with pytest.raises(SystemExit, match="settings.json: .*max_steps: found 8, expected 9.*another --output"):
+    with pytest.raises(ValueError, match="settings.json: .*max_steps: found 8, expected 9.*another --output"):
         run(monkeypatch, model, tmp_path, "--max_steps", 9)
-    with pytest.raises(SystemExit, match=r"features.zip: trained for 32 steps already, --steps is 16"):
+    with pytest.raises(ValueError, match=r"features.zip: trained for 32 steps already, --steps is 16"):
         run(monkeypatch, model, tmp_path, "--steps", 16)
     assert (tmp_path / "evaluation.jsonl").read_text() == whole
     processor = AutoProcessor.from_pretrained(shutil.copytree(model, tmp_path / "other"))

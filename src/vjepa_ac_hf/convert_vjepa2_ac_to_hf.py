@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .console import Parser, made
+
 FAMILIES = ("2", "2.1", "2-ac")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="official .pt file")
     parser.add_argument("--output", required=True, help="folder for config.json and model.safetensors")
     parser.add_argument("--family", choices=FAMILIES, help="refuse a file of another (default: any)")
@@ -333,18 +335,16 @@ def convert_encoder_checkpoint(
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO)
-    try:
-        file = read_checkpoint(arguments.checkpoint, arguments.family)
-        encoder = infer_encoder_config(file, arguments.crop_size, arguments.encoder_heads)
-        if file.predictor is None or arguments.encoder_only:
-            model: PreTrainedModel = _build_encoder(file, encoder)
-        else:
-            fields = {"frames_per_clip": arguments.frames_per_clip, "loss_type": arguments.loss_type}
-            model = _build_world_model(file, encoder, arguments.predictor_heads, **fields)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    file = read_checkpoint(arguments.checkpoint, arguments.family)
+    encoder = infer_encoder_config(file, arguments.crop_size, arguments.encoder_heads)
+    if file.predictor is None or arguments.encoder_only:
+        model: PreTrainedModel = _build_encoder(file, encoder)
+    else:
+        fields = {"frames_per_clip": arguments.frames_per_clip, "loss_type": arguments.loss_type}
+        model = _build_world_model(file, encoder, arguments.predictor_heads, **fields)
     model.save_pretrained(arguments.output)
-    logger.info("%s: %s", arguments.output, type(model).__name__)
+    sizes = {name: f"{sum(p.numel() for p in part.parameters()):,}" for name, part in model.named_children()}
+    sys.stdout.write(made("parameters", arguments.output, sizes) + "\n")
 
 
 if __name__ == "__main__":

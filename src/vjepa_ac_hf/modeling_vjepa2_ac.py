@@ -530,6 +530,10 @@ class VJEPA2ACModel(VJEPA2ACPreTrainedModel):
             config.encoder_config._attn_implementation, config._attn_implementation
         )
         self.encoder = VJEPA2ACEncoder(config.encoder_config)
+        # Before the predictor draws anything: an encoder's random weights at a seed are the same whatever predicts from
+        # it, and so are its features. On the meta device there is nothing to initialise.
+        if self.encoder.embeddings.patch_embeddings.proj.weight.device.type != "meta":
+            self.encoder.apply(self._initialize_weights)
         self.predictor = VJEPA2ACPredictor(config)
         self.post_init()
 

@@ -96,6 +96,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
         action_statistics: `ActionStatistics.to_dict()` of the training split; None: fit or set them before use.
         pixel_mean: RGB mean after division by 255 (ImageNet's).
         pixel_std: RGB standard deviation, likewise.
+        native_fps: frames (ticks) a second of the recordings that clips are cut from.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
         action_statistics: dict | None = None,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
+        native_fps: float = 20,
     ):
         super().__init__()
         if resize_mode not in RESIZE_MODES:
@@ -118,6 +120,7 @@ class VJEPA2ACProcessor(ProcessorMixin):
         self.resolution = as_resolution(resolution)
         self.resize_mode = resize_mode
         self.fps = fps
+        self.native_fps = native_fps
         self.frames_per_clip = frames_per_clip
         self.tubelet_size = tubelet_size
         self.action_space = resolve_action_space(action_space)

@@ -21,8 +21,13 @@ PACKAGES = ("vjepa-ac-hf", "torch", "transformers", "datasets", "accelerate", "e
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: who finds the file finds all of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # of a full disk there is none
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,7 +47,7 @@ def claim_folder(
         defaults: values of settings that files of before do not name.
 
     Raises:
-        SystemExit: the folder holds results of other settings; the message has both values of each.
+        ValueError: the folder holds results of other settings; the message has both values of each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file
@@ -50,7 +55,7 @@ def claim_folder(
         known = {**(defaults or {}), **json.loads(path.read_text())}
         differing = [f"{k}: found {known.get(k)}, expected {v}" for k, v in settings.items() if known.get(k) != v]
         if differing:
-            raise SystemExit(f"{path}: made with other arguments ({'; '.join(differing)}); choose another --output")
+            raise ValueError(f"{path}: made with other arguments ({'; '.join(differing)}); choose another --output")
     write_json(path, settings)
 
 

@@ -27,7 +27,7 @@ class Labeller:
     Args:
         model: the head; its configuration holds the action statistics.
         processor: the head's own.
-        native_fps: frames (ticks) a second of the videos.
+        native_fps: frames (ticks) a second of the videos; None: the processor's, of the recordings trained on.
         min_confidence: actions of a lower confidence are marked unsure; 0 marks none.
         confidence_columns: whose confidences count for that; None: those of all in `columns`.
         keys: "likelier": a key is pressed where that is likelier than not, after the shift of `pos_weight` is taken
@@ -48,7 +48,7 @@ class Labeller:
         model: VJEPA2ACForInverseDynamics,
         processor: VJEPA2ACProcessor,
         *,
-        native_fps: float = 20.0,
+        native_fps: float | None = None,
         min_confidence: float = 0.0,
         confidence_columns: Sequence[str] | None = None,
         keys: str = "likelier",
@@ -75,6 +75,7 @@ class Labeller:
         self.model, self.processor, self.name = model.eval(), processor, name
         self.min_confidence, self.keys = min_confidence, keys
         self.counted = [self.columns.index(c) for c in counted]
+        native_fps = float(processor.native_fps if native_fps is None else native_fps)
         self.spec = ClipSpec(
             native_fps=native_fps,
             fps=processor.fps,

@@ -35,9 +35,10 @@ def cache_key(
     general = PreTrainedConfig().to_dict().keys() | {"_name_or_path", "model_type", "dtype", "transformers_version"}
     encoder = {k: v for k, v in config.encoder_config.to_dict().items() if k not in general}
     identity = hashlib.sha256()
-    for table in clips.with_format("arrow").iter(batch_size=4096):
-        sizes = pc.binary_length(pc.struct_field(table["video"], "bytes"))
-        columns = [table["recording_id"].to_pylist(), table["start_tick"].to_pylist(), sizes.to_pylist()]
+    sizes = _video_sizes(clips)
+    names = clips.select_columns(["recording_id", "start_tick"]).with_format("arrow")
+    for first, table in zip(range(0, len(clips), 4096), names.iter(batch_size=4096), strict=True):
+        columns = [table["recording_id"].to_pylist(), table["start_tick"].to_pylist(), sizes[first : first + 4096]]
         identity.update(json.dumps(list(zip(*columns, strict=True))).encode())
     key = {
         "format": FORMAT,
@@ -60,6 +61,24 @@ def cache_key(
     if config.hierarchical_features:  # only then, so that caches made before there was the field stay valid
         key["hierarchical_features"] = True
     return json.loads(json.dumps(key))  # as it will be read: tuples are lists
+
+
+def _video_sizes(clips: Dataset) -> list[int | None]:
+    """Encoded sizes in bytes, from the offsets of the Arrow table: no byte of a video is read."""
+    sizes = pc.binary_length(pc.struct_field(clips.data["video"], "bytes"))  # of all rows, before any selection
+    return (sizes if clips._indices is None else sizes.take(clips._indices.column(0))).to_pylist()
+
+
+def files_stamp(clips: Dataset) -> str | None:
+    """SHA-256 of names, sizes and times of the files that the clips lie in; None where they lie in memory.
+
+    What has been copied anew, or changed, has another one. The folders that the files lie in do not count.
+    """
+    files = [Path(file["filename"]) for file in clips.cache_files]
+    if not files:
+        return None
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -125,6 +125,59 @@ def _read_report(dataset: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def clip_geometry(dataset: str, resize_mode: str | None = None) -> dict[str, Any]:
+    """How raw frames have become a data set's clips: what a processor over it must do with raw frames, too.
+
+    Args:
+        dataset: folder or Hub repository. Its `report.json` says how it was built; where there is none, `resize_mode`
+            is taken, or crop with a warning.
+        resize_mode: what the user says of it, or None.
+
+    Returns:
+        `resize_mode` and, where it is known, `native_fps`, as `VJEPA2ACProcessor` takes them.
+
+    Raises:
+        ValueError: the data set was built with another mode.
+    """
+    options = _read_report(dataset).get("options")
+    if options is None:
+        if resize_mode is None:
+            logger.warning(
+                "%s has no report.json with its options: its frames are taken to be cut from the centre; if it was "
+                "built otherwise, give --resize_mode",
+                dataset,
+            )
+        return {"resize_mode": resize_mode or "crop"}
+    if resize_mode not in (None, options["resize_mode"]):
+        raise ValueError(
+            f"{dataset}: was built with resize_mode {options['resize_mode']!r} (report.json), --resize_mode is "
+            f"{resize_mode!r}: leave it out"
+        )
+    return {"resize_mode": options["resize_mode"], "native_fps": options["clip"]["native_fps"]}
+
+
+def check_geometry(dataset: str, processor: VJEPA2ACProcessor) -> None:
+    """Refuse a data set whose clips were made of raw frames in another way than the processor makes its frames.
+
+    Raises:
+        ValueError: naming both values.
+    """
+    options = _read_report(dataset).get("options")
+    if options is None:
+        return
+    if options["resize_mode"] != processor.resize_mode:
+        raise ValueError(
+            f"{dataset}: was built with resize_mode {options['resize_mode']!r} (report.json), the model's processor "
+            f"has {processor.resize_mode!r}: take a data set that was built like the one it was trained on"
+        )
+    (height, width), (rows, columns) = (np.broadcast_to(r, 2) for r in (options["resolution"], processor.resolution))
+    if height * columns != width * rows:
+        raise ValueError(
+            f"{dataset}: was built with clips of {width} x {height} pixels (report.json), the model's processor has "
+            f"{columns} x {rows}: another shape"
+        )
+
+
 def check_clips(clips: Dataset | ParquetClips | ClipRows, processor: VJEPA2ACProcessor, name: str) -> None:
     """Compare a data set's shapes with the processor's, before any expensive work; decodes one clip.
 

@@ -2,7 +2,8 @@
 
 A cache is a folder a split: `key.json` (what the features depend on) and `features-00000.safetensors`, ... of
 `CLIPS_PER_CHUNK` clips each, written under temporary names and renamed. A build that was interrupted continues; what
-was made with another encoder, geometry or data set is refused. Sizes and errors: docs/model.md, "Feature cache".
+was made with another encoder, geometry or data set is refused. `files.json` has the stamps (`files_stamp`) of data sets
+whose videos have been compared with the chunks. Sizes and errors: docs/model.md, "Feature cache".
 """
 
 import errno
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import write_json
-from .cache_key import cache_key, differences, videos_digest
+from .cache_key import cache_key, differences, files_stamp, videos_digest
 from .cached_clips import CLIPS_PER_CHUNK, CachedClips, chunk_path
 from .clips import ClipCollator
 from .loader import copy_ahead, worker_options
@@ -40,6 +41,7 @@ from .quantization import channels_per_scale, quantize_features, restore_feature
 logger = logging.getLogger(__name__)
 
 CACHE_DTYPES = ("bfloat16", "int8", "float32")
+_STAMPS_KEPT = 64
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
@@ -63,6 +65,8 @@ def cache_features(
     prefetch_factor: int = 2,
     clips_per_chunk: int = CLIPS_PER_CHUNK,
     announce: Callable[[str], None] = logger.info,
+    verify: bool = False,
+    shared: bool = False,
 ) -> CachedClips:
     """Encode what is not in `folder` yet, every process its share of the chunks, and return the clips with features.
 
@@ -78,6 +82,9 @@ def cache_features(
         prefetch_factor: batches that each of them makes ahead.
         clips_per_chunk: clips a file; a killed build loses at most what each process had of one.
         announce: gets, on the main process, the size before anything is encoded, and size and error afterwards.
+        verify: hash the videos of all chunks, even where sizes and times of the data set's files are known.
+        shared: caches of several encoders, clips or precisions lie beside each other: a hash of the key follows the
+            name of `folder`, unless `folder` itself holds the features.
 
     Raises:
         ValueError: the folder holds features of another encoder, geometry or data set, or damaged chunks; the differing
@@ -92,9 +99,14 @@ def cache_features(
     config = model.config
     steps = config.frames_per_clip // config.encoder_config.tubelet_size
     shape = (steps, config.num_tokens, config.feature_size)
+    if shared:
+        folder = broadcast_object_list(
+            [_shared_folder(folder, key, announce) if accelerator.is_main_process else None]
+        )[0]
     cache = _Cache(folder, clips, key, shape, accelerator)
     cache.claim_folder()
-    cache.check_chunks()
+    stamp = files_stamp(clips)
+    cache.check_chunks(verify or not cache.knows(stamp))
     # As the main process sees the folder: all must divide the same chunks.
     missing = broadcast_object_list([[n for n in range(len(cache.chunks)) if not cache.path(n).is_file()]])[0]
     if missing:
@@ -102,12 +114,32 @@ def cache_features(
             cache.check_space(missing, announce)
             cache.build(missing, model, processor, batch_size, worker_options(num_workers, prefetch_factor), announce)
     cache.check_complete()
+    cache.remember(stamp if stamp == files_stamp(clips) else None)
     if accelerator.is_main_process:
         stored = sum(cache.path(n).stat().st_size for n in range(len(cache.chunks)))
         announce(
             f"{folder}: features of {len(clips):,} clips ({dtype}) take {stored:,} bytes ({stored / 2**30:,.2f} GiB)"
         )
     return CachedClips(clips, folder, clips_per_chunk)
+
+
+def _shared_folder(folder: Path, key: dict[str, Any], announce: Callable[[str], None]) -> Path:
+    """The folder beside `folder` for features of this key; says how those that are there differ, if it is new."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    own = folder.with_name(f"{folder.name}-{digest[:12]}")
+    others = {}
+    for path in [folder / "key.json", *folder.parent.glob(f"{folder.name}-*/key.json")]:
+        if path.is_file():
+            try:
+                others[path.parent] = differences(json.loads(path.read_text()), key)
+            except json.JSONDecodeError as damage:
+                raise ValueError(f"{path}: {damage}; remove the folder") from damage
+    if folder in others and not others[folder]:
+        return folder  # made before folders had their key in their name
+    if others and own not in others:
+        nearest = min(others, key=lambda path: others[path].count("found "))
+        announce(f"{own} is new: {nearest} holds features of something else ({others[nearest]})")
+    return own
 
 
 @dataclass
@@ -150,14 +182,34 @@ class _Cache:
             error = ValueError(f"{path}: {damage}; remove the folder")
         self.agree(error)
 
-    def check_chunks(self) -> None:
-        """Chunks that are there must be whole, and of this key and these videos; each process checks its share."""
+    def knows(self, stamp: str | None) -> bool:
+        """Whether the videos of these files have been compared with the chunks before."""
+        path = self.folder / "files.json"
+        return stamp is not None and path.is_file() and stamp in json.loads(path.read_text())
+
+    def remember(self, stamp: str | None) -> None:
+        """Note that every process has compared the videos of its files; of data sets copied anew the last few."""
+        path = self.folder / "files.json"
+        stamps = [s for s in gather_object([stamp]) if s is not None]
+        if self.accelerator.is_main_process and stamps:
+            known = json.loads(path.read_text()) if path.is_file() else []
+            stamps = list(dict.fromkeys([*known, *stamps]))[-_STAMPS_KEPT:]
+            if stamps != known:
+                write_json(path, stamps)
+
+    def check_chunks(self, verify: bool) -> None:
+        """Chunks that are there must be whole and of this key, with `verify` of these videos too, which reads them all.
+
+        Each process checks its share.
+        """
         present = [n for n in self.share(list(range(len(self.chunks)))) if self.path(n).is_file()]
         quiet = not present or not self.accelerator.is_main_process
         errors = []
         for n in tqdm(present, desc=f"checking {self.folder.name}", unit="chunk", disable=quiet):
             try:
-                details = differences(_describe_file(self.path(n)), self.describe(self.chunks[n]))
+                found = _describe_file(self.path(n))
+                videos = videos_digest(self.clips, self.chunks[n]) if verify else found.get("videos", "")
+                details = differences(found, self.describe(self.chunks[n], videos))
             except (SafetensorError, OSError) as error:
                 errors.append(f"{self.path(n)}: damaged ({error})")
                 continue
@@ -167,14 +219,14 @@ class _Cache:
         message = f"{len(errors)} chunks cannot be used; remove them to have them computed again:\n{shown}"
         self.agree(ValueError(message) if errors else None)
 
-    def describe(self, rows: range) -> dict[str, str]:
-        """Metadata of a chunk, and under `tensors` the types and shapes that it must have."""
+    def describe(self, rows: range, videos: str) -> dict[str, str]:
+        """Metadata of a chunk of videos with this digest; under `tensors` the types and shapes that it must have."""
         tensors = self.stored(torch.empty(0, *self.shape))
         types = {name: f"{_SAFETENSORS_DTYPES[t.dtype]} {[len(rows), *t.shape[1:]]}" for name, t in tensors.items()}
         return {
             "key": hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest(),
             "rows": f"{rows[0]}..{rows[-1]}",
-            "videos": videos_digest(self.clips, rows),
+            "videos": videos,
             "tensors": json.dumps(types, sort_keys=True),
         }
 
@@ -245,7 +297,7 @@ class _Cache:
                         chunk[name] = torch.empty(len(rows), *values.shape[1:], dtype=values.dtype)
                     chunk[name][start : start + len(values)] = values
                 progress.update(len(features))
-            _write_chunk(self.path(number), chunk, self.describe(rows))
+            _write_chunk(self.path(number), chunk, self.describe(rows, videos_digest(self.clips, rows)))
         progress.close()
         error, magnitude = self.accelerator.reduce(squares, reduction="sum").tolist()
         if self.accelerator.is_main_process:

@@ -155,8 +155,13 @@ def ticks_per_step(processor: VJEPA2ACProcessor) -> int:
     """Game ticks that an action of the model lasts.
 
     Raises:
-        ValueError: 20 ticks a second that are not a multiple of the processor's frame rate.
+        ValueError: 20 ticks a second that are not a multiple of the processor's frame rate, or recordings with others.
     """
+    if processor.native_fps != NATIVE_FPS:
+        raise ValueError(
+            f"the game has {NATIVE_FPS} ticks a second, the recordings that the model was trained on have "
+            f"{processor.native_fps:g} (the processor's native_fps)"
+        )
     if NATIVE_FPS % processor.fps:
         raise ValueError(f"{NATIVE_FPS} ticks a second are not a multiple of the processor's fps {processor.fps}")
     return processor.tubelet_size * NATIVE_FPS // int(processor.fps)

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from ..console import Parser, folder_or_repo
 from .recipes import find_recipe, load_recipe
 
 # What the package offers, without importing it (tests/test_programs.py holds both equal): mistakes in flags are told
@@ -36,21 +36,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)" if text else "default: %(default)s"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """Of several processes the first one speaks."""
-        if int(os.environ.get("RANK", 0)) == 0:
-            super().error(message)
-        sys.exit(2)
-
-
 def build_parser(description: str) -> argparse.ArgumentParser:
     """All flags of `examples/train.py`, in groups."""
     parser = Parser(
         usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
         description=description,
         formatter_class=_Formatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
@@ -68,7 +59,7 @@ def _switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", help="built data set: a folder or a Hub repository (needed)")
+    data.add_argument("--dataset", type=folder_or_repo, help="built data set: a folder or a Hub repository (needed)")
     _switch(data, "streaming", "read the Parquet files where they lie, copying nothing")
     data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
@@ -78,10 +69,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="vpt-13, vpt-36, vpt-38, or columns by commas; default: that of --model_config, else vpt-13",
     )
     data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
-    data.add_argument("--resize_mode", choices=("crop", "squash"), default="crop", help="how the data set was built")
+    data.add_argument("--resize_mode", choices=("crop", "squash"), help="default: as the data set was built")
     data.add_argument(
         "--cache_features", type=Path, help="folder: encode every clip once and train from there (docs/model.md)"
     )
+    _switch(data, "verify_cache", "compare all videos with the cache at the start, not only files' sizes and times")
     data.add_argument(
         "--cache_dtype",
         choices=_CACHE_DTYPES,
@@ -98,6 +90,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--encoder",
+        type=folder_or_repo,
         help="pretrained V-JEPA 2 or 2.1: repository or folder, or 'random'; default: by --model_config",
     )
     model.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import tempfile
 from dataclasses import fields
@@ -31,6 +32,10 @@ ARGUMENTS = (
 )
 # Fields of every configuration that say nothing of the model; saving and pushing a model fill some of them in.
 _GENERAL = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"})
+
+logger = logging.getLogger(__name__)
+
+LARGE_PREDICTOR = 10  # times its encoder; V-JEPA 2-AC's has as many parameters as a ViT-L, a third of its own encoder's
 
 
 def check_arguments(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -199,12 +204,19 @@ def startup_summary(
         splits: training clips, and the validation clips used or None.
         processes: number of them.
     """
-    assert isinstance(model.config, VJEPA2ACConfig)
+    config, sizes = model.config, model.config.encoder_config
+    assert isinstance(config, VJEPA2ACConfig)
     train, validation = splits
     trained = sum(p.numel() for p in model.predictor.parameters())
     frozen = sum(p.numel() for p in model.encoder.parameters())
+    if trained > LARGE_PREDICTOR * frozen:
+        logger.warning(
+            "the predictor has %s parameters, %.0f times as many as its encoder (%s): pred_hidden_size and "
+            "pred_num_hidden_layers of --model_config make it smaller",
+            *(f"{trained:,}", trained / frozen, f"{frozen:,}"),
+        )
     memory = step_memory(
-        *(model.config, frozen, trained, arguments.per_device_batch_size),
+        *(config, frozen, trained, arguments.per_device_batch_size),
         bf16=arguments.mixed_precision == "bf16",
         gradient_checkpointing=arguments.gradient_checkpointing,
         cached_features=arguments.cache_features is not None,
@@ -218,7 +230,10 @@ def startup_summary(
             f"decay {arguments.decay_steps:,}",
             f"step            {arguments.global_batch_size} clips = {processes} process{'es' * (processes > 1)} x "
             f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated",
-            f"parameters      {trained:,} trained (predictor), {frozen:,} frozen (encoder: {encoder})",
+            f"predictor       {trained:,} parameters, trained: {config.pred_num_hidden_layers} layers of width "
+            f"{config.pred_hidden_size}",
+            f"encoder         {frozen:,} parameters, frozen: {sizes.num_hidden_layers} layers of width "
+            f"{sizes.hidden_size} ({encoder})",
             f"memory          {memory.total / 1e9:.1f} GB a device, estimate",
             f"output          {os.path.abspath(arguments.output_dir)}",
         ]

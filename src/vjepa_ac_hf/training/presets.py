@@ -1,13 +1,16 @@
 """What a new model starts from: sizes by name (`--model_config`), encoder, predictor (`--init_predictor`)."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedConfig, VJEPA2Config
 
 from ..actions_vjepa2_ac import resolve_action_space
+from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..convert_vjepa2_ac_to_hf import RELEASED
 from ..modeling_vjepa2_ac import VJEPA2ACModel
@@ -55,14 +58,16 @@ def check_encoder(encoder: str) -> None:
 
 
 def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
-    """Configuration of a preset or of a JSON file with fields of `VJEPA2ACConfig`; overrides of None are ignored.
+    """Configuration of a preset, of a saved model, or of a file of `VJEPA2ACConfig`'s fields (docs/training.md).
 
-    Without an `action_space` here or in the file it is vpt-13.
+    Overrides of None are ignored. Without an `action_space` here or in the file it is vpt-13. Sizes of the predictor
+    that a file leaves out follow its encoder's, up to those of V-JEPA 2-AC (`_fill_in_predictor`).
 
     Raises:
-        ValueError: neither a preset nor a file, fields that are unknown or contradict each other, or another action
-            space than the file's.
+        ValueError: neither a preset nor a file, no JSON, fields that are unknown, on the wrong level or contradict each
+            other, or another action space than the file's.
     """
+    is_written_by_hand, encoder = False, overrides.get("encoder_config")
     if name_or_file in PRESETS:
         values = dict(PRESETS[name_or_file])
     else:
@@ -70,13 +75,57 @@ def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"--model_config {name_or_file}: neither one of {sorted(PRESETS)} nor a file")
-        values = json.loads(path.read_text())
+        values = _read(path)
+        is_written_by_hand = "transformers_version" not in values
+        if is_written_by_hand:
+            _check_levels(path, values)
         _check_action_space(path, values, overrides.get("action_space"))
     values.update({k: v for k, v in overrides.items() if v is not None})
     if values.get("action_space") is None:
         values["action_space"] = "vpt-13"
     values.pop("action_dim", None)
+    if is_written_by_hand:
+        given = values.get("encoder_config") or {}
+        _fill_in_predictor(values, encoder or VJEPA2Config(**given))
     return VJEPA2ACConfig(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("encoder_config", {}), dict):
+        raise ValueError(f"{path}: expected an object with fields of the model, and with one in encoder_config")
+    return values
+
+
+def _check_levels(path: Path, values: dict[str, Any]) -> None:
+    """Refuse fields of the encoder beside those of the model, and the other way round, saying where they belong."""
+    models = VJEPA2ACConfig.own_fields()
+    encoders = {field.name for kind in (VJEPA2Config, EncoderFields) for field in fields(kind)}
+    for key in values:
+        if key in encoders and key not in models and not hasattr(PreTrainedConfig, key):
+            raise ValueError(f'{path}: {key!r} is the encoder\'s: write it as {{"encoder_config": {{"{key}": ...}}}}')
+    for key in values.get("encoder_config", {}):
+        # VJEPA2Config has fields for a predictor too, that of pretraining, which is not used.
+        if key in models and (key.startswith("pred_") or key not in encoders):
+            raise ValueError(f"{path}: encoder_config: {key!r} is the model's: write it beside encoder_config")
+
+
+def _fill_in_predictor(values: dict[str, Any], encoder: VJEPA2Config) -> None:
+    """Width and depth that are not given: the encoder's, at most 1024 and 24.
+
+    Those are V-JEPA 2-AC's (arXiv 2506.09985, section 3). Heads that are not given are the encoder's where both are as
+    wide, else of 64 dimensions or more.
+    """
+    width = values.setdefault("pred_hidden_size", min(encoder.hidden_size, 1024))
+    values.setdefault("pred_num_hidden_layers", min(encoder.num_hidden_layers, 24))
+    if isinstance(width, int):
+        heads = next(n for n in range(max(width // 64, 1), 0, -1) if width % n == 0)
+        values.setdefault(
+            "pred_num_attention_heads", encoder.num_attention_heads if width == encoder.hidden_size else heads
+        )
 
 
 def _check_action_space(path: Path, values: dict[str, Any], wanted: str | list[str] | None) -> None:
