@@ -62,6 +62,7 @@ def cache_features(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     clips_per_chunk: int = CLIPS_PER_CHUNK,
+    videos: bool = False,
     announce: Callable[[str], None] = logger.info,
 ) -> CachedClips:
     """Encode what is not in `folder` yet, every process its share of the chunks, and return the clips with features.
@@ -77,6 +78,7 @@ def cache_features(
         num_workers: processes that decode, per training process.
         prefetch_factor: batches that each of them makes ahead.
         clips_per_chunk: clips a file; a killed build loses at most what each process had of one.
+        videos: leave the encoded videos in the clips, beside the features.
         announce: gets, on the main process, the size before anything is encoded, and size and error afterwards.
 
     Raises:
@@ -107,7 +109,7 @@ def cache_features(
         announce(
             f"{folder}: features of {len(clips):,} clips ({dtype}) take {stored:,} bytes ({stored / 2**30:,.2f} GiB)"
         )
-    return CachedClips(clips, folder, clips_per_chunk)
+    return CachedClips(clips, folder, clips_per_chunk, videos=videos)
 
 
 @dataclass
