@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers_models import WITHOUT_PACKAGE
 from safetensors.torch import save_file
+from test_geometry import model as world_of_any_shape
 from test_modeling import tiny_config, tiny_model
 from transformers import AutoModel, VJEPA2Config
 
@@ -42,9 +43,9 @@ def random_frames(steps=T, batch=B, size=32):
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3)])
 def test_every_number_of_a_token_comes_to_its_pixel(grid):
-    """Also where a frame is wider than high: the head itself knows rows and columns."""
-    head = VJEPA2ACFrameDecodingHead(decoder().config)
-    head.grid = grid
+    """Also where a frame is wider than high."""
+    fields = {"encoder_config": tiny_config().encoder_config, "frame_size": [16 * grid[0], 16 * grid[1]]}
+    head = VJEPA2ACFrameDecodingHead(VJEPA2ACFrameDecodingConfig(**fields))
     rows, columns, patch = *grid, 16
     pixels = torch.randn(3, rows * columns, 2 * 3 * patch * patch, generator=torch.Generator().manual_seed(0))
     placed = head._arrange(pixels)
@@ -70,6 +71,16 @@ def test_frames_lie_where_their_features_are_and_nowhere_else():
             assert differs.tolist() == [frame // 2 == step for frame in range(2 * T)]
         single = model(features=features[:, 5:6]).frames
         torch.testing.assert_close(single, reference[:, 10:12], rtol=1e-5, atol=1e-6)
+
+
+def test_frames_of_any_shape_and_features_of_several_layers():
+    world = world_of_any_shape([64, 96], hierarchical_features=True)
+    model = VJEPA2ACForFrameDecoding.from_world_model(world, **SMALL).eval()
+    assert model.head.embed.in_features == 2 * world.config.encoder_config.hidden_size
+    pixels = torch.randn(1, 4, 3, 64, 96)
+    with torch.no_grad():
+        output = model(pixel_values_videos=pixels, labels=torch.rand(1, 4, 3, 64, 96))
+    assert output.frames.shape == pixels.shape and output.loss.isfinite()
 
 
 def test_pixels_are_encoded_and_decoded():

@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from vjepa_ac_hf.evaluation.figures import resample_weights
-from vjepa_ac_hf.evaluation.frame_metrics import (
-    PSNR_OF_ROUNDING,
-    PSNRMetric,
-    SSIMMetric,
-    aggregate_frames,
-    psnr,
-    ssim,
-)
+from vjepa_ac_hf.evaluation.frame_figures import PSNR_OF_ROUNDING, aggregate_frames, psnr, ssim
+from vjepa_ac_hf.evaluation.frame_metrics import PSNRMetric, SSIMMetric
 
 
 def pictures(count=3, height=16, width=20, noise=0.2):

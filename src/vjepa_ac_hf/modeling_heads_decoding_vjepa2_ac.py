@@ -54,10 +54,9 @@ class VJEPA2ACFrameDecodingHead(nn.Module):
     def __init__(self, config: VJEPA2ACFrameDecodingConfig):
         super().__init__()
         width, heads, encoder = config.head_hidden_size, config.head_num_attention_heads, config.encoder_config
-        self.grid = (config.grid_size, config.grid_size)
-        self.frames, self.patch = encoder.tubelet_size, encoder.patch_size
-        self.embed = nn.Linear(encoder.hidden_size, width)
-        self.embed_place = nn.Embedding(self.grid[0] * self.grid[1], width)
+        self.grid, self.frames, self.patch = config.grid, encoder.tubelet_size, encoder.patch_size
+        self.embed = nn.Linear(config.feature_size, width)
+        self.embed_place = nn.Embedding(config.num_tokens, width)
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, self.frames * 3 * self.patch**2)

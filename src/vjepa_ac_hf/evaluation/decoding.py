@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from .figures import LARGE_TURN_DEGREES
+from .frame_figures import FRAME_FIGURES
 
 MEAN_FRAME, LAST_FRAME = "mean frame", "last frame"
 KINDS = ("decoded", MEAN_FRAME, LAST_FRAME)
@@ -36,8 +37,6 @@ def evaluate_decoder(
         `clips`, `loss`, and `frames`: by `all` and `large_turns` (tubelets that more than `LARGE_TURN_DEGREES` of yaw
         led to; None where there are none or turns are not known) `rows` and by kind `psnr` and `ssim`.
     """
-    from .frame_metrics import FRAME_FIGURES  # imports the library `evaluate`: only who asks for it pays
-
     mean = mean_frame(batches, model.config, accelerator)
     turn = processor.action_space.index("yaw_delta") if "yaw_delta" in processor.action_space else None
     tubelet = processor.tubelet_size
@@ -74,8 +73,6 @@ def evaluate_decoder(
 
 
 def _figures(rows: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any] | None:
-    from .frame_metrics import FRAME_FIGURES
-
     if not chosen.any():
         return None
     means = {name: rows[name][chosen].mean(axis=0).tolist() for name in FRAME_FIGURES}
@@ -85,8 +82,7 @@ def _figures(rows: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any] 
 
 def mean_frame(batches: Iterable[dict[str, Any]], config: Any, accelerator: Accelerator) -> Tensor:
     """Mean of all frames of all processes, `(3, Y, X)` in [0, 1], on the accelerator's device."""
-    size = config.encoder_config.crop_size
-    total = torch.zeros(3, size, size, dtype=torch.float64)
+    total = torch.zeros(3, *config.frame_shape, dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         frames = batch["frames"].cpu()
