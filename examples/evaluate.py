@@ -24,6 +24,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dataset", required=True, type=folder_or_repo, help="folder or Hub repository of a tubelet data set"
     )
+    parser.add_argument(
+        "--decoder",
+        type=folder_or_repo,
+        help="folder or repository of a frame decoder: frames in place of colours, PSNR, SSIM",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and report.html")
     parser.add_argument("--split", default="validation", help="split of the data set")
     parser.add_argument("--context_steps", type=int, default=2, help="true steps that a rollout starts from")
@@ -53,6 +58,7 @@ from transformers.utils import cached_file
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
 from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.decoding import evaluate_frames, load_decoder, mirror_actions
 from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
@@ -90,6 +96,7 @@ def make_pictures(
     inputs: Any,
     table: Any,
     integrate_states: Any,
+    decoder: Any,
 ) -> list[Any]:
     """Pictures of evenly spaced clips, each with the actions of its first partner as the other ones."""
     shown = clip_data.spread(len(dataset), args.num_pictures)
@@ -110,6 +117,8 @@ def make_pictures(
         context_steps=args.context_steps,
         horizon=table.error.shape[1],
         integrate_states=integrate_states,
+        decoder=decoder,
+        mirrored=None if decoder is None else processor.normalize_actions(mirror_actions(records.actions)),
     )
 
 
@@ -128,6 +137,7 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     model, processor, dataset = load(args)
+    decoder = None if args.decoder is None else load_decoder(args.decoder, model)
     steps = processor.frames_per_clip // processor.tubelet_size
     check_protocol(steps, args.context_steps, args.horizon, args.shuffles, len(dataset))
     records = clip_data.read_records(dataset, processor)
@@ -171,8 +181,20 @@ def main() -> None:
         "split": args.split,
         "horizons": aggregate_rows(table_rows(table), seed=args.seed),
     }
+    if decoder is not None:
+        metrics["decoder"] = args.decoder
+        metrics["frames"] = evaluate_frames(
+            *(model, decoder, processor, dataset, records),
+            partners=table.partners[:, 0],
+            context_steps=args.context_steps,
+            horizon=table.error.shape[1],
+            integrate_states=integrate_states,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=lambda starts: tqdm(starts, desc="decoding", unit="batch"),
+        )
     write_metrics(args.output / "metrics.json", metrics)
-    pictures = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states)
+    pictures = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states, decoder)
     report = write_report(args.output, metrics, table, pictures)
     print_table(metrics["horizons"])
     print(f"report: {report}")

@@ -1,4 +1,4 @@
-"""Train a head over a frozen world model: inverse dynamics, action anticipation or video classification.
+"""Train a head over a frozen world model: inverse dynamics, action anticipation, video classification, frame decoding.
 
     accelerate launch examples/train_head.py --task inverse_dynamics --dataset DIR_OR_REPO --model REPO_OR_DIR \\
         --output_dir OUT
@@ -31,7 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
-        "--task", required=True, choices=("action_anticipation", "inverse_dynamics", "video_classification")
+        "--task",
+        required=True,
+        choices=("action_anticipation", "frame_decoding", "inverse_dynamics", "video_classification"),
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -63,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--frame_size", help="with --encoder: pixels, or HEIGHT,WIDTH; default: the encoder's")
     model.add_argument("--features_from", choices=("encoder", "predictor"), default="encoder")
     model.add_argument("--train_encoder", action="store_true", help="train the world model too (without a cache)")
-    model.add_argument("--head_hidden_size", type=int, default=128)
+    model.add_argument("--head_hidden_size", type=int, help="default: 128; of frame_decoding 256")
     model.add_argument("--head_num_hidden_layers", type=int, default=2)
     model.add_argument("--head_num_attention_heads", type=int, default=4)
     model.add_argument("--anticipation_steps", type=int, default=2, help="anticipation: actions told at every step")
@@ -113,6 +115,8 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
         parser.error("give either --model, or --encoder ('random' for an untrained one)")
     if (arguments.task == "video_classification") != (arguments.labels is not None):
         parser.error(f"--labels belongs to video_classification and is needed there; --task is {arguments.task}")
+    if arguments.task == "frame_decoding" and (arguments.train_encoder or arguments.features_from != "encoder"):
+        parser.error("--task frame_decoding shows what a frozen encoder says: no --train_encoder, no --features_from")
     if arguments.train_encoder and arguments.cache_features == "auto":
         arguments.cache_features = "none"
     if arguments.train_encoder and arguments.cache_features != "none":
@@ -235,7 +239,7 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
 
 def build_head(arguments: argparse.Namespace, world, processor, train, validation):
     """A new head over the world model and, for classification, the labels of all clips."""
-    fields = {k: getattr(arguments, k) for k in vars(arguments) if k.startswith("head_")}
+    fields = {k: v for k, v in vars(arguments).items() if k.startswith("head_") and v is not None}
     fields |= {"features_from": arguments.features_from, "freeze_encoder": not arguments.train_encoder}
     if arguments.task == "video_classification":
         known = ClipLabels(read_labels(train, arguments.labels))
@@ -244,6 +248,8 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
         kind = "multi" if labels.several else "single"
         fields |= {"id2label": dict(enumerate(labels.classes)), "problem_type": f"{kind}_label_classification"}
         return TASKS[arguments.task].from_world_model(world, **fields), labels
+    if arguments.task == "frame_decoding":
+        return TASKS[arguments.task].from_world_model(world, **fields), None
     fields |= {"action_space": processor.action_space, "action_statistics": processor.action_statistics}
     if arguments.task == "action_anticipation":
         fields |= {k: getattr(arguments, k) for k in ("anticipation_steps", "use_past_actions", "use_states")}
@@ -254,12 +260,14 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
 
 
 def store_features(arguments, accelerator, model, processor, train, validation):
-    """The clips with what the encoder makes of them in place of their videos, unless it is trained."""
+    """The clips with what the encoder makes of them in place of their videos (of a decoder's, beside), unless it is
+    trained."""
     if arguments.cache_features == "none":
         return train, validation
     options = {"dtype": arguments.cache_dtype, "batch_size": arguments.per_device_batch_size}
     options |= {"num_workers": arguments.num_workers, "prefetch_factor": arguments.prefetch_factor}
     options |= {"announce": accelerator.print, "verify": arguments.verify_cache, "shared": True}
+    options["videos"] = arguments.task == "frame_decoding"
     return [
         cache_features(
             *(model.vjepa2_ac, clips, processor, Path(arguments.cache_features) / f"{split}-{len(clips)}"),
@@ -275,7 +283,8 @@ def share(arguments, accelerator, processor, clips, wanted: int | None) -> DataL
     rank, processes = accelerator.process_index, accelerator.num_processes
     rows = spread(len(clips), None if wanted is None else max(wanted, processes))[rank::processes]
     options = worker_options(arguments.num_workers, arguments.prefetch_factor)
-    collator, generator = ClipCollator(processor), torch.Generator()  # not that of the model
+    collator = ClipCollator(processor, frames=arguments.task == "frame_decoding")
+    generator = torch.Generator()  # not that of the model
     size = arguments.per_device_batch_size
     return DataLoader(Subset(clips, rows), size, collate_fn=collator, generator=generator, **options)
 
@@ -301,6 +310,7 @@ def start_run(arguments, accelerator, model, processor, splits, labels, stop, id
         num_workers=arguments.num_workers,
         prefetch_factor=arguments.prefetch_factor,
         device=accelerator.device,
+        frames=arguments.task == "frame_decoding",
     )
     run = Run(
         *(arguments, accelerator, model, trained, wrapped, optimizer, scheduler, stop, identity, loader),
@@ -318,7 +328,7 @@ def start_run(arguments, accelerator, model, processor, splits, labels, stop, id
 def final_figures(arguments, accelerator, model, processor, splits, labels) -> dict:
     """Thresholds of keys, fitted to clips that were trained on, and the figures of all validation clips with them."""
     batches = partial(share, arguments, accelerator, processor)
-    if arguments.key_thresholds == "f1" and labels is None:
+    if arguments.key_thresholds == "f1" and "key_thresholds" in model.config.own_fields():
         accelerator.print("fitting the keys' thresholds to training clips")
         fitting = batches(splits[0], CLIPS_FOR_THRESHOLDS)
         model.config.key_thresholds = fit_key_thresholds(model, fitting, processor, accelerator)

@@ -662,7 +662,9 @@ def test_pictures_show_the_right_steps():
     assert {name: tuple(m.shape) for name, m in shown.maps.items()} == {
         "target": (4, 2, 2, 3),
         "prediction": (2, 2, 2, 3),
+        "prediction, nearest real frame": (2, 32, 32, 3),
         "prediction, other clip's actions": (2, 2, 2, 3),
+        "prediction, other clip's actions, nearest real frame": (2, 32, 32, 3),
         "persistence": (2, 2, 2, 3),
     }
     for step in range(2):
@@ -672,6 +674,34 @@ def test_pictures_show_the_right_steps():
     yaw = ACTION_COLUMNS.index("yaw_delta")
     assert shown.captions[0] == "" and "other" not in shown.captions[1]
     assert f"yaw {raw[0, 1, yaw]:+.1f}°" in shown.captions[2] and f"other: {raw[3, 1, yaw]:+.1f}°" in shown.captions[2]
+
+
+def test_nearest_steps_are_those_of_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(3, 4, 2, 5, generator=generator)
+    wanted = [[7, 2, 0], [11, 4, 7]]
+    features = torch.stack([real.flatten(0, 1)[places] for places in wanted])
+    assert pictures.nearest_steps(features + 0.01, real).tolist() == wanted
+    features = torch.randn(2, 3, 2, 5, generator=generator)
+    for clip, places in enumerate(pictures.nearest_steps(features, real).tolist()):
+        for step, place in enumerate(places):
+            errors = [float(((features[clip, step] - real[c, t]) ** 2).mean()) for c in range(3) for t in range(4)]
+            assert place == int(np.argmin(errors))
+
+
+def test_the_nearest_frame_of_what_was_predicted_exactly_is_the_true_one(monkeypatch):
+    """A model that repeats a step of another clip: that step's frame is shown."""
+    frames = torch.randint(256, (2, STEPS, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = make_data(2)[0]
+    monkeypatch.setattr(pictures, "roll_out", lambda *arguments, **options: features[[1, 1]][:, [0, 3]])
+    shown = pictures.picture_clips(
+        *(make_model(), features, frames),
+        **dict(shown=[0, 1], others=[1, 0], names=["a", "b"], actions=torch.zeros(2, STEPS - 1, 13)),
+        **dict(raw_actions=torch.zeros(2, STEPS - 1, 38), states=torch.zeros(2, STEPS, 2)),
+        **dict(context_steps=2, horizon=2, integrate_states=None),
+    )
+    for clip in shown:
+        assert torch.equal(clip.maps["prediction, nearest real frame"], frames[1, [0, 3]].permute(0, 2, 3, 1))
 
 
 def test_action_captions():

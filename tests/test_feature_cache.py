@@ -116,6 +116,33 @@ def encoded_one_by_one(folder: Path) -> torch.Tensor:
     return torch.cat([model.encode(collator([clips[i]])["pixel_values_videos"]) for i in range(len(clips))])
 
 
+# Frames beside features
+
+
+def test_frames_come_beside_stored_features_where_they_are_asked_for(folder, built):
+    """A decoder's targets: the same bytes as without a cache, in the same batches; not asked for, no video is read."""
+    clips, processor = build(folder, built, videos=True), make_processor(folder)
+    plain = load_clips(str(folder / "clips"), "train")
+    for ours, theirs in zip(
+        islice(ClipLoader(clips, processor, 3, frames=True), 3),
+        islice(ClipLoader(plain, processor, 3, frames=True), 3),
+        strict=True,
+    ):
+        assert ours["clips"] == theirs["clips"] and ours["frames"].dtype == torch.uint8
+        assert torch.equal(ours["frames"], theirs["frames"])
+        assert torch.equal(processor.normalize_pixels(ours["frames"]), theirs["pixel_values_videos"])
+        assert "pixel_values_videos" not in ours and "features" not in theirs
+    without = next(iter(ClipLoader(build(folder, built), processor, 3)))
+    assert "frames" not in without and torch.equal(
+        without["features"], next(iter(ClipLoader(clips, processor, 3)))["features"]
+    )
+    # What goes to a device as bytes arrives as bytes, beside what is made of it there.
+    meta = [next(iter(ClipLoader(c, processor, 3, frames=True, device="meta"))) for c in (clips, plain)]
+    assert [b["frames"].dtype for b in meta] == [torch.uint8] * 2
+    assert "pixel_values_videos" not in meta[0] and meta[1]["pixel_values_videos"].dtype == torch.float32
+    assert "frames" not in next(iter(ClipLoader(plain, processor, 3, device="meta")))
+
+
 # What is stored
 
 

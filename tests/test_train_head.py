@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from test_heads import head
 from transformers import AutoModel, AutoModelForVideoClassification, AutoProcessor
 
-from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACForInverseDynamics, VJEPA2ACModel, VJEPA2ACProcessor
+from vjepa_ac_hf import (
+    ACTION_COLUMNS,
+    VJEPA2ACForFrameDecoding,
+    VJEPA2ACForInverseDynamics,
+    VJEPA2ACModel,
+    VJEPA2ACProcessor,
+)
 from vjepa_ac_hf.configuration_heads_vjepa2_ac import VJEPA2ACActionAnticipationConfig, VJEPA2ACInverseDynamicsConfig
 from vjepa_ac_hf.evaluation.head_report import facts
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
@@ -334,6 +340,58 @@ def test_classification_from_command_to_loaded_model(train_head, workspace, tmp_
     assert not (tmp_path / "out2").exists()
 
 
+def test_a_decoder_from_command_to_loaded_model(train_head, workspace, tmp_path):
+    metrics = train_head("frame_decoding", tmp_path, max_steps=2)
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model) is VJEPA2ACForFrameDecoding and metrics["clips"] == 6
+    # The figures again, from the saved folder and the data set alone, frame by frame.
+    clips = load_clips(str(workspace / "clips"), "validation")
+    true = torch.stack([decode_clip(row["video"], "clip", 16) for row in clips])
+    pixels = processor(videos=list(true))["pixel_values_videos"]
+    true = true.numpy() / 255
+    with torch.no_grad():
+        told = model.head(model.vjepa2_ac.encode(pixels)).numpy()
+    assert metrics["loss"] == pytest.approx(np.abs(told - true).mean(), rel=1e-4)
+    told = told.clip(0, 1)
+    mean, found = true.mean(axis=(0, 1)), {"all": [], "large_turns": []}
+    for clip, row in enumerate(clips):
+        for step in range(1, 8):
+            guesses = {"decoded": told[clip, 2 * step : 2 * step + 2], "mean frame": mean}
+            guesses["last frame"] = true[clip, 2 * step - 1]
+            errors = {
+                k: ((g - true[clip, 2 * step : 2 * step + 2]) ** 2).mean(axis=(1, 2, 3)) for k, g in guesses.items()
+            }
+            decibels = {k: (10 * np.log10(1 / np.maximum(e, 1 / (12 * 255**2)))).mean() for k, e in errors.items()}
+            found["all"].append(decibels)
+            if abs(row["actions"][step - 1][ACTION_COLUMNS.index("yaw_delta")]) > 10:
+                found["large_turns"].append(decibels)
+    assert 0 < len(found["large_turns"]) < len(found["all"]) == 42
+    for part, tubelets in found.items():
+        assert metrics["frames"][part]["rows"] == len(tubelets)
+        for kind in ("decoded", "mean frame", "last frame"):
+            expected = np.mean([t[kind] for t in tubelets])
+            assert metrics["frames"][part][kind]["psnr"] == pytest.approx(expected, rel=1e-4)
+            assert -1 <= metrics["frames"][part][kind]["ssim"] <= 1
+    logged = rows(tmp_path)[-1]
+    assert logged["validation_psnr_decoded"] == metrics["frames"]["all"]["decoded"]["psnr"]
+    assert "validation_ssim_last_frame_large_turns" in logged
+    page = (tmp_path / "report.html").read_text()
+    assert f"{metrics['frames']['all']['mean frame']['psnr']:.3f}" in page and "PSNR (dB)" in page
+    world = load_file(workspace / "world" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if name.startswith("vjepa2_ac."):
+            assert torch.equal(tensor, world[name.removeprefix("vjepa2_ac.")]), name
+
+
+def test_a_decoder_learns_the_same_with_and_without_a_cache(train_head, tmp_path):
+    """Float32 features of batches of the same size, and the same frames: the same losses."""
+    cached = train_head("frame_decoding", tmp_path / "cached", max_steps=3)
+    plain = train_head("frame_decoding", tmp_path / "plain", max_steps=3, cache_features="none")
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("cached", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(set(losses[0])) == 3
+    assert cached["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+
+
 def test_the_encoder_can_be_trained_and_the_predictor_be_read(train_head, workspace, tmp_path):
     def encoder(folder):
         return {k.removeprefix("vjepa2_ac."): v for k, v in load_file(folder / "model.safetensors").items()}
@@ -357,6 +415,10 @@ def test_mistakes_are_found_before_anything_is_computed(train_head, workspace, t
         with pytest.raises(SystemExit) as exit_:
             train_head("inverse_dynamics", tmp_path / "out", **flags)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
+    for flags in ({"train_encoder": True, "cache_features": None}, {"features_from": "predictor"}):
+        with pytest.raises(SystemExit):
+            train_head("frame_decoding", tmp_path / "out", **flags)
+        assert "frame_decoding shows what a frozen encoder says" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"unknown action column 'key.ww'; did you mean 'key.w'"):
         train_head("inverse_dynamics", tmp_path / "out", action_space="yaw_delta,key.ww")
     with pytest.raises(ValueError, match="action_dim 3, the head's action space has 13 columns"):

@@ -12,13 +12,16 @@ from transformers import AutoModel, PreTrainedConfig, VJEPA2Config
 from vjepa_ac_hf import (
     VJEPA2ACConfig,
     VJEPA2ACForActionAnticipation,
+    VJEPA2ACForFrameDecoding,
     VJEPA2ACForInverseDynamics,
     VJEPA2ACForVideoClassification,
     VJEPA2ACInverseDynamicsConfig,
     VJEPA2ACModel,
 )
 
-HEADS = [VJEPA2ACForInverseDynamics, VJEPA2ACForActionAnticipation, VJEPA2ACForVideoClassification]
+# Those that the world model under them can be trained through, and all.
+TRAINED_THROUGH = [VJEPA2ACForInverseDynamics, VJEPA2ACForActionAnticipation, VJEPA2ACForVideoClassification]
+HEADS = [*TRAINED_THROUGH, VJEPA2ACForFrameDecoding]
 FIELDS = {"head_hidden_size": 32, "head_num_attention_heads": 2, "head_num_hidden_layers": 2}
 
 
@@ -34,6 +37,8 @@ def head_inputs(cls, labels: bool = True, batch: int = 2) -> dict:
     inputs = {"features": torch.randn(batch, T, N, D, generator=generator)}
     if labels and cls is VJEPA2ACForVideoClassification:
         inputs["labels"] = torch.arange(batch) % 3
+    elif labels and cls is VJEPA2ACForFrameDecoding:
+        inputs["labels"] = torch.rand(batch, 2 * T, 3, 32, 32, generator=generator)
     elif labels:
         keys = (torch.rand(batch, T - 1, 9, generator=generator) < 0.5).float()
         inputs["labels"] = torch.cat([torch.randn(batch, T - 1, 4, generator=generator), keys], dim=-1)
@@ -242,7 +247,7 @@ def test_checkpointed_gradients_of_the_model_are_exact(use_reentrant, what):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("cls", TRAINED_THROUGH)
 @pytest.mark.parametrize("source", ["encoder", "predictor"])
 def test_checkpointed_gradients_of_heads_and_trained_encoders_are_exact(use_reentrant, cls, source):
     model = tiny_head(cls, features_from=source, freeze_encoder=False).train()
@@ -258,8 +263,7 @@ def test_checkpointed_gradients_of_heads_and_trained_encoders_are_exact(use_reen
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize(("cls", "freeze"), [*((c, True) for c in HEADS), *((c, False) for c in TRAINED_THROUGH)])
 def test_trained_encoders_and_head_layers_are_checkpointed(cls, freeze):
     """A layer that is checkpointed computes twice: in the forward pass, and again for the gradients."""
     model = tiny_head(cls, freeze_encoder=freeze).train()

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .actions_vjepa2_ac import ACTION_COLUMNS, ACTION_SPACES, ActionStatistics, resolve_action_space
     from .configuration_heads_vjepa2_ac import (
         VJEPA2ACActionAnticipationConfig,
+        VJEPA2ACFrameDecodingConfig,
         VJEPA2ACInverseDynamicsConfig,
         VJEPA2ACVideoClassificationConfig,
     )
     from .configuration_vjepa2_ac import VJEPA2ACConfig
+    from .modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
     from .modeling_heads_vjepa2_ac import (
         VJEPA2ACForActionAnticipation,
         VJEPA2ACForInverseDynamics,
@@ -33,8 +35,10 @@ __all__ = [
     "VJEPA2ACActionAnticipationConfig",
     "VJEPA2ACConfig",
     "VJEPA2ACForActionAnticipation",
+    "VJEPA2ACForFrameDecoding",
     "VJEPA2ACForInverseDynamics",
     "VJEPA2ACForVideoClassification",
+    "VJEPA2ACFrameDecodingConfig",
     "VJEPA2ACInverseDynamicsConfig",
     "VJEPA2ACModel",
     "VJEPA2ACOutput",
@@ -43,7 +47,10 @@ __all__ = [
     "resolve_action_space",
 ]
 # Files that travel to the Hub, each after those that it imports: a name is the first one's that has it.
-_FILES = ("actions", "configuration", "configuration_heads", "processing", "modeling", "modeling_heads")
+_FILES = (
+    *("actions", "configuration", "configuration_heads", "processing"),
+    *("modeling", "modeling_heads", "modeling_heads_decoding"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -187,12 +187,39 @@ class VJEPA2ACVideoClassificationConfig(VJEPA2ACHeadConfig):
             )
 
 
-for _config in (VJEPA2ACInverseDynamicsConfig, VJEPA2ACActionAnticipationConfig, VJEPA2ACVideoClassificationConfig):
+class VJEPA2ACFrameDecodingConfig(VJEPA2ACHeadConfig):
+    """Configuration of `VJEPA2ACForFrameDecoding`: `features_from` is "encoder" and `freeze_encoder` true, always.
+
+    Args:
+        head_hidden_size: all that a token can say of its patch; wider than other heads'.
+    """
+
+    model_type = "vjepa2_ac_frame_decoding"
+
+    head_hidden_size: int = 256
+
+    def check(self) -> None:
+        super().check()
+        for name, expected in (("features_from", "encoder"), ("freeze_encoder", True)):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name} of a decoder must be {expected!r}, found {getattr(self, name)!r}: it shows what the world "
+                    "model believes, and is not trained through it (imagined features are given to it as `features`)"
+                )
+
+
+for _config in (
+    VJEPA2ACInverseDynamicsConfig,
+    VJEPA2ACActionAnticipationConfig,
+    VJEPA2ACVideoClassificationConfig,
+    VJEPA2ACFrameDecodingConfig,
+):
     _config.register_for_auto_class()
 
 __all__ = [
     "VJEPA2ACActionAnticipationConfig",
     "VJEPA2ACActionHeadConfig",
+    "VJEPA2ACFrameDecodingConfig",
     "VJEPA2ACHeadConfig",
     "VJEPA2ACInverseDynamicsConfig",
     "VJEPA2ACVideoClassificationConfig",

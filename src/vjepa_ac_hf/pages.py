@@ -16,7 +16,7 @@ section { background: white; border: 1px solid #e2e6ea; border-radius: 10px; pad
 .scroll { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e8ebee; white-space: nowrap; }
-th { font-weight: 600; } td small { color: #6b7883; display: block; }
+th { font-weight: 600; } tr:first-child th { white-space: normal; } td small { color: #6b7883; display: block; }
 figure { margin: 0 0 1.6rem; } figcaption, dd { color: #56636f; font-size: .9rem; } dt { font-weight: 600; }
 code { background: #eef1f4; border-radius: 4px; padding: .1rem .3rem; font-size: .85rem; overflow-wrap: anywhere; }
 """

@@ -24,6 +24,7 @@ def register_models() -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification, AutoProcessor
 
     from . import modeling_heads_vjepa2_ac as heads
+    from .modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
     from .modeling_vjepa2_ac import VJEPA2ACModel
     from .processing_vjepa2_ac import VJEPA2ACProcessor
 
@@ -31,6 +32,7 @@ def register_models() -> None:
         (AutoModel, VJEPA2ACModel),
         (AutoModel, heads.VJEPA2ACForInverseDynamics),
         (AutoModel, heads.VJEPA2ACForActionAnticipation),
+        (AutoModel, VJEPA2ACForFrameDecoding),
         (AutoModelForVideoClassification, heads.VJEPA2ACForVideoClassification),
     ):
         config = model.config_class

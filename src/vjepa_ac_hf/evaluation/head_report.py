@@ -9,6 +9,7 @@ from typing import Any
 
 from ..pages import PAGE_STYLE, image_tag, new_figure
 from ..records import write_file
+from .figures import LARGE_TURN_DEGREES
 
 _NUMBERS = {
     "r2": "R2",
@@ -22,6 +23,8 @@ _NUMBERS = {
     "majority_accuracy": "... of the more frequent answer",
     "share": "share pressed",
     "pressed": "pressed",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
 }
 Rows = list[tuple[str, Mapping[str, Any]]]
 
@@ -39,6 +42,11 @@ def tables(record: Mapping[str, Any]) -> dict[str, Rows]:
         found[f"Horizon {horizon['horizon']}" + (" (the action under way)" if horizon["horizon"] == 1 else "")] = rows
     if "classes" in record:
         found["Classes"] = list(record["classes"].items())
+    for part, kinds in record.get("frames", {}).items():
+        if kinds is not None:
+            name = "Frames" if part == "all" else f"Frames after turns of more than {LARGE_TURN_DEGREES:g} degrees"
+            rows = [(kind, figures) for kind, figures in kinds.items() if kind != "rows"]
+            found[f"{name} ({kinds['rows']} tubelets)"] = rows
     return found
 
 
@@ -60,6 +68,11 @@ def facts(record: Mapping[str, Any]) -> list[str]:
             )
     if "classes" in record:
         sentences.append(f"Mean average precision {_number(record['mean_average_precision'])}.")
+    for part, kinds in record.get("frames", {}).items():
+        if kinds is not None:
+            where = "" if part == "all" else f" after turns of more than {LARGE_TURN_DEGREES:g} degrees"
+            others = ", ".join(f"the {k} has {v['psnr']:.2f} dB" for k, v in list(kinds.items())[2:])
+            sentences.append(f"Decoded frames{where}: PSNR {kinds['decoded']['psnr']:.2f} dB; {others}.")
     for horizon in record.get("horizons", []):
         keys = horizon["macro_f1"]
         if keys["model"] is not None:
@@ -127,8 +140,14 @@ def _table(rows: Rows) -> str:
     return f"<div class='scroll'><table><tr><th></th>{head}</tr>{body}</table></div>"
 
 
+def _shown(figures: Mapping[str, Any]) -> float | None:
+    """The figure of a column that a bar shows."""
+    return figures[next(n for n in ("r2", "psnr", "average_precision") if n in figures)]
+
+
 def _figure(found: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> Any:
-    """Bars a table: R2 of what is regressed, average precision (against the share: chance) of what is told apart.
+    """Bars a table: R2 of what is regressed, average precision (against the share: chance) of what is told apart,
+    PSNR of frames.
 
     Columns without such a figure (keys that are never pressed) are left out; the tables have them.
     """
@@ -136,13 +155,16 @@ def _figure(found: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> Any
     figure = new_figure(9, max(height, 2.0))
     grid = figure.subplots(len(found), 1, squeeze=False, height_ratios=[len(r) + 3 for r in found.values()])
     for axes, (title, rows) in zip(grid[:, 0], found.items(), strict=True):
-        rows = [(n, f) for n, f in rows[::-1] if (f["r2"] if "r2" in f else f["average_precision"]) is not None]
-        values = [(f["r2"] if "r2" in f else f["average_precision"]) for _, f in rows]
-        axes.barh(range(len(rows)), [v or 0.0 for v in values], color="#0072B2", label="R2, average precision")
+        rows = [(n, f) for n, f in rows[::-1] if _shown(f) is not None]
+        values = [_shown(f) or 0.0 for _, f in rows]
+        frames = any("psnr" in f for _, f in rows)
+        label = "PSNR (dB)" if frames else "R2, average precision"
+        axes.barh(range(len(rows)), values, color="#0072B2", label=label)
         chance = [(i, f["share"]) for i, (_, f) in enumerate(rows) if "share" in f]
         if chance:
             axes.plot([s for _, s in chance], [i for i, _ in chance], "|", color="black", markersize=8, label="chance")
-        axes.set(xlim=(min(0.0, *(max(v or 0.0, -1.0) for v in values)), 1), title=title)
+        highest = 1.1 * max(values) if frames else 1
+        axes.set(xlim=(min(0.0, *(max(v, -1.0) for v in values)), highest), title=title)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
         axes.grid(alpha=0.25, axis="x")
         axes.legend(frameon=False, fontsize=7, loc="lower right")

@@ -1,8 +1,9 @@
-"""What a few clips' features look like: their first three principal components as colours."""
+"""What a few clips' features look like: decoded to frames, or their first three principal components as colours."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,12 @@ def picture_clips(
     context_steps: int,
     horizon: int,
     integrate_states: StateIntegrator | None,
+    decoder: Any = None,
+    mirrored: Tensor | None = None,
 ) -> list[ClipPictures]:
     """Target, prediction, prediction with another clip's actions, persistence; colours are fitted on the targets.
+
+    Without a decoder, the nearest real frame stands below each prediction.
 
     Args:
         model: a `VJEPA2ACModel`.
@@ -97,14 +102,18 @@ def picture_clips(
         context_steps: true steps C that the rollouts start from.
         horizon: steps H to predict.
         integrate_states: as in `evaluate_features`.
+        decoder: a `VJEPA2ACForFrameDecoding`: the rows are the first frames of the tubelets, not colours.
+        mirrored: `(clips, T-1, A)`, `actions` with left for right, for a row of their own; None: no such row.
     """
     shown, others, last = list(shown), list(others), context_steps + horizon
     choices = {
         "prediction": actions[shown],
         "prediction, other clip's actions": with_future(actions[shown], actions[others], context_steps),
     }
+    if mirrored is not None:
+        choices["prediction, mirrored actions"] = with_future(actions[shown], mirrored[shown], context_steps)
     targets = features[:, :last].cpu()
-    rows = {"target": targets}
+    rows, nearest = {"target": targets}, {}
     for name, choice in choices.items():
         rollout = roll_out(
             model,
@@ -115,18 +124,43 @@ def picture_clips(
             integrate_states=integrate_states,
         )
         rows[name] = rollout.cpu()
+        if decoder is None:
+            at = nearest_steps(rows[name], targets)
+            nearest[name] = frames[:, :last].flatten(0, 1)[at].movedim(2, 4)
     rows["persistence"] = targets[:, context_steps - 1 : context_steps].expand(-1, horizon, -1, -1)
-    colours = FeatureColours(targets, model.config.grid)
+    colours = FeatureColours(targets, model.config.grid) if decoder is None else _decoded(decoder)
+
+    def maps(i: int) -> dict[str, Tensor]:
+        found = {}
+        for name, row in rows.items():
+            found[name] = colours(row[i])
+            if name in nearest:
+                found[f"{name}, nearest real frame"] = nearest[name][i]
+        return found
+
     return [
         ClipPictures(
             title=f"{names[clip]}, other actions from {names[other]}",
             context_steps=context_steps,
             frames=frames[i, :last],
             captions=_captions(raw_actions[clip], raw_actions[other], context_steps, last),
-            maps={name: colours(row[i]) for name, row in rows.items()},
+            maps=maps(i),
         )
         for i, (clip, other) in enumerate(zip(shown, others, strict=True))
     ]
+
+
+def nearest_steps(features: Tensor, real: Tensor) -> Tensor:
+    """Which of all steps of `real` `(clips, T, N, D)` has the smallest mean square difference to each of `features`
+    `(clips, H, N, D)`: `(clips, H)` places among them, clip after clip."""
+    rows, known = features.flatten(2).flatten(0, 1).double(), real.flatten(2).flatten(0, 1).double()
+    return torch.cdist(rows, known).argmin(dim=1).view(features.shape[:2])
+
+
+def _decoded(decoder: Any) -> Callable[[Tensor], Tensor]:
+    """Features `(steps, N, D)` -> the first frame of each tubelet, `(steps, Y, X, 3)` in [0, 1]."""
+    tubelet = decoder.config.encoder_config.tubelet_size
+    return lambda features: decoder(features=features[None].to(decoder.device)).frames[0, ::tubelet].cpu().movedim(1, 3)
 
 
 def _captions(actions: Tensor, others: Tensor, context_steps: int, steps: int) -> list[str]:

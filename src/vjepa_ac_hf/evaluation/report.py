@@ -102,7 +102,8 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
 <section><h2>By horizon</h2>{image_tag(images["curves"], "errors and win rates by horizon")}
 <div class="scroll">{_table(metrics["horizons"])}</div></section>
 <section><h2>Pair by pair</h2>{image_tag(images["pairs"], "histogram of error differences at horizon 1")}</section>
-{_clips_section(clips)}
+{_frames_section(metrics)}
+{_clips_section(clips, "frames" in metrics)}
 <section><h2>How to read the figures</h2><dl>{reading}</dl></section>
 <section><h2>How it was made</h2><p><code>{escape(metrics["command"])}</code></p>
 <p class="facts">{escape(used)}. The numbers are in metrics.json beside this page.</p></section>
@@ -110,11 +111,45 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
 """
 
 
-def _clips_section(clips: str) -> str:
+def _frames_section(metrics: Mapping[str, Any]) -> str:
+    """PSNR and SSIM of decoded frames, all and after large turns."""
+    if "frames" not in metrics:
+        return ""
+    tables = ""
+    for name, title in (("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
+        for suffix, where in (("", ""), ("_large_turns", f", turned by more than {LARGE_TURN_DEGREES:g} degrees")):
+            horizons = metrics["frames"][name + suffix]
+            if horizons:
+                kinds = list(horizons[0]["kinds"])
+                rows = [(h["horizon"], [_mean(h["kinds"][kind], name) for kind in kinds]) for h in horizons]
+                head = "".join(f"<th>{html.escape(kind)}</th>" for kind in kinds)
+                body = "".join(
+                    f"<tr><th>{h}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for h, cells in rows
+                )
+                table = f"<table><tr><th>horizon</th>{head}</tr>{body}</table>"
+                tables += f"<h3>{title}{where}</h3><div class='scroll'>{table}</div>"
+    return f"""<section><h2>Frames</h2><p class="facts">What {html.escape(str(metrics["decoder"]))} draws from features,
+against the true frames: "true features" is the best that it can do. The decoder is no part of the model. Last frame:
+the context's, copied; mean frame: of all clips. Higher is better.</p>{tables}</section>"""
+
+
+def _mean(figure: Mapping[str, Any], name: str) -> str:
+    digits = 2 if name == "psnr" else 3
+    low_high = figure["ci95"]
+    bounds = "" if low_high is None else f"<small>{low_high[0]:.{digits}f} – {low_high[1]:.{digits}f}</small>"
+    return f"{figure['mean']:.{digits}f}{bounds}"
+
+
+_COLOURS = """Colours are the first three principal components of the target features of these clips: equal colours mean
+similar features."""
+_FRAMES = "Rows below the frames are drawn by the decoder from features: target, from the true ones."
+
+
+def _clips_section(clips: str, decoded: bool) -> str:
     if not clips:
         return ""
-    return f"""<section><h2>Clips</h2><p class="facts">Clips evenly spaced over the split, not chosen. Colours are the
-first three principal components of the target features of these clips: equal colours mean similar features. Framed in
+    return f"""<section><h2>Clips</h2><p class="facts">Clips evenly spaced over the split, not chosen.
+{_FRAMES if decoded else _COLOURS} Framed in
 blue: the context, which the model sees. Under each step: the action that led to it, and the turn of the other clip
 whose actions the row "prediction, other clip's actions" was given.</p>{clips}</section>"""
 

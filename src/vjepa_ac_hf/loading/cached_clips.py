@@ -14,7 +14,7 @@ OPEN_CHUNKS = 64  # a process; at 2.25 million clips there are 8,800
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """Clips with `features` (and, of int8, `feature_scales`) in place of the video, as they are stored.
+    """Clips with `features` (and, of int8, `feature_scales`), as they are stored, in place of the video or beside it.
 
     Chunks are memory-mapped; each process keeps the `OPEN_CHUNKS` last used ones.
 
@@ -22,10 +22,11 @@ class CachedClips(torch.utils.data.Dataset):
         clips: the clips that the cache was made of, in their order.
         folder: of the cache; `training.feature_cache` makes and checks it.
         clips_per_chunk: clips a file.
+        videos: keep the encoded video beside the features.
     """
 
-    def __init__(self, clips: Dataset, folder: Path, clips_per_chunk: int = CLIPS_PER_CHUNK):
-        self.clips = clips.remove_columns("video")
+    def __init__(self, clips: Dataset, folder: Path, clips_per_chunk: int = CLIPS_PER_CHUNK, *, videos: bool = False):
+        self.clips = clips if videos else clips.remove_columns("video")
         self.folder, self.clips_per_chunk = folder, clips_per_chunk
         self._chunks: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 

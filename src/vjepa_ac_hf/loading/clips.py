@@ -276,10 +276,19 @@ class ClipCollator:
             quarter of the bytes to hand over. Likewise cached features stay as they are stored, for `restore_features`.
         names: False leaves `clips` out: the batch then holds what `VJEPA2ACModel` takes and no more, as the `Trainer`
             of transformers needs it (docs/training.md).
+        frames: also give the uint8 `frames` `(B, frames, 3, Y, X)`, beside cached features too (whose rows must then
+            hold the video: `CachedClips(videos=True)`).
     """
 
-    def __init__(self, processor: VJEPA2ACProcessor, *, normalize_pixels: bool = True, names: bool = True):
-        self.processor, self.normalize_pixels, self.names = processor, normalize_pixels, names
+    def __init__(
+        self,
+        processor: VJEPA2ACProcessor,
+        *,
+        normalize_pixels: bool = True,
+        names: bool = True,
+        frames: bool = False,
+    ):
+        self.processor, self.normalize_pixels, self.names, self.frames = processor, normalize_pixels, names, frames
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {
@@ -290,14 +299,16 @@ class ClipCollator:
             batch["clips"] = [f"{r['recording_id']}@{r['start_tick']}" for r in rows]
         if "features" in rows[0]:
             names = [name for name in ("features", "feature_scales") if name in rows[0]]
-            stored = {name: torch.stack([r[name] for r in rows]) for name in names}
-            return batch | ({"features": restore_features(**stored)} if self.normalize_pixels else stored)
+            stored: dict[str, Any] = {name: torch.stack([r[name] for r in rows]) for name in names}
+            batch |= {"features": restore_features(**stored)} if self.normalize_pixels else stored
+            if not self.frames:
+                return batch
         frames = self.processor.prepare_frames(
             [decode_clip(r["video"], clip_name(r), self.processor.frames_per_clip) for r in rows]
         )
-        if self.normalize_pixels:
+        if self.normalize_pixels and "features" not in batch:
             batch["pixel_values_videos"] = self.processor.normalize_pixels(frames)
-        else:
+        if self.frames or not self.normalize_pixels:
             batch["frames"] = frames
         return batch
 

@@ -64,6 +64,7 @@ def cache_features(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     clips_per_chunk: int = CLIPS_PER_CHUNK,
+    videos: bool = False,
     announce: Callable[[str], None] = logger.info,
     verify: bool = False,
     shared: bool = False,
@@ -81,6 +82,7 @@ def cache_features(
         num_workers: processes that decode, per training process.
         prefetch_factor: batches that each of them makes ahead.
         clips_per_chunk: clips a file; a killed build loses at most what each process had of one.
+        videos: leave the encoded videos in the clips, beside the features.
         announce: gets, on the main process, the size before anything is encoded, and size and error afterwards.
         verify: hash the videos of all chunks, even where sizes and times of the data set's files are known.
         shared: caches of several encoders, clips or precisions lie beside each other: a hash of the key follows the
@@ -120,7 +122,7 @@ def cache_features(
         announce(
             f"{folder}: features of {len(clips):,} clips ({dtype}) take {stored:,} bytes ({stored / 2**30:,.2f} GiB)"
         )
-    return CachedClips(clips, folder, clips_per_chunk)
+    return CachedClips(clips, folder, clips_per_chunk, videos=videos)
 
 
 def _shared_folder(folder: Path, key: dict[str, Any], announce: Callable[[str], None]) -> Path:

@@ -60,6 +60,7 @@ class ClipLoader:
         prefetch_factor: batches that each worker makes ahead.
         device: where batches go. On a CUDA device they are copied from pinned memory while the model computes, as
             bytes, and normalised there.
+        frames: batches hold the uint8 `frames` too, beside pixels or cached features (`CachedClips(videos=True)`).
         start_method: of workers; "fork" copies a process whose threads (torch's, and those that read streams) do not
             survive, and can hang.
 
@@ -83,11 +84,12 @@ class ClipLoader:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         device: torch.device | str = "cpu",
+        frames: bool = False,
         start_method: str = "forkserver",
     ):
         workers = worker_options(num_workers, prefetch_factor, start_method)
         streamed = isinstance(clips, ParquetClips)
-        self.clips, self.processor, self.device = clips, processor, torch.device(device)
+        self.clips, self.processor, self.device, self.frames = clips, processor, torch.device(device), frames
         self.order = ClipOrder(
             clips.group_sizes if streamed else len(clips),
             batch_size,
@@ -103,7 +105,7 @@ class ClipLoader:
         self._loader = DataLoader(
             _Rows() if streamed else clips,
             batch_sampler=self._batches,
-            collate_fn=ClipCollator(processor, normalize_pixels=not on_device),
+            collate_fn=ClipCollator(processor, normalize_pixels=not on_device, frames=frames),
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # it draws a seed for workers, not to be taken from the model's generator
             **workers,
@@ -113,8 +115,10 @@ class ClipLoader:
         self._batches.first_batch = self._next_batch
         try:
             for batch in copy_ahead(self._loader, self.device):
-                if "frames" in batch:
-                    batch["pixel_values_videos"] = self.processor.normalize_pixels(batch.pop("frames"))
+                if "frames" in batch and not {"features", "pixel_values_videos"} & batch.keys():
+                    batch["pixel_values_videos"] = self.processor.normalize_pixels(batch["frames"])
+                if not self.frames:
+                    batch.pop("frames", None)
                 if "features" in batch:  # on the CPU the collator has done it, and this changes nothing
                     batch["features"] = restore_features(batch["features"], batch.pop("feature_scales", None))
                 self._next_batch += 1

@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation import head_figures
 from ..evaluation.clips import spread
+from ..evaluation.decoding import evaluate_decoder
+from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
 from ..modeling_heads_vjepa2_ac import (
     VJEPA2ACForActionAnticipation,
     VJEPA2ACForInverseDynamics,
@@ -35,6 +37,7 @@ TASKS: dict[str, Any] = {
     "inverse_dynamics": VJEPA2ACForInverseDynamics,
     "action_anticipation": VJEPA2ACForActionAnticipation,
     "video_classification": VJEPA2ACForVideoClassification,
+    "frame_decoding": VJEPA2ACForFrameDecoding,
 }
 CLIPS_FOR_WEIGHTS = 100_000
 HOTBAR = [ACTION_COLUMNS.index(f"hotbar.{i}") for i in range(9)]
@@ -171,6 +174,8 @@ def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
 def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, Tensor]:
     """A loader's batch as arguments of a head's `forward`."""
     inputs: dict[str, Tensor] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
+    if isinstance(model, VJEPA2ACForFrameDecoding):
+        return inputs | {"labels": batch["frames"]}
     if isinstance(model, VJEPA2ACForVideoClassification):
         assert labels is not None
         told, device = labels(batch["clips"]), batch["states"].device
@@ -249,6 +254,8 @@ def evaluate_head(
         accelerator: processes, device and precision.
         labels: for classification.
     """
+    if isinstance(model, VJEPA2ACForFrameDecoding):
+        return evaluate_decoder(model, batches, processor, accelerator)
     rows, loss, clips = _gather_rows(model, batches, processor, accelerator, labels)
     figures = {"clips": clips, "loss": loss}
     if labels is not None:
@@ -373,4 +380,9 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
         for column, values in horizon["columns"].items():
             name = "r2" if "r2" in values["model"] else "average_precision"
             found[f"validation_{name}_{column}_{horizon['horizon']}"] = values["model"][name]
+    for part, kinds in figures.get("frames", {}).items():
+        for kind, values in (kinds or {}).items():
+            if kind != "rows":
+                suffix = f"{kind.replace(' ', '_')}{'' if part == 'all' else f'_{part}'}"
+                found |= {f"validation_{name}_{suffix}": value for name, value in values.items()}
     return {k: v for k, v in found.items() if v is not None}
