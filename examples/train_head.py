@@ -143,6 +143,7 @@ from transformers.utils import cached_file
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
+from vjepa_ac_hf.evaluation.frame_figures import require_torchmetrics
 from vjepa_ac_hf.evaluation.head_report import write_head_report
 from vjepa_ac_hf.loading.clips import (
     ClipCollator,
@@ -249,6 +250,7 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
         fields |= {"id2label": dict(enumerate(labels.classes)), "problem_type": f"{kind}_label_classification"}
         return TASKS[arguments.task].from_world_model(world, **fields), labels
     if arguments.task == "frame_decoding":
+        require_torchmetrics()
         return TASKS[arguments.task].from_world_model(world, **fields), None
     fields |= {"action_space": processor.action_space, "action_statistics": processor.action_statistics}
     if arguments.task == "action_anticipation":

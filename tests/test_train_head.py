@@ -1,6 +1,7 @@
 """examples/train_head.py in this process, on moving pictures with a tiny model; labels, groups and weights by hand."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -381,6 +382,16 @@ def test_a_decoder_from_command_to_loaded_model(train_head, workspace, tmp_path)
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         if name.startswith("vjepa2_ac."):
             assert torch.equal(tensor, world[name.removeprefix("vjepa2_ac.")]), name
+
+
+def test_a_decoder_without_torchmetrics_is_refused_before_anything_is_encoded(train_head, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torchmetrics" else found(name, *a)
+    )
+    with pytest.raises(ImportError, match=r"torchmetrics: pip install 'vjepa-ac-hf\[heads\]'"):
+        train_head("frame_decoding", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_decoder_learns_the_same_with_and_without_a_cache(train_head, tmp_path):

@@ -17,7 +17,7 @@ from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import weights_checksum
 from .clips import ClipRecords
 from .figures import LARGE_TURN_DEGREES
-from .frame_figures import FRAME_FIGURES, aggregate_frames
+from .frame_figures import FRAME_FIGURES, aggregate_frames, require_torchmetrics
 from .rollouts import StateIntegrator, roll_out, with_future
 
 MEAN_FRAME, LAST_FRAME = "mean frame", "last frame"
@@ -115,7 +115,9 @@ def load_decoder(name: str, model: VJEPA2ACModel) -> VJEPA2ACForFrameDecoding:
 
     Raises:
         ValueError: another kind of model, or a decoder over another encoder, with both values.
+        ImportError: what the figures of its frames need is not installed.
     """
+    require_torchmetrics()
     decoder = VJEPA2ACForFrameDecoding.from_pretrained(name)
     for field in ("grid", "feature_size", "normalize_features", "frame_shape"):
         found, expected = getattr(decoder.config, field), getattr(model.config, field)

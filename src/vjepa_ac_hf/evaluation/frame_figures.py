@@ -3,6 +3,7 @@
 Both are TorchMetrics' (batched, on the frames' device; it brings no torch or torchvision of its own).
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,12 @@ from .figures import BOOTSTRAP_DRAWS, interval_unit, resample_weights
 PSNR_OF_ROUNDING = 10 * math.log10(12 * 255**2)
 SSIM_WINDOW = 11  # pixels across
 _FRAMES_AT_ONCE = 64
+
+
+def require_torchmetrics() -> None:
+    """Raise an ImportError where TorchMetrics is not installed: asked before a run, not when its work is done."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ImportError("PSNR and SSIM of frames need torchmetrics: pip install 'vjepa-ac-hf[heads]'")
 
 
 def psnr(frames: Tensor, references: Tensor) -> Tensor:
