@@ -121,7 +121,7 @@ class Planner:
         return self.controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
 
 
-def play(env: GoalViewWrapper, agent: str, planner: Planner, seed: int) -> dict[str, Any]:
+def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -> dict[str, Any]:
     """One episode, as a line of the results."""
     seen, info = env.reset(seed=seed)
     goal, generator = env.goal, agent_generator(seed, agent)
@@ -185,7 +185,8 @@ def main() -> None:
     if arguments.inverse_dynamics:
         head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
         settings["inverse_dynamics_weights"] = weights_checksum(head)
-    planner = Planner(arguments, model, processor, head)  # what does not fit together is refused before the folder
+    # What does not fit together is refused before there is a folder.
+    planner = Planner(arguments, model, processor, head) if "planner" in arguments.agents else None
     claim_folder(arguments.output, settings)
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]

@@ -422,7 +422,7 @@ def test_methods_of_some_environments_leave_the_others_alone():
     env = SB3VectorEnv(elsewhere)
     with pytest.raises(NotImplementedError, match=r"AsyncVectorEnv .* all 2 environments at once, found indices \[1\]"):
         env.env_method("call_me", 1, indices=[1])
-    assert env.env_method("call_me", 1) == [1, 1] and env.get_attr("called", indices=[1]) == [1]
+    assert env.env_method("call_me", 1, indices=[1, 0]) == [1, 1] and env.get_attr("called", indices=[1]) == [1]
     env.close()
 
 

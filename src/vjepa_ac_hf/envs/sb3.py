@@ -85,8 +85,9 @@ class SB3VectorEnv(VecEnv):
             NotImplementedError: some environments only, where they live in other processes.
         """
         chosen = list(self._get_indices(indices))
-        if chosen == list(range(self.num_envs)):
-            return list(self._base.call(method_name, *method_args, **method_kwargs))
+        if sorted(chosen) == list(range(self.num_envs)):
+            found = self._base.call(method_name, *method_args, **method_kwargs)
+            return [found[i] for i in chosen]
         envs = getattr(self._base, "envs", None)
         if envs is None:
             raise NotImplementedError(
