@@ -1,8 +1,10 @@
 """Two processes on a CPU (gloo), by the real launchers: DDP, FSDP2, compiled; and the configuration files."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from transformers import AutoModel
 
 from vjepa_ac_hf import VJEPA2ACModel
 from vjepa_ac_hf.modeling_vjepa2_ac import VJEPA2ACLayer
+from vjepa_ac_hf.training import distributed
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.presets import build_config
 
@@ -248,3 +251,16 @@ def test_a_learning_rate_of_zero_changes_nothing(workspace):
     assert weights
     for name, tensor in load_file(first / "predictor.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0, msg=name)
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(tmp_path, monkeypatch):
+    """torchrun on a machine without a GPU: each would train alone and write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    arguments = argparse.Namespace(
+        mixed_precision="no", gradient_accumulation_steps=1, report_to="", output_dir=tmp_path, compile=False
+    )
+    arguments.loader_timeout = 60.0
+    with pytest.raises(ValueError, match="2 processes were launched.*Accelerate runs 1.*ACCELERATE_USE_CPU=true"):
+        distributed.build_accelerator(arguments)

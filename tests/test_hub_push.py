@@ -850,24 +850,57 @@ def test_the_hub_does_not_change_what_is_learnt(server, tiny_run, tmp_path, monk
     assert with_hub == without and not (alone / ".hub").exists()
 
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def in_two_processes(folder, out, *flags):
+    flags = ("--max_steps=6", "--checkpoint_every=1", *flags)
+    command = train_command(str(folder / "clips"), out, folder / "tiny.json", *flags)
+    return [*TWO_PROCESSES, *map(str, command)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_by_two(tmp_path_factory):
+    """The folder of clips, and weights of a run of two processes without the Hub."""
+    folder = tmp_path_factory.mktemp("two")
+    write_workspace(folder, train=8, validation=0)
+    hub = ("--push_to_hub", "--hub_model_id=org/world")
+    command = [flag for flag in in_two_processes(folder, folder / "out") if flag not in hub]
+    on_the_cpu = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=on_the_cpu)
+    return folder, load_file(folder / "out" / "model.safetensors")
+
+
 @pytest.mark.slow
-def test_two_processes_go_on_after_a_kill_with_pushes(server, tmp_path):
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("strategy", ["every_checkpoint", "end", "later"])
+def test_two_processes_go_on_after_a_kill_with_pushes(
+    server, undisturbed_by_two, tmp_path, monkeypatch, strategy, seed
+):
     """What rank 0 prepares for the Hub changes nothing that the ranks compare when the run is continued."""
-    write_workspace(tmp_path, train=8, validation=0)
-    out, flags = tmp_path / "out", ("--max_steps=6", "--checkpoint_every=1")
-    command = train_command(str(tmp_path / "clips"), out, tmp_path / "tiny.json", *flags)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: (out / "checkpoints" / "step-00000002").exists() or process.poll() is not None, 240)
+    folder, expected = undisturbed_by_two
+    out, draw = tmp_path / "out", random.Random(seed)
+    command = in_two_processes(folder, out, f"--hub_strategy={strategy}")
+    reached = out / "checkpoints" / f"step-{draw.randint(1, 4):08d}"
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: reached.exists() or process.poll() is not None, 240)
+        time.sleep(draw.random())
         family = psutil.Process(process.pid).children(recursive=True)
         for member in (*family, process):
             member.kill()
     psutil.wait_procs(family, timeout=20)
-    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "continuing from" in done.stdout, done.stderr[-3000:]
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [1, 2, 3, 4, 5, 6]
+    for name, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    if strategy == "later":
+        assert not server.commits
+        assert run_push(monkeypatch, "--output_dir", out) == 0
     steps = [commit_is_of_one_step(summary, files) for _, summary, files in server.commits]
     assert steps == sorted(steps) and steps[-1] == 6 and snapshots(out) == []
+    assert strategy == "every_checkpoint" or steps == [6]
+    assert on_hub(server, "model.safetensors") == (out / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

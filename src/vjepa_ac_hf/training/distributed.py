@@ -43,7 +43,7 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
     """The accelerator of a run: what `accelerate launch` or a configuration file asks for, and these arguments.
 
     Raises:
-        ValueError: FSDP of version 1.
+        ValueError: several processes were launched that Accelerate does not join; FSDP of version 1.
     """
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # every parameter takes part in every step
     accelerator = Accelerator(
@@ -54,6 +54,13 @@ def build_accelerator(arguments: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=group_timeout(arguments.loader_timeout))],
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if arguments.compile else None,
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        # Each would train alone and write into the same folder.
+        raise ValueError(
+            f"{launched} processes were launched (WORLD_SIZE), Accelerate runs {accelerator.num_processes}: it found "
+            "no GPU, and several processes on a CPU have to be asked for: ACCELERATE_USE_CPU=true"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
         if accelerator.distributed_type == DistributedType.MULTI_CPU:
             # Accelerate shards on accelerators only; on a CPU, to try things out and to test them, it can as well.
