@@ -108,6 +108,7 @@ def test_checkpoints_of_before_there_was_a_list_go_on(workspace, tmp_path):
     arguments = parse_arguments("", command(workspace, workspace / "elsewhere")[1:])
     known = identity(workspace)
     old = json.loads(json.dumps(jsonable(vars(arguments)), default=str))
+    old["resize_mode"] = "crop"  # a flag's default then, the data set's own now
     old |= {name: known[name] for name in ("num_processes", "model", "encoder_weights", "action_statistics")}
     old["model"] = {k: v for k, v in old["model"].items() if k != "normalize_features"} | {"architectures": ["X"]}
     check_same_run(old, known, tmp_path, VJEPA2ACConfig)

@@ -12,6 +12,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -429,3 +431,17 @@ def test_a_signal_to_the_whole_group_does_not_take_the_workers_away(
     assert_same_run(output, reference)
     if not streaming:
         assert_same_run(output, undisturbed[0])  # and workers change nothing
+
+
+def test_workers_leave_signals_to_the_process_that_they_work_for():
+    """In a process that has started nothing yet; what the server blocks, all that it forks blocks too."""
+    program = (
+        "from multiprocessing import forkserver\n"
+        "from vjepa_ac_hf.loading.loader import worker_options\n"
+        "worker_options(1)\n"
+        "print(open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read())\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    blocked = int(next(line for line in said.splitlines() if line.startswith("SigBlk:")).split()[1], 16)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        assert blocked >> (number - 1) & 1, number.name

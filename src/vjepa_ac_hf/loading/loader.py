@@ -10,7 +10,7 @@ import re
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -180,6 +180,7 @@ def worker_options(num_workers: int, prefetch_factor: int = 2, start_method: str
         context.set_forkserver_preload(_PRELOADED)
         # Schedulers signal all processes of a job. Workers (which inherit the mask) leave that to the main process,
         # which stops with a checkpoint while they still bring its batches; they end with it.
+        resource_tracker.ensure_running()  # started by the server, it would unblock them for what starts after it
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
