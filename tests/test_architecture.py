@@ -70,7 +70,9 @@ def test_the_five_answers_name_a_file_and_its_test():
 
 def test_the_map_has_every_room_and_the_file_that_it_says_to_open():
     rows = re.findall(r"^\| `(\w+)/` \| .* \| `([\w./]+)` \|$", MAP, flags=re.MULTILINE)
-    assert sorted(room for room, _ in rows) == sorted(room for layer in LAYERS[2:] for room in layer)
+    assert sorted(room for room, _ in rows) == sorted(
+        room for layer in LAYERS[2:] for room in layer if (PACKAGE / room).is_dir()
+    )
     layer_of = {room: level for level, layer in enumerate(LAYERS) for room in layer}
     levels = [layer_of[room] for room, _ in rows]
     assert levels == sorted(levels)  # imports run upwards in the table

@@ -166,6 +166,12 @@ def bin_labels(unit: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- summary
 
 
+def _check_fields(report: Mapping[str, Any]) -> None:
+    missing = [key for key in ("recordings", "accepted", "clips", "rejected", "repairs", "splits") if key not in report]
+    if missing:
+        raise ValueError(f"report.json lacks the fields {missing}: found {sorted(report)}")
+
+
 def dataset_summary(
     report: Mapping[str, Any],
     histograms: ActionHistograms | None = None,
@@ -191,9 +197,7 @@ def dataset_summary(
     Raises:
         ValueError: a field of the report is missing that every version of it has.
     """
-    missing = [key for key in ("recordings", "accepted", "clips", "rejected", "repairs", "splits") if key not in report]
-    if missing:
-        raise ValueError(f"report.json lacks the fields {missing}: found {sorted(report)}")
+    _check_fields(report)
     if histograms is None and report.get("actions") is not None:
         histograms = ActionHistograms.from_dict(report["actions"])
     recordings: Sequence[Mapping] | None = report.get("per_recording")
