@@ -215,7 +215,11 @@ def test_the_start_tells_what_will_be_done(finished):
     assert "train 24 clips, 8 sessions of 8 players; validation 6 clips, 2 sessions of 2 players" in shown
     assert "6 steps = 1.00 epochs; warm-up 0, decay 0" in shown
     assert "4 clips = 1 process x 4 x 1 accumulated" in shown
-    assert "frozen (encoder: random)" in shown and "GB a device, estimate" in shown and shown.count("parameters") == 1
+    assert (
+        "layers of width 48 (random)" in shown
+        and "GB a device, estimate" in shown
+        and shown.count("parameters, trained") == 1
+    )
 
 
 @pytest.mark.slow

@@ -899,7 +899,7 @@ def test_two_processes_go_on_after_a_kill_with_pushes(
         assert run_push(monkeypatch, "--output_dir", out) == 0
     steps = [commit_is_of_one_step(summary, files) for _, summary, files in server.commits]
     assert steps == sorted(steps) and steps[-1] == 6 and snapshots(out) == []
-    assert strategy == "every_checkpoint" or steps == [6]
+    assert strategy == "every_checkpoint" or set(steps) == {6}  # twice where the kill came after the end
     assert on_hub(server, "model.safetensors") == (out / "model.safetensors").read_bytes()
 
 

@@ -7,8 +7,8 @@ import torch
 from helpers_training import TINY, command, predictor_weights, write_workspace
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel
+from vjepa_ac_hf.training.preflight import check_same_run
 from vjepa_ac_hf.training.presets import check_initial_predictor, init_predictor
-from vjepa_ac_hf.training.run_log import check_same_run
 
 NEW = ("predictor.action_embed.", "predictor.state_embed.")
 
@@ -41,7 +41,7 @@ def test_blocks_and_frame_projections_are_kept(workspace, train_here):
             assert torch.equal(tensor, robot[name]), name
     assert not torch.equal(tuned["predictor.layers.0.mlp.fc1.weight"], new["predictor.layers.0.mlp.fc1.weight"])
     arguments = json.loads((workspace / "tuned" / "training_args.json").read_text())["arguments"]
-    assert arguments["init_predictor"] == str(workspace / "robot")
+    assert arguments["init_predictor"] == "robot"  # published: no folder of the machine
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,8 @@ def test_a_run_goes_on_after_the_model_has_got_new_fields(tmp_path):
     earlier = json.loads(json.dumps(current))
     for name in ("frame_size", "hierarchical_features"):
         del earlier["model"][name]
-    check_same_run(earlier, current, tmp_path)
+    check_same_run(earlier, current, tmp_path, VJEPA2ACConfig)
     with pytest.raises(ValueError, match="model.hierarchical_features: False then, True now"):
-        check_same_run(earlier, current | {"model": current["model"] | {"hierarchical_features": True}}, tmp_path)
+        check_same_run(
+            earlier, current | {"model": current["model"] | {"hierarchical_features": True}}, tmp_path, VJEPA2ACConfig
+        )

@@ -72,7 +72,7 @@ def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkey
     with torch.no_grad():
         other.predictor.norm.bias[0] += 1e-3
     other.save_pretrained(folder)
-    with pytest.raises(SystemExit, match=r"made with other arguments \(weights: found \w{8}, expected \w{8}\); choose"):
+    with pytest.raises(ValueError, match=r"made with other arguments \(weights: found \w{8}, expected \w{8}\); choose"):
         plan(monkeypatch, folder, tmp_path / "out", *flags)
     shutil.copytree(model, folder, dirs_exist_ok=True)
     plan(monkeypatch, folder, tmp_path / "out", *flags)
@@ -80,7 +80,7 @@ def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkey
     processor.action_statistics["mean"][2] += 1.0
     processor.save_pretrained(folder)
     with pytest.raises(
-        SystemExit, match=r"made with other arguments \(processor: found \w{8}, expected \w{8}\); choose"
+        ValueError, match=r"made with other arguments \(processor: found \w{8}, expected \w{8}\); choose"
     ):
         plan(monkeypatch, folder, tmp_path / "out", *flags)
 
@@ -113,7 +113,7 @@ def test_ways_to_search(model, tmp_path, monkeypatch):
     settings = json.loads((tmp_path / "4" / "settings.json").read_text())
     assert settings["propose"] == "mean" and len(settings["inverse_dynamics_weights"]) == 8
     with pytest.raises(
-        SystemExit, match="gradient_steps: found 0, expected 3; inverse_dynamics: found .*, expected None"
+        ValueError, match="gradient_steps: found 0, expected 3; inverse_dynamics: found .*, expected None"
     ):
         plan(monkeypatch, model, tmp_path / "4", "--gradient_steps", 3)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     processor = AutoProcessor.from_pretrained(shutil.copytree(model, tmp_path / "other"))
     processor.resize_mode = "squash"
     processor.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match=r"processor: found \w{8}, expected \w{8}"):
+    with pytest.raises(ValueError, match=r"processor: found \w{8}, expected \w{8}"):
         run(monkeypatch, tmp_path / "other", tmp_path)
 
 

@@ -33,7 +33,16 @@ _SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
 # Arguments of training that others need to train the same; the rest is the machine's, and may name its folders.
 _PUBLISHED = (
     *("dataset", "action_space", "action_stats", "resize_mode", "streaming", "shuffle_buffer", "cache_dtype"),
-    *("model_config", "encoder", "auto_steps", "loss_type", "max_steps", "per_device_batch_size"),
+    *(
+        "model_config",
+        "encoder",
+        "frame_size",
+        "init_predictor",
+        "auto_steps",
+        "loss_type",
+        "max_steps",
+        "per_device_batch_size",
+    ),
     *("gradient_accumulation_steps", "global_batch_size", "learning_rate", "start_learning_rate"),
     *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "mixed_precision"),
     *("seed", "eval_every", "eval_clips", "hub_model_id", "hub_private"),
@@ -229,7 +238,7 @@ def public_name(name: str) -> str:
 def published_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What others need of the arguments of a training, with names for paths."""
     published = {name: arguments[name] for name in _PUBLISHED if name in arguments}
-    for name in ("dataset", "action_stats", "model_config", "encoder"):
+    for name in ("dataset", "action_stats", "model_config", "encoder", "init_predictor"):
         if published.get(name) is not None:
             published[name] = public_name(str(published[name]))
     return published
