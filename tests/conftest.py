@@ -4,12 +4,16 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+import signal
 import sys
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
