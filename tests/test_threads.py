@@ -11,13 +11,13 @@ from helpers_data import make_lines, name_of, shard_of, to_log, write_recording
 from vjepa_ac_hf.building.plan import list_files
 from vjepa_ac_hf.recordings.log import parse_recording
 
-FORKS, THREADS = 120, 16
+FORKS, THREADS = 60, 16
 
 
 def first_in_many_forks(work: Callable[[], object], threads: int = THREADS) -> dict[int, int]:
     """How forked processes end in which `threads` threads do `work` at once, each as the first of its process.
 
-    A crash of a few per cent is seen all the same: 9 times in 10 where one in fifty crashes.
+    A crash of a few per cent is seen all the same: 7 times in 10 where one in fifty crashes.
     """
     ends: dict[int, int] = {}
     for _ in range(FORKS):
