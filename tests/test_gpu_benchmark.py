@@ -73,6 +73,7 @@ def check(results, parts):
             assert row["share_of_peak"] == pytest.approx(row["tflops_per_second"] / peak)
 
 
+@pytest.mark.usefixtures("attention_in_bf16")
 def test_every_part_runs_and_compares_the_same_work(benchmark, tmp_path, monkeypatch, capsys):
     parts = [name for name in benchmark.PARTS if name not in COMPILED]
     results = run_here(benchmark, monkeypatch, tmp_path / "out.json", "--parts", *parts)
@@ -92,6 +93,7 @@ def test_compiled_parts_run_and_give_the_same(benchmark, tmp_path, monkeypatch):
     check(run_here(benchmark, monkeypatch, tmp_path / "out.json", "--parts", *COMPILED), COMPILED)
 
 
+@pytest.mark.usefixtures("attention_in_bf16")
 def test_what_a_training_step_takes_is_in_its_figure(benchmark):
     """Clips a second, their ratio and operations, from times that are known."""
     rows: list[dict] = []

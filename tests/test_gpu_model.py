@@ -105,7 +105,9 @@ def use_kernel(monkeypatch, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["best", "efficient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (258, 258), (258, 774)])
-def test_kernels_give_attention_and_its_normaliser(device, monkeypatch, dtype, kernel, queries, keys):
+def test_kernels_give_attention_and_its_normaliser(request, device, monkeypatch, dtype, kernel, queries, keys):
+    if dtype == torch.bfloat16:
+        request.getfixturevalue("attention_in_bf16")
     use_kernel(monkeypatch, kernel)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, queries, 64, generator=generator).to(dtype)
