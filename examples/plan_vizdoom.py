@@ -62,7 +62,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action
+from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action, step_options
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, summarize, table
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
@@ -186,13 +186,14 @@ def main() -> None:
         head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
         settings["inverse_dynamics_weights"] = weights_checksum(head)
     # What does not fit together is refused before there is a folder.
+    rate = step_options(model, processor)
     planner = Planner(arguments, model, processor, head) if "planner" in arguments.agents else None
     claim_folder(arguments.output, settings)
     seeds = range(arguments.seed, arguments.seed + arguments.episodes)
     wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
     episodes = ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed"))
     env = GoalViewWrapper(
-        ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution)),
+        ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution), **rate),
         tolerance_degrees=arguments.tolerance_degrees,
         hold=arguments.hold,
         max_steps=arguments.max_steps,

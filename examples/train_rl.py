@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for agents, episodes and report")
     parser.add_argument("--agents", nargs="+", choices=TRAINED, default=list(TRAINED), help="default: both")
-    parser.add_argument("--steps", type=int, default=40960, help="steps (of 8 ticks) for each agent (default 40960)")
+    parser.add_argument("--steps", type=int, default=40960, help="steps of the model for each agent (default 40960)")
     parser.add_argument("--num_envs", type=int, default=8, help="games at a time (default 8)")
     parser.add_argument("--rollout", type=int, default=128, help="steps of each game between updates (default 128)")
     parser.add_argument("--batch_size", type=int, default=256, help="of PPO; divides a rollout (default 256)")
@@ -89,7 +89,7 @@ from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
-from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action
+from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action, step_options
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
@@ -123,6 +123,7 @@ def claim_output(arguments: argparse.Namespace, model: Any, processor: Any) -> d
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
     settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
     settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
+    step_options(model, processor)
     claim_folder(arguments.output, settings)
     return settings
 
@@ -162,6 +163,7 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
             max_steps=arguments.max_steps,
             hold=2,
             success_reward=5.0,
+            **step_options(model, processor),
         )
         env = DiscreteActions(goals, actions)
         return env if agent == "features" else ViewAndGoalPixels(env)
@@ -352,7 +354,7 @@ def draw(agents: dict[str, Any]) -> bytes:
     for agent, style in (("random", "--"), ("oracle", ":")):
         axes.axhline(agents[agent]["success_rate"], color="#7f7f7f", linestyle=style, label=agent)
     axes.set(
-        xlabel="steps of 8 ticks", ylabel="success rate", ylim=(0, 1.02), title="Goals reached during the training"
+        xlabel="steps of the model", ylabel="success rate", ylim=(0, 1.02), title="Goals reached during the training"
     )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)

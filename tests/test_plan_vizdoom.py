@@ -85,6 +85,40 @@ def test_results_belong_to_the_weights_and_the_processor(model, tmp_path, monkey
         plan(monkeypatch, folder, tmp_path / "out", *flags)
 
 
+def at_another_rate(model, folder, **values):
+    shutil.copytree(model, folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    for name, value in values.items():
+        setattr(processor, name, value)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_step_lasts_as_long_as_the_models(model, tmp_path, monkeypatch):
+    """Trained on 4 frames a second, 2 a step: 10 ticks; other ticks or frames a step than the model's are refused."""
+    ticks, step = [], ModelStepWrapper.step
+
+    def watched(self, action):
+        result = step(self, action)
+        ticks.append(result[-1]["ticks"])
+        return result
+
+    monkeypatch.setattr(ModelStepWrapper, "step", watched)
+    flags = ("--episodes", 1, "--agents", "still", "planner")
+    plan(monkeypatch, at_another_rate(model, tmp_path / "slower", fps=4), tmp_path / "out", *flags)
+    assert ticks and set(ticks) == {10}
+    refused: dict = {
+        "the game has 20 ticks a second, the recordings .* have 60": {"native_fps": 60, "fps": 15},
+        "tubelet_size is 2, but the processor's tubelet_size is 4": {"tubelet_size": 4},
+        "must be a whole number, found 20 / 6": {"fps": 6},
+    }
+    for number, (message, values) in enumerate(refused.items()):
+        folder = at_another_rate(model, tmp_path / f"model{number}", **values)
+        with pytest.raises(ValueError, match=message):
+            plan(monkeypatch, folder, tmp_path / f"out{number}", "--agents", "still", "--episodes", 1)
+        assert not (tmp_path / f"out{number}").exists()
+
+
 def test_ways_to_search(model, tmp_path, monkeypatch):
     """Each changes what is done, and none belongs into another's folder."""
     world = AutoModel.from_pretrained(model)

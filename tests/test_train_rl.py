@@ -26,7 +26,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_for_stable_baselines
 from stable_baselines3.common.vec_env import DummyVecEnv
-from transformers import AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 from vjepa_ac_hf.envs import make_goals
 
@@ -221,6 +221,25 @@ def goals():
     env = make_goals(resolution="160x120", places=2, max_steps=6, hold=2, success_reward=5.0)
     yield env
     env.close()
+
+
+def test_a_step_lasts_as_long_as_the_models(model, tmp_path, monkeypatch):
+    """Trained on 4 frames a second, 2 a step: 10 ticks, for both agents; other ticks than the game's: refused."""
+    parameters, world = PROGRAM["parse_arguments"].__globals__, AutoModel.from_pretrained(model).eval()
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *flags(model, tmp_path / "out")])
+    arguments, processor = PROGRAM["parse_arguments"](), AutoProcessor.from_pretrained(model)
+    processor.fps = 4
+    for agent in ("features", "pixels"):
+        env = parameters["make_env"](agent, arguments, world, processor, 1)
+        env.reset()
+        assert env.step(np.array([2]))[3][0]["ticks"] == 10
+        env.close()
+    folder = shutil.copytree(model, tmp_path / "model")
+    processor.native_fps, processor.fps = 60, 15
+    processor.save_pretrained(folder)
+    with pytest.raises(ValueError, match="the game has 20 ticks a second, the recordings .* have 60"):
+        run(monkeypatch, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_agents_see_is_what_stable_baselines_and_gymnasium_take(goals):

@@ -16,20 +16,27 @@ except ImportError as error:
 from .features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper, token_similarities
 from .goals import GoalEpisode, GoalViewWrapper, view_distance
 from .recording import RecordVPT, VPTWriter
-from .steps import DiscreteActions, ModelStepWrapper, raw_action
+from .steps import DiscreteActions, ModelStepWrapper, raw_action, step_options
 from .vizdoom_env import VizDoomVPTEnv
 
 
-def make_steps(**options) -> gymnasium.Env:
-    """`VizDoomVPTEnv` (which takes the options) where one step is one of the model."""
-    return ModelStepWrapper(VizDoomVPTEnv(**options))
+def make_steps(*, fps: float = 5, tubelet_size: int = 2, **options) -> gymnasium.Env:
+    """`VizDoomVPTEnv` (which takes the options) where one step is one of the model (`step_options`)."""
+    return ModelStepWrapper(VizDoomVPTEnv(**options), fps, tubelet_size)
 
 
 def make_goals(
-    *, resolution: str = "640x360", places: int | None = None, render_mode: str | None = None, **options
+    *,
+    resolution: str = "640x360",
+    places: int | None = None,
+    render_mode: str | None = None,
+    fps: float = 5,
+    tubelet_size: int = 2,
+    **options,
 ) -> gymnasium.Env:
     """`make_steps` with a view to be reached; other options are `GoalViewWrapper`'s."""
-    return GoalViewWrapper(make_steps(resolution=resolution, places=places, render_mode=render_mode), **options)
+    game = {"resolution": resolution, "places": places, "render_mode": render_mode}
+    return GoalViewWrapper(make_steps(fps=fps, tubelet_size=tubelet_size, **game), **options)
 
 
 for _name, _entry in (("", "VizDoomVPTEnv"), ("Steps", "make_steps"), ("Goal", "make_goals")):
@@ -50,6 +57,7 @@ __all__ = [
     "make_goals",
     "make_steps",
     "raw_action",
+    "step_options",
     "token_similarities",
     "view_distance",
 ]

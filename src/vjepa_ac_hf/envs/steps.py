@@ -13,6 +13,9 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL
+from ..evaluation.clips import check_model_and_processor
+from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..recordings.clips import ClipSpec, aggregate_actions
 from ..recordings.log import parse_recording
 from .vizdoom_env import FPS, MOST_COUNTS, PRESSED_COLUMNS, VizDoomVPTEnv
@@ -45,6 +48,23 @@ def raw_action(*, turn: float = 0.0, look: float = 0.0, pressed: Sequence[str] =
     return action
 
 
+def step_options(model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> dict[str, Any]:
+    """`fps` and `tubelet_size` of `ModelStepWrapper`, with which a step lasts as long as the model's.
+
+    Raises:
+        ValueError: model and processor differ, or have learnt from recordings with other ticks than the game.
+    """
+    check_model_and_processor(model, processor)
+    if processor.native_fps != FPS:
+        raise ValueError(
+            f"the game has {FPS} ticks a second, the recordings that the model was trained on have "
+            f"{processor.native_fps:g} (the processor's native_fps)"
+        )
+    options = {"fps": processor.fps, "tubelet_size": processor.tubelet_size}
+    ClipSpec(native_fps=FPS, frames_per_clip=processor.frames_per_clip, **options)
+    return options
+
+
 class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """One step is one step of the model: `tubelet_size * 20 / fps` ticks (8), as clips divide a recording.
 
@@ -72,7 +92,7 @@ class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         ValueError: another environment, frame rates that do not fit.
     """
 
-    def __init__(self, env: gymnasium.Env, fps: int = 5, tubelet_size: int = 2):
+    def __init__(self, env: gymnasium.Env, fps: float = 5, tubelet_size: int = 2):
         if not isinstance(env.unwrapped, VizDoomVPTEnv):
             raise ValueError(f"ModelStepWrapper is for VizDoomVPTEnv, found {env}")
         RecordConstructorArgs.__init__(self, fps=fps, tubelet_size=tubelet_size)
