@@ -4,23 +4,25 @@ What a GPU would have to catch up for: reading a number (`item`, `tolist`, truth
 and a tensor made of the host's memory (`torch.tensor(..., device=...)`: `lift_fresh` and a copy that is not pinned).
 """
 
+import json
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 import torch
-from helpers_training import command, metrics, write_workspace
+from helpers_training import command, load_program, metrics, write_workspace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjepa_ac_hf import VJEPA2ACProcessor
+from vjepa_ac_hf.loading.clips import load_clips
 from vjepa_ac_hf.training import distributed, loop
 from vjepa_ac_hf.training.distributed import group_timeout
 from vjepa_ac_hf.training.interruptions import BatchWatch
 
-# Not of the device: AdamW keeps its counters of steps on the CPU, random states lie there.
-ON_THE_HOST = ("torch/optim/", "in get_random_state", "in set_random_state")
+# Not of the device: AdamW's counters of steps and random states lie on the CPU, labels of clips are made there.
+ON_THE_HOST = ("torch/optim/", "in get_random_state", "in set_random_state", 'labels(batch["clips"])')
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ class _Operations(TorchDispatchMode):
 def note(found, name):
     stack = traceback.format_stack()[:-2]
     if not any(place in line for line in stack for place in ON_THE_HOST):
-        found.append((name, stack[-1].strip().splitlines()[0]))
+        found.append((name, [line for line in stack if "/torch/" not in line][-1].strip().splitlines()[0]))
 
 
 @contextmanager
@@ -62,6 +64,21 @@ def counted():
     found = []
     with _Functions(found), _Operations(found):
         yield found
+
+
+def count_steps(monkeypatch, accumulation):
+    """What makes the host wait within each optimizer step of a run, as lists that fill while it runs."""
+    step, counts = loop.train_step, []
+
+    def counting(run, batches):
+        ready = iter([next(batches) for _ in range(accumulation)])
+        with counted() as found:
+            result = step(run, ready)
+        counts.append(found)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", counting)
+    return counts
 
 
 def test_the_counter_counts():
@@ -77,19 +94,40 @@ def test_the_counter_counts():
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_step_waits_for_the_device_once(workspace, train_here, tmp_path, monkeypatch, accumulation):
     """However many batches it accumulates; the batches are at hand, as copies that were made ahead."""
-    step, counts = loop.train_step, []
-
-    def counting(run, batches):
-        ready = iter([next(batches) for _ in range(accumulation)])
-        with counted() as found:
-            result = step(run, ready)
-        counts.append(found)
-        return result
-
-    monkeypatch.setattr(loop, "train_step", counting)
+    counts = count_steps(monkeypatch, accumulation)
     flags = ("--max_steps=5", "--per_device_batch_size=1", f"--gradient_accumulation_steps={accumulation}")
     train_here(command(workspace, tmp_path, *flags, "--log_every=5", "--eval_every=0", "--checkpoint_every=9"))
     assert len(counts) == 5 and all([name for name, _ in found] == ["tolist"] for found in counts), counts
+
+
+HEADS = {
+    "inverse_dynamics": (),
+    "action_anticipation": ("--use_past_actions", "--use_states"),
+    "video_classification": ("--labels=labels.json",),
+    "frame_decoding": (),
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("task", HEADS)
+def test_a_heads_step_waits_for_the_device_once(workspace, tmp_path, monkeypatch, task, accumulation):
+    """Checks of labels, weights of keys and places of columns included; 38 columns, so that no kind is missing."""
+    clips = load_clips(str(workspace / "clips"), "train")
+    names = {*clips["recording_id"], *load_clips(str(workspace / "clips"), "validation")["recording_id"]}
+    labels = {name: f"class {number % 3}" for number, name in enumerate(sorted(names))}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    counts = count_steps(monkeypatch, accumulation)
+    flags = ["--max_steps=3", "--per_device_batch_size=1", f"--gradient_accumulation_steps={accumulation}"]
+    flags += ["--log_every=3", "--eval_every=0", "--checkpoint_every=9", "--num_workers=0", "--cache_features=none"]
+    flags += ["--head_hidden_size=16", "--head_num_hidden_layers=1", "--head_num_attention_heads=2"]
+    flags += ["--action_space=vpt-38", f"--task={task}", "--encoder=random", "--model_config=tiny.json", *HEADS[task]]
+    flags += ["--dataset", str(workspace / "clips"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "tiny.json").write_bytes((workspace / "tiny.json").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("sys.argv", ["train_head.py", *flags])
+    assert load_program("examples/train_head.py").main() == 0
+    assert len(counts) == 3 and all([name for name, _ in found] == ["tolist"] for found in counts), counts
 
 
 def test_between_two_steps_nothing_waits(workspace, train_here, tmp_path, monkeypatch):

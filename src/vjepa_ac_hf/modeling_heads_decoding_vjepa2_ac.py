@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_heads_vjepa2_ac import VJEPA2ACFrameDecodingConfig
-from .modeling_heads_vjepa2_ac import VJEPA2ACHeadLayer, VJEPA2ACHeadPreTrainedModel
+from .modeling_heads_vjepa2_ac import VJEPA2ACHeadLayer, VJEPA2ACHeadPreTrainedModel, check_values
 from .modeling_vjepa2_ac import returns_output
 
 
@@ -132,9 +132,10 @@ class VJEPA2ACForFrameDecoding(VJEPA2ACHeadPreTrainedModel):
         if not labels.is_floating_point():
             raise ValueError(f"labels must be frames of type uint8 or floating point, found {labels.dtype}")
         labels = labels.to(frames.device).float()
-        if not torch.compiler.is_compiling() and not bool(((labels >= 0) & (labels <= 1)).all()):
-            low, high = (float(v) for v in labels.aminmax())
-            raise ValueError(f"labels must be frames in [0, 1], not normalised pixels, found {low:g} to {high:g}")
+        message = "labels must be frames in [0, 1], not normalised pixels"
+        ends = labels.aminmax()
+        fine = (ends.min >= 0) & (ends.max <= 1)
+        check_values(fine, message, lambda: f"{message}, found {float(ends.min):g} to {float(ends.max):g}")
         return labels
 
 

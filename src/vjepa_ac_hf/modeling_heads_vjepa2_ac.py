@@ -7,6 +7,7 @@ torch, transformers and its siblings only.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,34 @@ def binary_pos_weight(actions: Tensor, max_weight: float = 20.0) -> list[float]:
         )
     pressed = rows.sum(dim=0)
     return ((len(rows) - pressed) / pressed).clamp(1 / max_weight, max_weight).tolist()
+
+
+def check_values(fine: Tensor, message: str, found: Callable[[], str] | None = None) -> None:
+    """Check values without waiting for a GPU, where the device's own assertion ends the program a little later.
+
+    Not within compiled graphs, which what depends on data would break.
+
+    Args:
+        fine: `()`, whether they are.
+        message: of the device's assertion.
+        found: the error's message in full, where values are at hand; None: `message`.
+
+    Raises:
+        ValueError: on a CPU, at once.
+    """
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch._assert_async(fine, message)
+    except RuntimeError:
+        if bool(fine):
+            raise
+        raise ValueError(found() if found else message) from None
+
+
+def pick_columns(values: Tensor, columns: list[int]) -> Tensor:
+    """`values[..., columns]`, without the list's way to the device, for which the host would wait."""
+    return torch.stack([values[..., c] for c in columns], dim=-1) if columns else values[..., :0]
 
 
 class VJEPA2ACHeadLayer(GradientCheckpointingLayer):
@@ -385,25 +414,32 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
         kinds = (config.continuous_columns, config.binary_columns, config.slot_columns)
         return tuple([config.action_space.index(c) for c in kind] for kind in kinds)  # type: ignore[return-value]
 
-    def _output(self, values: Tensor, labels: Tensor | None, at: tuple = (...,)) -> VJEPA2ACActionHeadOutput:
+    def _output(
+        self, values: Tensor, labels: Tensor | None, at: list[tuple[int, int]] | None = None
+    ) -> VJEPA2ACActionHeadOutput:
         """Numbers `(..., A)` of the head, continuous, then keys, then slots, with their losses where there are labels.
 
-        `at` indexes the predictions that the labels, of shape `(..., A)` after that, are given for.
+        Labels `(B, len(at), A)` are given for the predictions `[:, t, j]` of the pairs in `at`; None: for all.
         """
+
+        def told(predictions: Tensor) -> Tensor:
+            chosen = predictions if at is None else torch.stack([predictions[:, t, j] for t, j in at], dim=1)
+            return chosen.float()
+
         columns = self._columns
         continuous, binary, slot = (p if p.shape[-1] else None for p in values.split([len(c) for c in columns], dim=-1))
         losses: list[Tensor | None] = [None, None, None]
         if labels is not None:
-            true = [labels[..., c].to(values.device) for c in columns]
+            true = [pick_columns(labels, c).to(values.device) for c in columns]
             if continuous is not None:
-                losses[0] = F.smooth_l1_loss(continuous.float()[at], true[0])
+                losses[0] = F.smooth_l1_loss(told(continuous), true[0])
             if binary is not None:
-                logits, weights = binary.float()[at], self.config.pos_weight
-                weight = None if weights is None else logits.new_tensor(weights)
+                logits, weights = told(binary), self.config.pos_weight
+                weight = None if weights is None else torch.stack([logits.new_full((), w) for w in weights])
                 losses[1] = F.binary_cross_entropy_with_logits(logits, true[1], pos_weight=weight)
             if slot is not None:
                 # Actions without a slot (recorders before 6.11 log none) have no label: they count for nothing.
-                known, logits = true[2].any(dim=-1).flatten(), slot.float()[at].flatten(0, -2)
+                known, logits = true[2].any(dim=-1).flatten(), told(slot).flatten(0, -2)
                 target = torch.where(known, true[2].argmax(dim=-1).flatten(), -100)
                 summed = F.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
                 losses[2] = summed / known.sum().clamp(min=1)
@@ -411,7 +447,7 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
         return VJEPA2ACActionHeadOutput(loss, losses[0], losses[1], losses[2], continuous, binary, slot)
 
     def _check_actions(self, name: str, actions: Tensor, batch: int, steps: int) -> Tensor:
-        """Actions as float32 after a check of shape and, outside of compiled graphs, of values."""
+        """Actions as float32 after a check of shape and values."""
         config = self.config
         if tuple(actions.shape) != (batch, steps, config.action_dim):
             raise ValueError(
@@ -419,20 +455,22 @@ class VJEPA2ACActionHeadPreTrainedModel(VJEPA2ACHeadPreTrainedModel):
                 f"), found {tuple(actions.shape)}"
             )
         actions = actions.float()
-        if torch.compiler.is_compiling():  # what depends on data would break the graph
-            return actions
         _, binary, slot = self._columns
-        bad = ~actions.isfinite().flatten(0, 1).all(dim=0)
-        discrete = actions[..., binary + slot]
-        bad[binary + slot] |= ((discrete != 0) & (discrete != 1)).flatten(0, 1).any(dim=0)
-        if slot:
-            bad[slot] |= (actions[..., slot].sum(dim=-1) > 1).any()  # none: not known
-        if bad.any():
-            names = [c for c, b in zip(config.action_space, bad.tolist(), strict=True) if b]
-            raise ValueError(
+        discrete = pick_columns(actions, binary + slot)
+        column_fine = actions.isfinite().flatten(0, 1).all(dim=0)
+        discrete_fine = ((discrete == 0) | (discrete == 1)).flatten(0, 1).all(dim=0)
+        slots_fine = (discrete[..., len(binary) :].sum(dim=-1) <= 1).all()  # none: not known
+
+        def found() -> str:
+            column_fine[binary + slot] &= discrete_fine
+            column_fine[slot] &= slots_fine
+            names = [c for c, fine in zip(config.action_space, column_fine.tolist(), strict=True) if not fine]
+            return (
                 f"{name}: columns {names} hold values that are not finite, keys that are neither 0 nor 1, or more than "
                 "one hotbar slot"
             )
+
+        check_values(column_fine.all() & discrete_fine.all() & slots_fine, f"{name}: actions out of range", found)
         return actions
 
     def normalized_actions(self, output: VJEPA2ACActionHeadOutput) -> Tensor:
@@ -644,8 +682,7 @@ class VJEPA2ACForActionAnticipation(VJEPA2ACActionHeadPreTrainedModel):
         labels = self._check_actions("labels", labels, B, T - 1)
         # Places, not a mask: how many there are follows from the shapes alone, which compilers need.
         told = [(t, j) for t in range(T) for j in range(config.anticipation_steps) if t + j < T - 1]
-        steps, ahead = [t for t, _ in told], [j for _, j in told]
-        return self._output(values, labels[:, [t + j for t, j in told]], (slice(None), steps, ahead))
+        return self._output(values, torch.stack([labels[:, t + j] for t, j in told], dim=1), told)
 
     def targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Actions `(B, T-1, A)` of a clip as what each step is to tell, `(B, T, F, A)`, and which of them lie in the
@@ -711,8 +748,7 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
         classes, kind = len(names), self.config.problem_type
         if kind is None:
             kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        compiling = torch.compiler.is_compiling()  # what depends on data would break the graph
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self.config.problem_type = kind
         labels = labels.to(logits.device)
         if kind == "multi_label_classification":
@@ -722,8 +758,8 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
                     f"{tuple(labels.shape)}"
                 )
             labels = labels.float()
-            if not compiling and not bool(((labels == 0) | (labels == 1)).all()):
-                raise ValueError("labels must be 0 or 1, found values that are not finite or between them")
+            message = "labels must be 0 or 1, found values that are not finite or between them"
+            check_values(((labels == 0) | (labels == 1)).all(), message)
             return F.binary_cross_entropy_with_logits(logits, labels)
         if kind != "single_label_classification":
             raise ValueError(f"problem_type must be single_label_ or multi_label_classification, found {kind!r}")
@@ -732,11 +768,14 @@ class VJEPA2ACForVideoClassification(VJEPA2ACHeadPreTrainedModel):
                 f"for one label a clip, labels must be whole numbers ({logits.shape[0]},), found {labels.dtype} "
                 f"{tuple(labels.shape)}"
             )
-        if not compiling and bool(((labels < 0) | (labels >= classes)).any()):
-            raise ValueError(
+        check_values(
+            ((labels >= 0) & (labels < classes)).all(),
+            f"labels must be classes 0 to {classes - 1}",
+            lambda: (
                 f"labels reach from {labels.min().item()} to {labels.max().item()}, the label map has the {classes} "
                 f"classes 0 to {classes - 1}: {names}"
-            )
+            ),
+        )
         return F.cross_entropy(logits, labels)
 
 
