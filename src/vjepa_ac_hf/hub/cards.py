@@ -126,17 +126,16 @@ class RunDescription:
     def dataset(self) -> str:
         return self.training["arguments"]["dataset"]
 
-    def texts(self, output_dir: Path, step: int, weights: str, made: int) -> dict[str, bytes]:
+    def texts(self, output_dir: Path, step: int, weights: str) -> dict[str, bytes]:
         """The files beside the model of a step, by their names in the repository.
 
         README.md, training_args.json, metrics.jsonl up to the step, and evaluation/metrics.json if that in `output_dir`
-        is of these weights.
+        is of these weights. The same weights have the same files, whenever they were saved: the Hub takes them once.
 
         Args:
             output_dir: of the run.
             step: optimizer steps done.
             weights: digest of the model's (`weights_digest`).
-            made: when it was saved, in nanoseconds.
         """
         lines, rows = [], []
         path = output_dir / "metrics.jsonl"
@@ -145,7 +144,8 @@ class RunDescription:
                 lines.append(line)
                 rows.append(row)
         evaluation = read_evaluation(output_dir, weights)
-        training = {**self.training, "step": step, "weights_sha256": weights, "made": made}
+        training = {**self.training, "step": step, "weights_sha256": weights}
+        training.pop("made", None)
         texts = {
             "README.md": str(self.card(step, weights, rows, evaluation)),
             "training_args.json": json.dumps(training, indent=2) + "\n",

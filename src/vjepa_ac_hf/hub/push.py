@@ -80,9 +80,10 @@ def save_final_model(
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary, model, processor)
     weights = weights_digest(tensor_digests(model.state_dict().items()))
-    texts = run.texts(folder, step, weights, time_of_now(folder))
-    for name in ("README.md", "training_args.json"):
-        (temporary / name).write_bytes(texts[name])
+    texts = run.texts(folder, step, weights)
+    (temporary / "README.md").write_bytes(texts["README.md"])
+    training = json.loads(texts["training_args.json"]) | {"made": time_of_now(folder)}
+    (temporary / "training_args.json").write_text(json.dumps(training, indent=2) + "\n")
     for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "training_args.json", path.name)):
         flush(path)
         os.replace(path, folder / path.name)
@@ -271,7 +272,7 @@ class HubPusher:
         predictor, made = checkpoint / "predictor.safetensors", time_of_now(self.output_dir)
         try:
             digests = tensor_digests((f"predictor.{name}", tensor) for name, tensor in tensors_of(predictor))
-            texts = self.run.texts(self.output_dir, step, weights_digest(self._encoder | digests), made)
+            texts = self.run.texts(self.output_dir, step, weights_digest(self._encoder | digests))
             self._add(made, made, step, {path.name: path for path in (*self.base.iterdir(), predictor)}, texts)
         except (OSError, SafetensorError) as error:
             logger.warning("%s: step %d is not pushed, it cannot be prepared: %s", self.repo_id, step, error)
@@ -280,7 +281,7 @@ class HubPusher:
         """Have the final model in the output folder pushed. Returns its card, as it is due now."""
         training = read_json(self.output_dir / "training_args.json") | run.training
         step, weights, made = (training[name] for name in ("step", "weights_sha256", "made"))
-        texts = run.texts(self.output_dir, step, weights, made)
+        texts = run.texts(self.output_dir, step, weights)
         files = [path for path in self.output_dir.iterdir() if path.is_file() and is_model_file(path.name)]
         links = {path.name: path for path in files if path.name not in texts}
         self._add(made, time_of_now(self.output_dir), step, links, texts)
