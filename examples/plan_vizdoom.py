@@ -1,9 +1,13 @@
 """Plan towards goal views in ViZDoom: how often planner, random actions and oracle get there (docs/environments.md).
 
+    python examples/plan_vizdoom.py --model demo/model --manifest view-easy-v1 --output plans
+    python examples/plan_vizdoom.py --policy my_policy.py:agent --manifest view-easy-v1 --output plans-of-mine
     python examples/plan_vizdoom.py --model demo/model --output plans --episodes 50
+    python examples/plan_vizdoom.py --make_manifest view-easy-v1 --output manifests
 
-Every episode's goal is drawn from its seed and is the same for all agents. OUT/episodes.jsonl gets a line an episode,
-as it ends: a second run continues. OUT/summary.json has success rates (Wilson's 95 % intervals) and final distances,
+A manifest holds goals that are always the same, and what counts as reached. Without one every episode's goal is drawn
+from its seed. All agents have the same goals. OUT/episodes.jsonl gets a line an episode, as it ends: a second run
+continues. OUT/summary.json has success rates (Wilson's 95 % intervals), final distances and the time of an action,
 OUT/success.png shows them.
 """
 
@@ -15,24 +19,32 @@ from typing import Any
 from vjepa_ac_hf.console import Parser, folder_or_repo, made
 
 AGENTS = ("planner", "random", "still", "oracle")
+ROWS, COLOURS = (*AGENTS, "policy"), ("#0072B2", "#D55E00", "#7f7f7f", "#009E73", "#CC79A7")
 METHODS = ("cem", "icem", "mppi")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
+MANIFESTS = ("view-easy-v1", "view-hard-v1", "walk-v1")
+# What a manifest decides, and its values without one.
+TASK = {"episodes": 50, "seed": 0, "resolution": "256x144", "max_steps": 6, "tolerance_degrees": 5.0, "hold": 1}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
-    )
+    parser.add_argument("--model", type=folder_or_repo, help="folder or Hub repository of model and processor")
     parser.add_argument("--output", required=True, type=Path, help="folder for episodes.jsonl and summary.json")
-    parser.add_argument("--episodes", type=int, default=50, help="goals for each agent (default 50)")
-    parser.add_argument("--agents", nargs="+", choices=AGENTS, default=list(AGENTS), help="default: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the first episode; the next one's is one more")
-    parser.add_argument("--resolution", choices=RESOLUTIONS, default="256x144", help="as the model's recordings were")
-    parser.add_argument("--max_steps", type=int, default=6, help="steps of an episode (default 6)")
-    parser.add_argument("--tolerance_degrees", type=float, default=5.0, help="a success is this near (default 5)")
-    parser.add_argument("--hold", type=int, default=1, help="steps in a row that must end so near (default 1)")
+    parser.add_argument("--manifest", help=f"{', '.join(MANIFESTS)}, or a file: goals, and what counts as reached")
+    parser.add_argument("--agents", nargs="+", choices=AGENTS, help="default: all, planner with --model alone")
+    parser.add_argument(
+        "--policy", help="one more agent: 'module:function' or 'FILE.py:function' (docs/environments.md)"
+    )
+    parser.add_argument("--make_manifest", choices=MANIFESTS, help="draw it (of --seed and --episodes), and do no more")
+    task = parser.add_argument_group("task", "without a manifest, which has its own")
+    task.add_argument("--episodes", type=int, help="goals for each agent (default 50)")
+    task.add_argument("--seed", type=int, help="of the first episode; the next one's is one more (default 0)")
+    task.add_argument("--resolution", choices=RESOLUTIONS, help="as the model's recordings were (default 256x144)")
+    task.add_argument("--max_steps", type=int, help="steps of an episode (default 6)")
+    task.add_argument("--tolerance_degrees", type=float, help="a success is this near (default 5)")
+    task.add_argument("--hold", type=int, help="steps in a row that must end so near (default 1)")
     parser.add_argument("--horizon", type=int, default=1, help="steps that the planner looks ahead (default 1)")
     parser.add_argument("--method", choices=METHODS, default="cem", help="that the planner searches by (default cem)")
     parser.add_argument("--candidates", type=int, default=64, help="of an iteration of the method (default 64)")
@@ -48,8 +60,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="for the model (default cpu)")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("candidates", 3), ("iterations", 1), ("gradient_steps", 0)):
-        if getattr(arguments, name) < least:
+        if (getattr(arguments, name) or least) < least or getattr(arguments, name) == 0 < least:
             parser.error(f"--{name} must be at least {least}, found {getattr(arguments, name)}")
+    if arguments.agents is None:
+        arguments.agents = [agent for agent in AGENTS if agent != "planner" or arguments.model]
+    if "planner" in arguments.agents and not (arguments.model or arguments.make_manifest):
+        parser.error("--model is needed: the agents have a planner")
     return arguments
 
 
@@ -62,8 +78,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, raw_action, step_options
-from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, summarize, table
+from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, step_options
+from vjepa_ac_hf.envs.agents import Act, Agent, load_policy, make_oracle, make_random, play, still
+from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
+from vjepa_ac_hf.envs.manifests import Manifest, draw_manifest, load_manifest, manifest_text
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
     CEM,
@@ -79,14 +97,15 @@ from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_c
 CEMS = {"cem": CEM, "icem": ICEM}
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
-KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose")
+KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy")
 
 
 class Planner:
-    """Acts by the model, from frames and states alone."""
+    """Acts by the model, from frames and states alone: an agent."""
 
-    def __init__(self, arguments: argparse.Namespace, model: Any, processor: Any, head: Any = None):
+    def __init__(self, arguments: argparse.Namespace, model: Any, processor: Any, head: Any = None, task: Any = None):
         self.model, self.processor = model, processor
+        task = task or {"keys": [], "largest_turn": LARGEST_TURN}
         sizes = {"iterations": arguments.iterations, "candidates": arguments.candidates}
         elites = max(arguments.candidates // 8, 1)
         self.options: dict[str, Any] = {
@@ -96,69 +115,33 @@ class Planner:
             "proposals": InverseDynamicsProposals(head, model) if head else None,
             "proposal_mean": arguments.propose == "mean",
         }
-        # The goals are turns: no key is pressed, and the view stays level.
+        # Turns, and the keys that the task asks for; the view stays level.
         keys = [c for c in self.processor.action_space if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))]
-        fixed = {**dict.fromkeys(keys, 0), "pitch_delta": 0.0}
-        bounds = {"yaw_delta": (-LARGEST_TURN, LARGEST_TURN)}
+        fixed = {**dict.fromkeys([key for key in keys if key not in task["keys"]], 0), "pitch_delta": 0.0}
+        bounds = {"yaw_delta": (-task["largest_turn"], task["largest_turn"])}
         self.options["space"] = SearchSpace(self.processor.action_space, bounds=bounds, fixed=fixed)
 
-    def begin(self, seen: dict, seed: int) -> None:
-        self.controller = Controller(
-            self.model,
-            self.processor,
-            np.moveaxis(seen["goal"], -1, 0),
-            generator=torch.Generator().manual_seed(seed),
-            **self.options,
-        )
-        self.first = True
+    def __call__(self, seed: int) -> Act:
+        controller, generator = None, torch.Generator().manual_seed(seed)
 
-    def act(self, seen: dict, info: dict) -> np.ndarray:
-        frames = seen["frame"][None]
-        if not self.first:
-            frames = np.concatenate([seen["tubelet"][1:], frames])
-        executed = None if self.first else info["action"]
-        self.first = False
-        return self.controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
+        def act(seen: dict, info: dict) -> np.ndarray:
+            nonlocal controller
+            frames, executed = seen["frame"][None], None
+            if controller is None:
+                goal = np.moveaxis(seen["goal"], -1, 0)
+                controller = Controller(self.model, self.processor, goal, generator=generator, **self.options)
+            else:
+                frames, executed = np.concatenate([seen["tubelet"][1:], frames]), info["action"]
+            return controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
 
-
-def play(env: GoalViewWrapper, agent: str, planner: Planner | None, seed: int) -> dict[str, Any]:
-    """One episode, as a line of the results."""
-    seen, info = env.reset(seed=seed)
-    goal, generator = env.goal, agent_generator(seed, agent)
-    start, total = info["goal_degrees"], 0.0
-    if agent == "planner":
-        planner.begin(seen, seed)
-    for step in range(env.max_steps):
-        if agent == "planner":
-            action = planner.act(seen, info)
-        elif agent == "random":
-            action = raw_action(turn=generator.uniform(-LARGEST_TURN, LARGEST_TURN))
-        elif agent == "oracle" and step < len(goal.actions):
-            action = goal.actions[step]
-        else:
-            action = raw_action()
-        seen, reward, terminated, truncated, info = env.step(action)
-        total += reward
-        if terminated or truncated:
-            break
-    return {
-        "agent": agent,
-        "seed": seed,
-        "success": info["success"],
-        "steps": step + 1,
-        "oracle_steps": len(goal.actions),
-        "start_degrees": round(start, 4),
-        "final_degrees": round(info["goal_degrees"], 4),
-        "return": round(total, 4),
-        "ended": info["ended"],
-    }
+        return act
 
 
 def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
     """Success rates with their intervals, and the share of episodes that end within a distance."""
     figure = new_figure(9, 3.6)
     rates, distances = figure.subplots(1, 2)
-    for i, (agent, colour) in enumerate(zip(AGENTS, ("#0072B2", "#D55E00", "#7f7f7f", "#009E73"), strict=True)):
+    for i, (agent, colour) in enumerate(zip(ROWS, COLOURS, strict=True)):
         if agent not in agents:
             continue
         rate, (low, high) = agents[agent]["success_rate"], agents[agent]["success_rate_ci95"]
@@ -166,7 +149,7 @@ def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
         final = np.sort([e["final_degrees"] for e in episodes if e["agent"] == agent])
         distances.step(final, np.arange(1, len(final) + 1) / len(final), where="post", color=colour, label=agent)
     rates.set(ylabel="success rate", ylim=(0, 1.05))
-    rates.set_xticks(range(len(AGENTS)), AGENTS)
+    rates.set_xticks(range(len(ROWS)), ROWS)
     distances.set(xlabel="degrees to the goal at the end", ylabel="share of episodes", ylim=(0, 1.05))
     distances.legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
@@ -174,41 +157,87 @@ def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+def read_task(arguments: argparse.Namespace) -> Manifest | None:
+    """Fill in what the task's flags leave open; the manifest, if there is one."""
+    given = {name: getattr(arguments, name) for name in TASK}
+    manifest = load_manifest(arguments.manifest) if arguments.manifest else None
+    if manifest:
+        manifest.check_settings(given, "flags")
+    own = {**manifest.task, "seed": manifest.seeds[0], "episodes": len(manifest.seeds)} if manifest else TASK
+    for name, value in given.items():
+        setattr(arguments, name, own[name] if value is None else value)
+    return manifest
+
+
+def make_environment(arguments: argparse.Namespace, manifest: Manifest | None, rate: dict) -> GoalViewWrapper:
+    if manifest:
+        return manifest.make_environment()
+    steps = ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution), **rate)
+    return GoalViewWrapper(
+        steps, tolerance_degrees=arguments.tolerance_degrees, hold=arguments.hold, max_steps=arguments.max_steps
+    )
+
+
+def load_agents(arguments: argparse.Namespace, manifest: Manifest | None) -> tuple[dict[str, Agent], dict, dict]:
+    """Agents by row, but for the oracle, the settings that results depend on, and how long the model's steps are."""
+    settings = {name: getattr(arguments, name) for name in KEPT} | (manifest.identity if manifest else {})
+    task = manifest.task if manifest else {"keys": [], "largest_turn": LARGEST_TURN}
+    agents: dict[str, Agent] = {"random": make_random(task["largest_turn"], task["keys"]), "still": still}
+    if arguments.policy:
+        agents["policy"], settings["policy_file"] = load_policy(arguments.policy)
+    if arguments.model is None:
+        return agents, settings, {}
     model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    settings = {name: getattr(arguments, name) for name in KEPT}
     settings |= {"weights": weights_checksum(model), "processor": json_checksum(processor.to_dict())}
+    rate = step_options(model, processor)
+    if manifest:
+        manifest.check_settings(rate, "the model's steps")
     head = None
     if arguments.inverse_dynamics:
         head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
         settings["inverse_dynamics_weights"] = weights_checksum(head)
+    if "planner" in arguments.agents:
+        agents["planner"] = Planner(arguments, model, processor, head, task)
+    return agents, settings, rate
+
+
+def write_summary(output: Path, settings: dict[str, Any], episodes: list[dict]) -> None:
+    """summary.json, success.png, and the table on the screen."""
+    agents = summarize(episodes, ROWS)
+    write_json(output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
+    write_file(output / "success.png", draw(agents, episodes))
+    print(table(agents))
+    print(made("summary", output / "summary.json"))
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.make_manifest:
+        content = draw_manifest(arguments.make_manifest, episodes=arguments.episodes or 100, first_seed=arguments.seed)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        path = arguments.output / f"{content['name']}.json"
+        write_file(path, manifest_text(content).encode())
+        print(made("manifest", path, {"episodes": len(content["episodes"]), **content["drawn"]["left_out"]}))
+        return
+    new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
+    manifest = read_task(arguments)
     # What does not fit together is refused before there is a folder.
-    rate = step_options(model, processor)
-    planner = Planner(arguments, model, processor, head) if "planner" in arguments.agents else None
+    agents, settings, rate = load_agents(arguments, manifest)
     claim_folder(arguments.output, settings)
-    seeds = range(arguments.seed, arguments.seed + arguments.episodes)
-    wanted = [(agent, seed) for seed in seeds for agent in arguments.agents]
-    episodes = ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed"))
-    env = GoalViewWrapper(
-        ModelStepWrapper(VizDoomVPTEnv(resolution=arguments.resolution), **rate),
-        tolerance_degrees=arguments.tolerance_degrees,
-        hold=arguments.hold,
-        max_steps=arguments.max_steps,
-    )
-    with episodes:
+    seeds = manifest.seeds if manifest else range(arguments.seed, arguments.seed + arguments.episodes)
+    rows = [*arguments.agents, *(["policy"] if arguments.policy else [])]
+    wanted = [(agent, seed) for seed in seeds for agent in rows]
+    mark = {"manifest": manifest.sha256} if manifest else {}
+    env = make_environment(arguments, manifest, rate)
+    agents["oracle"] = make_oracle(env)
+    with ResultLines(arguments.output / "episodes.jsonl", key=("agent", "seed")) as episodes:
         for agent, seed in tqdm(wanted, unit="episode"):
             if (agent, seed) not in episodes:
-                episodes.add(play(env, agent, planner, seed))
+                begun = manifest.begin(env, seed) if manifest else env.reset(seed=seed)
+                episodes.add({**play(env, agent, agents[agent], seed, begun), **mark})
     env.close()
-    counted = episodes.select(wanted)
-    agents = summarize(counted, AGENTS)
-    write_json(arguments.output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
-    write_file(arguments.output / "success.png", draw(agents, counted))
-    print(table(agents))
-    print(made("summary", arguments.output / "summary.json"))
+    write_summary(arguments.output, settings, episodes.select(wanted))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def test_the_wheel_has_every_file(wheel):
     assert wheel.name.startswith(f"vjepa_ac_hf-{vjepa_ac_hf.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src").rglob("*.py")}
+    expected |= {str(file.relative_to(ROOT / "src")) for file in (ROOT / "src").rglob("goal_manifests/*.json")}
     for folder, pattern in (("examples", "**/*"), ("dataset_scripts", "*.py"), ("model_cards", "*.md")):
         files = (file for file in (ROOT / folder).glob(pattern) if file.is_file() and file.suffix != ".pyc")
         expected |= {f"vjepa_ac_hf/programs/{file.relative_to(ROOT)}" for file in files}

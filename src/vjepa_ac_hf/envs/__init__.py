@@ -5,7 +5,8 @@ with Gymnasium (extras "rl" and "vizdoom").
 
 `doom` starts the engine, `vizdoom_env` is the game tick by tick, `recording` writes play as recordings; `steps` makes
 one step of the model of eight ticks, `goals` a task of it; `features` puts the encoder's features in the frames' place,
-`sb3` hands them to Stable-Baselines3; `episodes` keeps what was played. Open `vizdoom_env.py` first.
+`sb3` hands them to Stable-Baselines3; `episodes` keeps what was played, by `agents`, towards the frozen goals of
+`manifests`. Open `vizdoom_env.py` first.
 """
 
 try:

@@ -1,6 +1,7 @@
 """Episodes on disk, and what they amount to: lines that survive a kill, success rates, a summary by agent.
 
-An episode is a JSON object with `agent`, `success`, `steps`, `start_degrees`, `final_degrees`, `return` and `ended`.
+An episode is a JSON object with `agent`, `success`, `steps`, `start_degrees`, `final_degrees`, `return` and `ended`;
+where it is of a manifest (manifests.py), `manifest` too.
 """
 
 import json
@@ -98,8 +99,18 @@ def summarize(episodes: Iterable[dict], agents: Sequence[str]) -> dict[str, dict
     """Figures of every agent that has episodes, in the order of `agents`.
 
     `success_rate`'s; means of `steps`, `start_degrees`, `final_degrees` (and its median) and `return`; `ended_early`,
-    how many episodes a death or a teleport ended.
+    how many episodes a death or a teleport ended; where episodes have `seconds` (of every action), their `actions`,
+    `seconds_per_action_median`, `seconds_per_action_mean` and `successes_per_second`.
+
+    Raises:
+        ValueError: episodes of two manifests.
     """
+    episodes = list(episodes)
+    manifests = sorted({str(e.get("manifest")) for e in episodes})
+    if len(manifests) > 1:
+        raise ValueError(
+            f"episodes of two manifests do not belong into one table: found {manifests[0]}, {manifests[1]}"
+        )
     found = {}
     for agent in agents:
         own = [e for e in episodes if e["agent"] == agent]
@@ -113,8 +124,21 @@ def summarize(episodes: Iterable[dict], agents: Sequence[str]) -> dict[str, dict
                 **means,
                 "final_degrees_median": float(np.median([e["final_degrees"] for e in own])),
                 "ended_early": sum(e["ended"] in ENDED_EARLY for e in own),
+                **_times(own),
             }
     return found
+
+
+def _times(episodes: Sequence[dict]) -> dict[str, Any]:
+    seconds = [second for e in episodes for second in e.get("seconds", ())]
+    if not seconds:
+        return {}
+    return {
+        "actions": len(seconds),
+        "seconds_per_action_median": float(np.median(seconds)),
+        "seconds_per_action_mean": float(np.mean(seconds)),
+        "successes_per_second": sum(e["success"] for e in episodes) / max(sum(seconds), 1e-9),
+    }
 
 
 def table(agents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -122,8 +146,10 @@ def table(agents: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for agent, figures in agents.items():
         low, high = figures["success_rate_ci95"]
+        seconds = figures.get("seconds_per_action_median")
+        time = "" if seconds is None else f", {seconds:.4f} s an action"
         rows.append(
             f"{agent:8} {100 * figures['success_rate']:5.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
-            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees"
+            f"{figures['episodes']}, {figures['start_degrees']:.1f} -> {figures['final_degrees']:.1f} degrees{time}"
         )
     return "\n".join(rows)

@@ -1,6 +1,7 @@
 """Goals that are views: turn, and walk, until the picture is the goal's (docs/environments.md, "Goals")."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,36 @@ def view_distance(state: np.ndarray, goal: np.ndarray) -> float:
     return math.hypot(wrap_degrees(float(state[0]) - float(goal[0])), float(state[1]) - float(goal[1]))
 
 
+def rehearse(
+    env: gymnasium.Env, seen: dict, begun: dict, moves: Iterable[tuple[float, Sequence[str]]]
+) -> GoalEpisode | None:
+    """The goal that an oracle's moves lead to; None where they end the episode.
+
+    Args:
+        env: model steps, after `reset`.
+        seen: what that returned, and
+        begun: its `info`.
+        moves: degrees to the right and pressed keys of every step, each asked for when the one before is done.
+    """
+    actions = []
+    start_state, start_position = seen["state"], begun["position"]
+    for turn, keys in moves:
+        actions.append(raw_action(turn=turn, pressed=keys, slot=max(begun["hotbar"], 0)))
+        seen, _, terminated, truncated, info = env.step(actions[-1])
+        if terminated or truncated:
+            return None
+    return GoalEpisode(
+        engine_seed=begun["engine_seed"],
+        heading=begun["heading"],
+        actions=np.stack(actions),
+        frame=seen["frame"],
+        state=seen["state"],
+        position=info["position"],
+        start_state=start_state,
+        start_position=start_position,
+    )
+
+
 class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """Episodes with a goal: a frame that an oracle has seen some steps from the start.
 
@@ -61,6 +92,7 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         steps: least and most steps of the oracle.
         turn: least and most degrees that it turns in a step, all steps of an episode to the same side.
         walk: probability that it walks ahead during a step.
+        settle: steps at the end in which it stands: who walks comes to rest.
         tolerance_degrees: a view as close as this is a success.
         tolerance_units: and a place as close as this, in map units (32 to a metre); None: any place.
         hold: steps in a row that must end so close: 1, passing by is enough; 2, one must stay.
@@ -81,6 +113,7 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         steps: tuple[int, int] = (1, 3),
         turn: tuple[float, float] = (10.0, 30.0),
         walk: float = 0.0,
+        settle: int = 0,
         tolerance_degrees: float = 5.0,
         tolerance_units: float | None = None,
         hold: int = 1,
@@ -97,6 +130,7 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
             steps=steps,
             turn=turn,
             walk=walk,
+            settle=settle,
             tolerance_degrees=tolerance_degrees,
             tolerance_units=tolerance_units,
             hold=hold,
@@ -104,13 +138,16 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
             max_steps=max_steps,
         )
         gymnasium.Wrapper.__init__(self, env)
-        if not 1 <= steps[0] <= steps[1] <= max_steps:
-            raise ValueError(f"steps must be 1 <= least <= most <= max_steps {max_steps}, found {steps}")
-        most = max_steps - steps[1] + 1
+        if settle < 0 or not 1 <= steps[0] <= steps[1] <= max_steps - settle:
+            raise ValueError(
+                f"steps must be 1 <= least <= most <= max_steps {max_steps} less settle, at least 0, found {steps} and "
+                f"settle {settle}"
+            )
+        most = max_steps - settle - steps[1] + 1
         if not 1 <= hold <= most:
             raise ValueError(
                 f"hold must be {f'1 to {most}' if most > 1 else '1'}: of max_steps {max_steps} no more are left once a "
-                f"goal {steps[1]} steps away is reached; found {hold}"
+                f"goal {steps[1] + settle} steps away is reached; found {hold}"
             )
         if not 0 < turn[0] <= turn[1] < 180 or not 0 <= walk <= 1:
             raise ValueError(f"turn must be 0 < least <= most < 180 and walk in [0, 1], found {turn} and {walk}")
@@ -123,7 +160,7 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         if not 0 <= success_reward < math.inf:
             raise ValueError(f"success_reward must be a finite number, at least 0, found {success_reward}")
         self.success_reward = success_reward
-        self.steps, self.turn, self.walk, self.max_steps = steps, turn, walk, max_steps
+        self.steps, self.turn, self.walk, self.settle, self.max_steps = steps, turn, walk, settle, max_steps
         self.tolerance_degrees, self.tolerance_units, self.hold = tolerance_degrees, tolerance_units, hold
         self.goal: GoalEpisode | None = None
         goal = spaces.Box(0, 255, steps_wrapper.game.frame_shape, np.uint8)
@@ -188,30 +225,17 @@ class GoalViewWrapper(gymnasium.Wrapper, RecordConstructorArgs):
 
     def _draw(self, seed: int | None) -> GoalEpisode:
         for attempt in range(_ATTEMPTS):
-            seen, begun = self.env.reset(seed=seed if attempt == 0 else None, options={"rehearsal": True})
-            generator = self.unwrapped.np_random
-            side = generator.choice([-1, 1])
-            start_state, start_position = seen["state"], begun["position"]
-            actions, ended = [], False
-            for _ in range(int(generator.integers(self.steps[0], self.steps[1] + 1))):
-                turn = side * generator.uniform(*self.turn)
-                keys = ["key.w"] if generator.random() < self.walk else []
-                actions.append(raw_action(turn=turn, pressed=keys, slot=max(begun["hotbar"], 0)))
-                seen, _, terminated, truncated, info = self.env.step(actions[-1])
-                ended = terminated or truncated
-                if ended:
-                    break
+            begun = self.env.reset(seed=seed if attempt == 0 else None, options={"rehearsal": True})
+            goal = rehearse(self.env, *begun, self._moves(self.unwrapped.np_random))
             # All turns of nearly a whole circle would end where they began.
-            if ended or view_distance(start_state, seen["state"]) <= self.tolerance_degrees:
-                continue
-            return GoalEpisode(
-                engine_seed=begun["engine_seed"],
-                heading=begun["heading"],
-                actions=np.stack(actions),
-                frame=seen["frame"],
-                state=seen["state"],
-                position=info["position"],
-                start_state=start_state,
-                start_position=start_position,
-            )
+            if goal is not None and view_distance(goal.start_state, goal.state) > self.tolerance_degrees:
+                return goal
         raise RuntimeError(f"no goal was found from {_ATTEMPTS} starts: the oracle's episodes end early")
+
+    def _moves(self, generator: np.random.Generator) -> Iterator[tuple[float, list[str]]]:
+        side = generator.choice([-1, 1])
+        for _ in range(int(generator.integers(self.steps[0], self.steps[1] + 1))):
+            turn = side * generator.uniform(*self.turn)
+            yield turn, ["key.w"] if generator.random() < self.walk else []
+        for _ in range(self.settle):
+            yield 0.0, []
