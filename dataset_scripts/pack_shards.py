@@ -16,7 +16,7 @@ from vjepa_ac_hf.console import Parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder with recordings, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
     parser.add_argument("--recordings_per_shard", type=int, default=32, help="default: %(default)s")

@@ -21,7 +21,7 @@ RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )
