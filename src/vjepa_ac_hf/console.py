@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         for action in self._actions:
             # What is off unless it is given needs no default.
-            is_off = isinstance(action, argparse._StoreTrueAction) or action.default in (None, "", [], argparse.SUPPRESS)
+            is_off = action.const is True or action.default in (None, "", [], argparse.SUPPRESS)
             if not (is_off or action.required or "default" in (action.help or "")):
                 action.help = f"{action.help} (default: %(default)s)" if action.help else "default: %(default)s"
         return super().format_help()
