@@ -39,7 +39,7 @@ REPAIRS = (
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--shards", nargs="+", help="globs of .tar shards, or folders with recordings or shards")
     add("--output", type=Path, required=True, help="folder of the data set, new or of an earlier run")

@@ -22,7 +22,7 @@ from vjepa_ac_hf.console import Parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--shards", nargs="+", required=True, help="globs of .tar shards, or folders with recordings or shards")
     add("--output", type=Path, help="folder for recordings.json (default: none, numbers are only printed)")

@@ -20,7 +20,7 @@ from vjepa_ac_hf.console import Parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--index", required=True, help="index file: path, http(s) URL, or hf://datasets/ORG/NAME[@revision][/folder]")
     add("--output", type=Path, required=True, help="folder of the recordings")

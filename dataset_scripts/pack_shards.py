@@ -16,7 +16,7 @@ from vjepa_ac_hf.console import Parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder with recordings, searched recursively")
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
     parser.add_argument("--recordings_per_shard", type=int, default=32, help="default: %(default)s")
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, VIDEO_SUFFIX, is_recording_file, write_tar
+from vjepa_ac_hf.recordings.shards import LOG_SUFFIX, MISSING, VIDEO_SUFFIX, is_recording_file, write_tar
 from vjepa_ac_hf.records import write_json
 
 
@@ -45,7 +45,7 @@ def find_recordings(folder: Path) -> tuple[list[str], list[dict[str, str]]]:
             suffixes.setdefault(file.relative_to(folder).with_suffix("").as_posix(), set()).add(file.suffix)
     paired = sorted(stem for stem, found in suffixes.items() if len(found) == 2)
     unpaired = [
-        {"recording": stem, "reason": f"missing {({VIDEO_SUFFIX, LOG_SUFFIX} - found).pop()}"}
+        {"recording": stem, "reason": MISSING[({VIDEO_SUFFIX, LOG_SUFFIX} - found).pop()]}
         for stem, found in sorted(suffixes.items())
         if len(found) == 1
     ]

@@ -20,7 +20,7 @@ from vjepa_ac_hf.console import Parser, folder_or_repo
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add(
         "--dataset",

@@ -31,7 +31,7 @@ RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for shard-000000.tar, ...")
     parser.add_argument("--recordings", type=int, default=40, help="number of recordings, a player each")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks (frames, log lines) a recording")

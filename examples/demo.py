@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument("--recordings", type=int, default=64, help="ViZDoom recordings (sessions)")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")

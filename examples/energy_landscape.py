@@ -14,7 +14,7 @@ from vjepa_ac_hf.console import Parser, folder_or_repo
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )

@@ -19,8 +19,7 @@ from vjepa_ac_hf.console import Parser, folder_or_repo
 
 
 def parse_arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model", required=True, type=folder_or_repo, help="trained inverse dynamics head: folder or Hub repository"
     )

@@ -29,7 +29,7 @@ TASK = {"episodes": 50, "seed": 0, "resolution": "256x144", "max_steps": 6, "tol
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=folder_or_repo, help="folder or Hub repository of model and processor")
     parser.add_argument("--output", required=True, type=Path, help="folder for episodes.jsonl and summary.json")
     parser.add_argument("--manifest", help=f"{', '.join(MANIFESTS)}, or a file: goals, and what counts as reached")

@@ -21,7 +21,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of a training run")
     parser.add_argument("--hub_model_id", help="ORG/NAME (default: that of the run)")
     parser.add_argument("--hub_private", action="store_true", help="create the repository as private")

@@ -38,6 +38,7 @@ from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
 from vjepa_ac_hf.loading.clips import (
+    MAKE_VALIDATION,
     check_clips,
     check_geometry,
     check_players,
@@ -124,7 +125,8 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     if not arguments.eval_every:
         return train, None
     if "validation" not in split_files(arguments.dataset):
-        logger.warning("%s has no validation split: nothing is validated during training", arguments.dataset)
+        text = "%s has no validation split: nothing is validated during training; to have one, %s"
+        logger.warning(text, arguments.dataset, MAKE_VALIDATION)
         return train, None
     validation = load_clips(arguments.dataset, "validation", streaming=arguments.streaming)
     check_players(arguments.dataset, {"train": train, "validation": validation})

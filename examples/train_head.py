@@ -28,8 +28,7 @@ from vjepa_ac_hf.training.arguments import add_loop_flags, fill_in_batch, number
 
 
 def parse_arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--task",
         required=True,

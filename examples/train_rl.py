@@ -36,7 +36,7 @@ GOAL_POOLINGS = ("similarity", "mean", "none")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )

@@ -563,7 +563,7 @@ def test_program(shards, tmp_path):
         **{"aligned": 2, "shifted": 2, "drifting": 0, "mirrored": 1, "undecided": 0, "rejected": 2}
     }
     assert [result["recorder_version"] for result in found["recordings"][:2]] == ["6.0", "6.1"]
-    assert found["recordings"][-1]["reason"] == "missing .jsonl"
+    assert found["recordings"][-1]["reason"].startswith("missing .jsonl: ")
     assert len(found["recordings"][0]["correlations"]) == 21 and len(found["recordings"][0]["windows"]) == 3
     flagged = [name_of("aaaaaaaaaaaa", segment) for segment in (1, 3, 4)]
     assert (output / "flagged.txt").read_text().split() == flagged

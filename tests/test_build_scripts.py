@@ -26,6 +26,7 @@ from test_vpt_tubelets import assert_same_rows
 from vjepa_ac_hf import ActionStatistics
 from vjepa_ac_hf.console import report
 from vjepa_ac_hf.inspection.summary import ActionHistograms, summary_markdown
+from vjepa_ac_hf.recordings.shards import MISSING
 
 SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
 
@@ -113,7 +114,7 @@ def test_shards_have_pairs_side_by_side_and_are_deterministic(packed):
     assert json.loads((folder / "out/pack_report.json").read_text()) == {
         "recordings": 6,
         "shards": 3,
-        "unpaired": [{"recording": "6.8/lonely", "reason": "missing .jsonl"}],
+        "unpaired": [{"recording": "6.8/lonely", "reason": MISSING[".jsonl"]}],
     }
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -27,9 +28,10 @@ HEAVY = {"torch", "transformers", "datasets", "numpy", "accelerate", "torchcodec
 # All programs in one process, with --help and with a mistake: their exit statuses, what they say, what is imported.
 ASK = """
 import contextlib, io, json, runpy, sys
+sys.modules.update(dict.fromkeys(EXTRAS))  # to import one of these is an error
 from vjepa_ac_hf.programs import command
 found = {}
-for name, (file, _) in command.PROGRAMS.items():
+for name, (file, _) in [*command.PROGRAMS.items(), ("demo", ("examples/demo.py", ""))][: None if sys.argv[1:] else -1]:
     for flag in ("--help", "--no_such_flag"):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -46,8 +48,13 @@ for name, (file, _) in command.PROGRAMS.items():
                 sys.argv = arguments
         found[f"{name} {flag}"] = [status, said.getvalue()]
 import vjepa_ac_hf
-print(json.dumps({"said": found, "imported": list(sys.modules), "from": vjepa_ac_hf.__file__}))
+imported = [name for name, module in sys.modules.items() if module is not None]
+print(json.dumps({"said": found, "imported": imported, "from": vjepa_ac_hf.__file__}))
 """
+# Packages of the extras, as they are imported.
+_TABLE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+_NAMES = {re.split(r"[\[>]", package)[0].replace("-", "_") for extra in _TABLE.values() for package in extra}
+ASK = ASK.replace("EXTRAS", repr(sorted(_NAMES - {"vjepa_ac_hf"})))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def test_the_wheel_has_every_file(wheel):
 
 def check_answers(answers):
     assert not HEAVY & set(answers["imported"])
-    assert len(answers["said"]) == 2 * len(command.PROGRAMS)
+    assert {asked.split()[0] for asked in answers["said"]} - {"demo"} == command.PROGRAMS.keys()
     for asked, (status, said) in answers["said"].items():
         assert said.startswith("usage: "), asked
         assert (status, "error: " in said) == ((0, False) if asked.endswith("--help") else (2, True)), asked
@@ -164,7 +171,11 @@ def parser_of(name, monkeypatch):
         patch.setattr(sys, "argv", [name])
         with pytest.raises(Parsed) as caught:
             command.run(command.ROOT / command.PROGRAMS[name][0])
-    return {action.dest: action for action in caught.value.args[0]._actions}
+    return caught.value.args[0]
+
+
+def flags_of(parser):
+    return {action.dest: action for action in parser._actions}
 
 
 def test_choices_and_defaults_are_the_packages(monkeypatch):
@@ -184,7 +195,7 @@ def test_choices_and_defaults_are_the_packages(monkeypatch):
     from vjepa_ac_hf.training.estimates import HARDWARE
     from vjepa_ac_hf.training.heads import TASKS
 
-    actions = {name: parser_of(name, monkeypatch) for name in command.PROGRAMS}
+    actions = {name: flags_of(parser_of(name, monkeypatch)) for name in command.PROGRAMS}
     choices = {
         **{(name, "resolution"): RESOLUTIONS for name in ("record", "plan", "train-rl")},
         **{(name, "resize_mode"): RESIZE_MODES for name in ("build", "train", "train-head")},
@@ -216,6 +227,26 @@ def test_choices_and_defaults_are_the_packages(monkeypatch):
     }
     for (name, flag), expected in defaults.items():
         assert actions[name][flag].default == expected, (name, flag)
+
+
+@pytest.mark.parametrize("name", command.PROGRAMS)
+def test_help_shows_every_default(name, monkeypatch):
+    parser = parser_of(name, monkeypatch)
+    page = parser.format_help()
+    entries = dict(re.findall(r"^  (?:-\w, )?--(?:no-)?(\w+)(.*?)(?=^  -|^\S|\Z)", page, re.MULTILINE | re.DOTALL))
+    checked = 0
+    for flag, action in flags_of(parser).items():
+        # What is off unless it is given has no default to tell; -1 is told in words ("no limit").
+        if isinstance(action, argparse._StoreTrueAction) or action.default in (None, "", [], argparse.SUPPRESS, -1):
+            continue
+        text, default = " ".join(entries[flag].split()), action.default
+        assert "default" in text, flag
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert default in map(float, re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)), (flag, text)
+        else:
+            assert all(str(value) in text for value in (default if isinstance(default, list) else [default])), flag
+        checked += 1
+    assert checked >= {"pack": 1, "push": 2, "train": 30, "train-head": 20}.get(name, 0)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda f: f.stem)

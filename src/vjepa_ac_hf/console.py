@@ -24,12 +24,22 @@ _given: dict[str, Any] = {}  # flags of the program that runs
 class Parser(argparse.ArgumentParser):
     """Flags of a program, `--traceback` among them; once they are parsed, errors are told by `report`.
 
-    Flags are never abbreviated. Mistakes in them exit with status 2; of several processes the first one tells them.
+    Flags are never abbreviated, and help shows their defaults. Mistakes in them exit with status 2; of several
+    processes the first one tells them.
     """
 
     def __init__(self, **options: Any):
-        super().__init__(**{"allow_abbrev": False, **options})
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": formatter, **options})
         self.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            # What is off unless it is given needs no default.
+            is_off = action.const is True or action.default in (None, "", [], argparse.SUPPRESS)
+            if not (is_off or action.required or "default" in (action.help or "")):
+                action.help = f"{action.help} (default: %(default)s)" if action.help else "default: %(default)s"
+        return super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)

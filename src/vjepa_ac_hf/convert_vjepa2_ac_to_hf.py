@@ -24,7 +24,7 @@ FAMILIES = ("2", "2.1", "2-ac")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="official .pt file")
     parser.add_argument("--output", required=True, help="folder for config.json and model.safetensors")
     parser.add_argument("--family", choices=FAMILIES, help="refuse a file of another (default: any)")

@@ -29,6 +29,7 @@ from .streaming import ClipRows, ParquetClips
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("video", "actions", "states", "recording_id", "session_id", "player_id", "start_tick")
+MAKE_VALIDATION = "build the data set again with --validation_players NAME ..., or with --validation_fraction SHARE"
 _RATE_TOLERANCE = 0.01  # of mp4's time stamps
 
 
@@ -46,7 +47,8 @@ def load_clips(dataset: str, split: str, *, streaming: bool = False) -> Dataset 
     """
     splits = split_files(dataset)
     if split not in splits:
-        raise ValueError(f"{dataset}: no split {split!r}, found {list(splits)}")
+        mend = f": {MAKE_VALIDATION}" if split == "validation" else ""
+        raise ValueError(f"{dataset}: no split {split!r}, found {list(splits)}{mend}")
     files = splits[split]
     others = [file for file in files if not file.endswith(".parquet")]
     if others:

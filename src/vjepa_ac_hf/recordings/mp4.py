@@ -22,6 +22,16 @@ MOST_BOXES = 2**17  # at the top level; a fragment has two
 MOST_EDITS = 64  # entries of edit lists: FFmpeg's index grows with their number times that of samples
 
 _LARGEST_FILE_TYPE = 4096
+# How files of other kinds begin, from where and by what, that a renamed video may be. None of them is a text: FFmpeg
+# must not be recommended for what may be a playlist.
+_OTHER_KINDS = {
+    "an AVI": (8, b"AVI "),
+    "a Matroska or WebM": (0, b"\x1a\x45\xdf\xa3"),
+    "a Windows Media": (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+    "a Flash video": (0, b"FLV\x01"),
+    "an Ogg": (0, b"OggS"),
+    "an MPEG program stream": (0, b"\x00\x00\x01\xba"),
+}
 # Box types are searched for wherever they occur, because FFmpeg accepts them in places where they do not belong.
 _CHECKED_BOXES = re.compile(rb"stsz|stz2|stts|ctts|trun|elst|cmov|dref")
 
@@ -128,7 +138,7 @@ def _index_boxes(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         size, kind = struct.unpack(">I4s", header[:8]) if len(header) >= 8 else (0, b"")
         # A file that begins with two zero bytes is no playlist for any of FFmpeg's formats.
         if start == 0 and (kind != b"ftyp" or not 8 <= size < 2**16):
-            raise ValueError(f"expected an mp4 file, which begins with an ftyp box, found {header[:8]!r}")
+            raise ValueError(_no_mp4(header))
         if size == 1 and len(header) == 16:
             size = struct.unpack(">Q", header[8:])[0]
         elif size == 0 and len(header) >= 8:
@@ -146,6 +156,15 @@ def _index_boxes(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
             file.seek(start)
             yield kind, file.read(size)
         start += size
+
+
+def _no_mp4(header: bytes) -> str:
+    """What to say of a file that begins with `header`, and what to do where it is a known kind of video."""
+    text = f"expected an mp4 file, which begins with an ftyp box, found {header[:8]!r}"
+    for kind, (place, sign) in _OTHER_KINDS.items():
+        if header[place : place + len(sign)] == sign:
+            return f"{text}, {kind} file: make it one: ffmpeg -i FILE -c:v libx264 -an OUT.mp4"
+    return text
 
 
 def _check_box(kind: str, content: bytes, start: int, counts: Counter[str]) -> None:

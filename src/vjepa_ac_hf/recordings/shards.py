@@ -32,6 +32,11 @@ from .names import player_id_of, recorder_version_of, session_id_of, version_ord
 VIDEO_SUFFIX, LOG_SUFFIX = ".mp4", ".jsonl"
 MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings: named like a log, and none
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+# By suffix: what is said where a recording lacks its half.
+MISSING = {
+    VIDEO_SUFFIX: f"missing {VIDEO_SUFFIX}",
+    LOG_SUFFIX: f"missing {LOG_SUFFIX}: a trained inverse dynamics head can write it (examples/label_videos.py)",
+}
 _READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 # What a network file system or a machine out of resources answers, whatever the file.
 _PASSING_ERRORS = {
@@ -407,7 +412,7 @@ def _pair_files(shard: Shard, files: Iterable[_FoundFile]) -> None:
             reject(stem, faults[stem])
             continue
         for missing in {VIDEO_SUFFIX, LOG_SUFFIX} - half.keys():
-            reject(stem, f"missing {missing}")
+            reject(stem, MISSING[missing])
 
 
 def _reject_doubled(shards: list[Shard]) -> None:

@@ -197,4 +197,8 @@ def encode_clip(frames: torch.Tensor, fps: float) -> bytes:
 def check_frame_rate(reader: VideoReader, native_fps: float) -> None:
     """Refuse a video whose frame rate (missing frames left aside) differs by more than 5 % from that of recordings."""
     if abs(reader.frame_rate - native_fps) > RATE_TOLERANCE * native_fps:
-        raise VideoError(f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}")
+        raise VideoError(
+            f"{reader.name}: frame rate: expected {native_fps:g} FPS, found {reader.frame_rate:g}: where all "
+            f"recordings are so, and a log line belongs to each frame, give --native_fps {reader.frame_rate:.0f}; else "
+            f"encode the video again: ffmpeg -i FILE -vf fps={native_fps:g} OUT.mp4"
+        )

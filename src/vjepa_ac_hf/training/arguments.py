@@ -26,22 +26,11 @@ _POSITIVE = (
 )
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with every flag's default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if "default" in text or action.default in (None, "", argparse.SUPPRESS) or action.required:
-            return text
-        return f"{text} (default: %(default)s)" if text else "default: %(default)s"
-
-
 def build_parser(description: str) -> argparse.ArgumentParser:
     """All flags of `examples/train.py`, in groups."""
     parser = Parser(
         usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
         description=description,
-        formatter_class=_Formatter,
     )
     parser.add_argument(
         "--config",
