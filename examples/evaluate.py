@@ -29,6 +29,12 @@ def parse_arguments() -> argparse.Namespace:
         type=folder_or_repo,
         help="folder or repository of a frame decoder: frames in place of colours, PSNR, SSIM",
     )
+    parser.add_argument(
+        "--inverse_dynamics",
+        type=folder_or_repo,
+        help="folder or repository of an inverse dynamics head over the same encoder and action space: can the actions "
+        "be read from what is imagined?",
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for metrics.json and report.html")
     parser.add_argument("--split", default="validation", help="split of the data set")
     parser.add_argument("--context_steps", type=int, default=2, help="true steps that a rollout starts from")
@@ -58,6 +64,7 @@ from transformers.utils import cached_file
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
 from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.evaluation.controllability import evaluate_controllability, load_inverse_dynamics
 from vjepa_ac_hf.evaluation.decoding import evaluate_frames, load_decoder, mirror_actions
 from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips
@@ -122,6 +129,31 @@ def make_pictures(
     )
 
 
+def read_imagined(
+    args: argparse.Namespace,
+    model: Any,
+    head: Any,
+    processor: Any,
+    dataset: Any,
+    records: Any,
+    table: Any,
+    integrate_states: Any,
+) -> dict[str, Any]:
+    """Figures of what an inverse dynamics head reads of rollouts; the other clip of each is its first partner."""
+    batches = clip_data.encoded_batches(model, processor, dataset, records.names, args.batch_size)
+    controllability = evaluate_controllability(
+        *(model, head, processor),
+        tqdm(batches, total=-(-len(dataset) // args.batch_size), desc="reading actions", unit="batch"),
+        records,
+        partners=table.partners[:, 0],
+        context_steps=args.context_steps,
+        horizon=table.error.shape[1],
+        integrate_states=integrate_states,
+        seed=args.seed,
+    )
+    return {"inverse_dynamics": args.inverse_dynamics, "controllability": controllability}
+
+
 def print_table(horizons: list[dict[str, Any]]) -> None:
     names = ("error", "error_over_persistence", "shuffled_over_error", "win_rate", "win_rate_large_turns")
     print("horizon  " + "  ".join(names))
@@ -138,6 +170,7 @@ def main() -> None:
     new_figure(1, 1)  # matplotlib is optional: its absence should not end a run after the work is done
     model, processor, dataset = load(args)
     decoder = None if args.decoder is None else load_decoder(args.decoder, model)
+    head = None if args.inverse_dynamics is None else load_inverse_dynamics(args.inverse_dynamics, model, processor)
     steps = processor.frames_per_clip // processor.tubelet_size
     check_protocol(steps, args.context_steps, args.horizon, args.shuffles, len(dataset))
     records = clip_data.read_records(dataset, processor)
@@ -193,6 +226,8 @@ def main() -> None:
             seed=args.seed,
             progress=lambda starts: tqdm(starts, desc="decoding", unit="batch"),
         )
+    if head is not None:
+        metrics |= read_imagined(args, model, head, processor, dataset, records, table, integrate_states)
     write_metrics(args.output / "metrics.json", metrics)
     pictures = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states, decoder)
     report = write_report(args.output, metrics, table, pictures)

@@ -6,7 +6,9 @@ import sys
 from typing import Any
 
 from datasets import Features, Value
+from datasets import Sequence as ListOf
 
+from .controllability_figures import controllability_figures
 from .figures import BOOTSTRAP_DRAWS, VALUE_COLUMNS, aggregate_rows, unit_counts
 from .probes import RETRIEVAL_COLUMNS, SENSITIVITY_COLUMNS, aggregate_retrieval, aggregate_sensitivity
 
@@ -117,3 +119,29 @@ class RetrievalMetric(evaluate.Metric):
 
     def _compute(self, **rows: Any) -> dict[str, Any]:
         return aggregate_retrieval(rows)
+
+
+class ControllabilityMetric(evaluate.Metric):
+    """`controllability_figures` as a metric: one row a clip, horizon and kind, from several processes too; see
+    `LatentPredictionMetric`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        names = {name: Value("string") for name in ("session_id", "player_id", "kind")}
+        actions = {name: ListOf(Value("float64")) for name in ("told", "given", "before")}
+        return evaluate.MetricInfo(
+            description="Whether the actions that rollouts were given can be read from them, with ceilings and floors.",
+            citation="Guo et al., MineWorld, arXiv 2504.08388; Baker et al., Video PreTraining, arXiv 2206.11795",
+            inputs_description=controllability_figures.__doc__ or "",
+            features=Features({**names, "horizon": Value("int64"), **actions}),
+        )
+
+    def _compute(
+        self,
+        *,
+        columns: list[str],
+        ticks_per_action: float,
+        draws: int = BOOTSTRAP_DRAWS,
+        bootstrap_seed: int = 0,
+        **rows: Any,
+    ) -> dict[str, Any]:
+        return controllability_figures(rows, columns, ticks_per_action, draws=draws, seed=bootstrap_seed)

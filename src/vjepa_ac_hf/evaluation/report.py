@@ -11,6 +11,7 @@ import numpy as np
 
 from ..pages import PAGE_STYLE, image_tag
 from ..records import write_file, write_json
+from .controllability_report import controllability_section
 from .figures import FEW_PLAYERS, LARGE_TURN_DEGREES
 from .pictures import ClipPictures
 from .plots import clip_figure, curves_figure, histogram_figure
@@ -103,6 +104,7 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
 <div class="scroll">{_table(metrics["horizons"])}</div></section>
 <section><h2>Pair by pair</h2>{image_tag(images["pairs"], "histogram of error differences at horizon 1")}</section>
 {_frames_section(metrics)}
+{controllability_section(metrics)}
 {_clips_section(clips, "frames" in metrics)}
 <section><h2>How to read the figures</h2><dl>{reading}</dl></section>
 <section><h2>How it was made</h2><p><code>{escape(metrics["command"])}</code></p>

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
+from ..evaluation.controllability import card_figures
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, versions, weights_digest
@@ -155,6 +156,8 @@ class RunDescription:
         if evaluation is not None:
             public = {k: v for k, v in evaluation.items() if k != "command"}
             public |= {"model": self.repo_id, "dataset": public_name(str(evaluation.get("dataset")))}
+            heads = [name for name in ("decoder", "inverse_dynamics") if name in public]
+            public |= {name: public_name(str(public[name])) for name in heads}
             texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
         return {name: text.encode() for name, text in texts.items()}
 
@@ -220,6 +223,7 @@ class RunDescription:
             validated_at=validated.get("step"),
             headlines=[(name, value) for _, name, value in headlines],
             is_evaluated=evaluation is not None,
+            controllability=card_figures((evaluation or {}).get("controllability")),
             figures=figures,
             arguments=json.dumps(arguments, indent=2),
         )
