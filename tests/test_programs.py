@@ -102,6 +102,7 @@ def test_the_wheel_has_every_file(wheel):
     for folder, pattern in (("examples", "**/*"), ("dataset_scripts", "*.py"), ("model_cards", "*.md")):
         files = (file for file in (ROOT / folder).glob(pattern) if file.is_file() and file.suffix != ".pyc")
         expected |= {f"vjepa_ac_hf/programs/{file.relative_to(ROOT)}" for file in files}
+    expected |= {f"vjepa_ac_hf/app/page.{kind}" for kind in ("css", "html", "js")}
     assert {name for name in names if ".dist-info/" not in name} == expected | {"vjepa_ac_hf/py.typed"}
     assert len([name for name in expected if name.endswith(".yaml")]) == 10
 

@@ -17,7 +17,7 @@ LAYERS = (
     {"downloading", "inspection", "loading"},
     {"building", "evaluation"},
     {"envs", "planning", "training"},
-    {"hub", "labelling"},
+    {"app", "hub", "labelling"},
     {"programs"},
 )
 LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -37,6 +37,7 @@ PROGRAMS = {
     "label": ("examples/label_videos.py", "write logs for videos without one"),
     "plan": ("examples/plan_vizdoom.py", "plan towards views in ViZDoom"),
     "landscape": ("examples/energy_landscape.py", "draw the energy over two action columns"),
+    "explore": ("examples/explore.py", "play in what a world model imagines, in a browser"),
     "train-rl": ("examples/train_rl.py", "train agents in ViZDoom on features"),
     "push": ("examples/push.py", "push what a training run has left to the Hub"),
     "convert": (str(HERE.parent / "convert_vjepa2_ac_to_hf.py"), "convert official V-JEPA 2 checkpoints"),
