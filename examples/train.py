@@ -36,7 +36,7 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACP
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.hub.cards import RunDescription
-from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model
+from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model, save_last_weights
 from vjepa_ac_hf.loading.clips import (
     MAKE_VALIDATION,
     check_clips,
@@ -50,6 +50,7 @@ from vjepa_ac_hf.loading.clips import (
 )
 from vjepa_ac_hf.loading.feature_cache import cache_features
 from vjepa_ac_hf.loading.loader import ClipLoader
+from vjepa_ac_hf.training.averages import WeightAverage
 from vjepa_ac_hf.training.distributed import (
     build_accelerator,
     end_processes,
@@ -191,6 +192,7 @@ def start_run(arguments, accelerator, model, processor, splits, stop, identity, 
     run = Run(
         *(arguments, accelerator, model, model.predictor, wrapped, optimizer, scheduler, stop, identity, loader),
         health=Health(model, arguments, accelerator),
+        average=WeightAverage(model.predictor, arguments.ema_decay) if arguments.ema_decay else None,
         losses=("loss", "teacher_forcing_loss", "rollout_loss"),
     )
 
@@ -292,10 +294,16 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
                 run.publish = pusher.submit
             with stop.deferred():
                 train(run)
+                if run.average is not None:
+                    last = whole_model(model)
+                    if accelerator.is_main_process:
+                        save_last_weights(arguments.output_dir, last, processor)
+                    run.average.exchange()
                 model = whole_model(model)
                 if description is not None:
                     save_final_model(arguments.output_dir, model, processor, description, run.step)
                     write_status(arguments.output_dir, "finished", run.step)
+        run.average = None
         run.wrapped = run.model = run.trained = model
         end_processes(accelerator)  # the other processes need not wait for the Hub
         if accelerator.is_main_process:

@@ -31,6 +31,7 @@ from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED, SAME_CTRL_C, Ba
 
 # Nine steps over 24 clips, four a step: the run ends in its second epoch.
 FLAGS = ("--max_steps=9", "--checkpoint_every=3", "--eval_every=4", "--eval_clips=4", "--gradient_accumulation_steps=1")
+FLAGS += ("--ema_decay=0.9",)  # checkpoints hold an average too
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def without_times(output):
 def assert_same_run(output, reference):
     assert without_times(output) == without_times(reference)
     assert_same_weights(output, reference)
+    assert_same_weights(output / "raw", reference / "raw")
     assert json.loads((output / "run_status.json").read_text()) == {"status": "finished", "step": 9}
 
 

@@ -96,6 +96,7 @@ def test_a_step_waits_for_the_device_once(workspace, train_here, tmp_path, monke
     """However many batches it accumulates; the batches are at hand, as copies that were made ahead."""
     counts = count_steps(monkeypatch, accumulation)
     flags = ("--max_steps=5", "--per_device_batch_size=1", f"--gradient_accumulation_steps={accumulation}")
+    flags += ("--ema_decay=0.9",)
     train_here(command(workspace, tmp_path, *flags, "--log_every=5", "--eval_every=0", "--checkpoint_every=9"))
     assert len(counts) == 5 and all([name for name, _ in found] == ["tolist"] for found in counts), counts
 
@@ -145,7 +146,7 @@ def test_between_two_steps_nothing_waits(workspace, train_here, tmp_path, monkey
 
     stack = []
     monkeypatch.setattr(loop, "train_step", between)
-    train_here(command(workspace, tmp_path, "--max_steps=4", "--log_every=4", "--eval_every=0"))
+    train_here(command(workspace, tmp_path, "--max_steps=4", "--ema_decay=0.9", "--log_every=4", "--eval_every=0"))
     stack.pop().__exit__(None, None, None)
     assert counts == [[], [], []]
 

@@ -45,8 +45,8 @@ _PUBLISHED = (
         "per_device_batch_size",
     ),
     *("gradient_accumulation_steps", "global_batch_size", "learning_rate", "start_learning_rate"),
-    *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "mixed_precision"),
-    *("seed", "eval_every", "eval_clips", "hub_model_id", "hub_private"),
+    *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "ema_decay"),
+    *("mixed_precision", "seed", "eval_every", "eval_clips", "hub_model_id", "hub_private"),
 )
 
 
@@ -219,6 +219,7 @@ class RunDescription:
             max_steps=arguments["max_steps"],
             recipe={k: arguments[k] for k in ("learning_rate", "weight_decay", "mixed_precision", "seed")},
             metrics={k: v for k, v in logged.items() if is_figure(k, v)},
+            ema_decay=arguments.get("ema_decay", 0.0),
             logged_at=logged.get("step"),
             validated_at=validated.get("step"),
             headlines=[(name, value) for _, name, value in headlines],

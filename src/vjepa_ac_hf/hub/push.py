@@ -29,7 +29,7 @@ from torch import Tensor
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, weights_digest, write_json
-from ..training.checkpoints import flush
+from ..training.checkpoints import AVERAGE, flush
 from .cards import RunDescription
 from .upload import Snapshot, is_model_file, lock, look, read_json, remove_outdated
 
@@ -89,6 +89,15 @@ def save_final_model(
         os.replace(path, folder / path.name)
     temporary.rmdir()
     flush(folder)
+
+
+def save_last_weights(folder: Path, model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> None:
+    """Write the model with the weights of the last step, `folder/raw`, beside that with their average."""
+    temporary = folder / ".raw.tmp"
+    for path in (temporary, folder / "raw"):
+        shutil.rmtree(path, ignore_errors=True)
+    save_model(temporary, model, processor)
+    os.replace(temporary, folder / "raw")
 
 
 def add_snapshot(
@@ -269,11 +278,13 @@ class HubPusher:
         """Have a checkpoint pushed. A disk that fails costs this push, not the training."""
         if self.strategy == "end":
             return
-        predictor, made = checkpoint / "predictor.safetensors", time_of_now(self.output_dir)
+        average, made = checkpoint / AVERAGE, time_of_now(self.output_dir)
+        predictor = average if average.exists() else checkpoint / "predictor.safetensors"
         try:
             digests = tensor_digests((f"predictor.{name}", tensor) for name, tensor in tensors_of(predictor))
             texts = self.run.texts(self.output_dir, step, weights_digest(self._encoder | digests))
-            self._add(made, made, step, {path.name: path for path in (*self.base.iterdir(), predictor)}, texts)
+            links = {path.name: path for path in self.base.iterdir()}
+            self._add(made, made, step, {**links, "predictor.safetensors": predictor}, texts)
         except (OSError, SafetensorError) as error:
             logger.warning("%s: step %d is not pushed, it cannot be prepared: %s", self.repo_id, step, error)
 

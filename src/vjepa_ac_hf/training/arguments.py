@@ -115,6 +115,12 @@ def _add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight_decay", type=float, default=0.04, help="on matrices, not on biases and norms")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
     group.add_argument(
+        "--ema_decay",
+        type=float,
+        default=0.0,
+        help="the model is an average of the weights over training, of this decay (docs/training.md); 0: the last ones",
+    )
+    group.add_argument(
         "--mixed_precision",
         choices=("no", "bf16"),
         default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
@@ -248,6 +254,8 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             parser.error(
                 f"--{name} {getattr(arguments, name)} must be at most --learning_rate {arguments.learning_rate}"
             )
+    if not 0 <= arguments.ema_decay < 1:
+        parser.error(f"--ema_decay must be at least 0 and below 1, found {arguments.ema_decay}")
     if arguments.mfu > 1:
         parser.error(f"--mfu is a share of the peak, at most 1, found {arguments.mfu}")
     if arguments.hardware and arguments.hardware.lower().partition("x")[0] not in _HARDWARE:

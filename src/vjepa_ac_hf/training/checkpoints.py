@@ -27,12 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..records import write_json
+from .averages import WeightAverage
 from .distributed import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8})")
 FILES = ("predictor.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json")
+AVERAGE = "average.safetensors"  # of a run with --ema_decay: what is the model
 
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
@@ -101,7 +103,7 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, with names and values; None: nothing."""
     try:
         expected = json.loads((path / "files.json").read_text())
-        if set(expected) != set(FILES):
+        if set(expected) - {AVERAGE} != set(FILES):
             return f"files.json lists {sorted(expected)}, expected {sorted(FILES)}"
         for name, entry in expected.items():
             found = _checksum(path / name)
@@ -114,7 +116,8 @@ def find_damage(path: Path) -> str | None:
 
 def write_checksums(path: Path) -> None:
     """`files.json` of a checkpoint, as its files are now."""
-    write_json(path / "files.json", {name: _checksum(path / name) for name in FILES})
+    names = [*FILES, AVERAGE] if (path / AVERAGE).exists() else FILES
+    write_json(path / "files.json", {name: _checksum(path / name) for name in names})
 
 
 def save_checkpoint(
@@ -125,6 +128,7 @@ def save_checkpoint(
     random_state: dict[str, Tensor],
     state: dict[str, Any],
     accelerator: Accelerator,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write `folder/step-<step>`; all processes must call it, the main one writes.
 
@@ -136,9 +140,12 @@ def save_checkpoint(
         random_state: of this process (`get_random_state`).
         state: JSON (schedule, arguments, position of the loader).
         accelerator: of the run.
+        average: of the predictor's weights; None: there is none.
     """
     tensors = {k: _on_main(v, accelerator) for k, v in predictor.state_dict().items()}
     moments = {k: _on_main(v, accelerator) for k, v in _optimizer_tensors(predictor, optimizer).items()}
+    averages = {} if average is None else {**predictor.state_dict(), **average.tensors}  # buffers as they are
+    averages = {k: _on_main(v, accelerator) for k, v in averages.items()}
     everywhere = {k: gather(v[None].to(accelerator.device)).cpu() for k, v in random_state.items()}
     final = folder / f"step-{step:08d}"
     if accelerator.is_main_process:
@@ -146,6 +153,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "predictor.safetensors")
+        if average is not None:
+            save_file(averages, temporary / AVERAGE)
         save_file(moments, temporary / "optimizer.safetensors")
         save_file(everywhere, temporary / "random.safetensors")
         write_json(temporary / "trainer_state.json", {"step": step, **state})
@@ -166,7 +175,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: Path, predictor: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    path: Path,
+    predictor: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    average: WeightAverage | None = None,
 ) -> None:
     """Put a checkpoint's tensors back, after the model and optimizer were prepared, whatever shards them.
 
@@ -183,6 +196,10 @@ def load_checkpoint(
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(shard_like(saved[name], tensor))
+        if average is not None:
+            saved = load_file(path / AVERAGE)
+            for name, tensor in average.tensors.items():
+                tensor.copy_(shard_like(saved[name], tensor))
     _load_optimizer_tensors(predictor, optimizer, load_file(path / "optimizer.safetensors"), path)
     states = load_file(path / "random.safetensors")
     if len(states["torch"]) != accelerator.num_processes:

@@ -88,6 +88,7 @@ def estimate(
             step_memory(
                 *(config, frozen, trainable, batch),
                 cached_features=cached,
+                averaged=arguments.ema_decay > 0,
                 bf16=bf16,
                 gradient_checkpointing=checkpointed,
             )

@@ -128,7 +128,8 @@ class Memory:
     """Bytes on one device; `total` counts gradients and activations as if all were there at once.
 
     Args:
-        weights: encoder and predictor, float32, and in bf16 the copies that autocast makes of the predictor's.
+        weights: encoder and predictor, float32, the average of the predictor's where there is one, and in bf16 the
+            copies that autocast makes of the predictor's.
         gradients: of the predictor, float32; several processes send them from where they are.
         optimizer: AdamW's two moments, float32.
         activations: what the forward pass keeps for the backward pass, pixels and features included.
@@ -189,6 +190,7 @@ def step_memory(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     cached_features: bool = False,
+    averaged: bool = False,
     device: str = "cuda",
 ) -> Memory:
     """Estimate of the memory of one device in a training step of `batch_size` clips (docs/training.md, "Dry run").
@@ -216,7 +218,8 @@ def step_memory(
         encoder_width, inner = encoder.hidden_size, int(encoder.hidden_size * encoder.mlp_ratio)
         encoding = frame_tokens * (number * (3 * encoder_width + 2 * inner) + norm_number * encoder_width)
         working = max(working, encoding - layers)  # the encoder has finished before the layers keep anything
-    weights = 4.0 * (encoder_parameters + predictor_parameters) + (2.0 * predictor_parameters if bf16 else 0.0)
+    weights = 4.0 * (encoder_parameters + predictor_parameters)
+    weights += (4.0 * averaged + 2.0 * bf16) * predictor_parameters
     return Memory(
         weights=weights,
         gradients=4.0 * predictor_parameters,

@@ -8,6 +8,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from ..loading.loader import ClipLoader
 from ..records import versions
+from .averages import WeightAverage
 from .checkpoints import (
     find_checkpoint,
     get_random_state,
@@ -63,9 +65,11 @@ class Run:
         identity: what must not differ when the run is continued (`run_identity`).
         loader: batches of this process.
         health: collects what a row of metrics says about the steps.
+        average: of the weights of `trained`; None: there is none.
         losses: outputs of the model that a row has; `loss` is optimised.
         inputs: arguments of the model's `forward` from a batch.
-        validate: figures by name, `validation_loss` among them, or None; all processes call it. None: no validation.
+        validate: figures by name, `validation_loss` among them, or None; all processes call it, with the average in
+            place of the weights. None: no validation.
         picture: called after a validation's row has been written.
         validation_set: names the clips of `validate`: losses on others are not compared.
         publish: gets step and folder of every checkpoint but the last, in the main process.
@@ -87,6 +91,7 @@ class Run:
     identity: dict[str, Any]
     loader: ClipLoader
     health: Health
+    average: WeightAverage | None = None
     losses: tuple[str, ...] = ("loss",)
     inputs: Callable[[Batch], Batch] = tensors_of
     validate: Callable[[], dict[str, Any]] | None = None
@@ -142,7 +147,7 @@ def begin(run: Run, start: tuple[Path, dict[str, Any]] | None) -> None:
     if start is not None:
         path, state = start
         run.loader.load_state_dict(state["loader"])
-        load_checkpoint(path, run.trained, run.optimizer.optimizer, accelerator)
+        load_checkpoint(path, run.trained, run.optimizer.optimizer, accelerator, run.average)
         continue_schedule(run.scheduler, state["schedule"])
         run.step, run.best = state["step"], state.get("best")
         run.saved = run.step if path.parent.resolve() == run.checkpoints.resolve() else None
@@ -210,14 +215,21 @@ def train_step(run: Run, batches: Iterator[Batch]) -> tuple[dict[str, float], fl
     run.optimizer.zero_grad()
     run.scheduler.step()
     run.step += 1
+    if run.average is not None:
+        run.average.update(run.step)
     return dict(zip(run.losses, losses, strict=True)), gradient_norm, stopping > 0
 
 
 def log_step(run: Run, metrics: dict[str, Any], evaluate: bool) -> bool:
-    """Write the metrics of a step, with those of a validation if it is due. Returns whether it was the best so far."""
+    """Write the metrics of a step, with those of a validation if it is due. Returns whether it was the best so far.
+
+    The model has the weights that are to be judged: the average, where there is one.
+    """
     improved = False
     if evaluate and run.validate is not None:
         metrics |= run.validate()
+        if run.average is not None:
+            metrics["validation_weights"] = "average"
         loss = metrics.get("validation_loss")
         improved = loss is not None and math.isfinite(loss) and (run.best is None or loss < run.best["validation_loss"])
         if improved:
@@ -243,7 +255,7 @@ def save(run: Run, at: dict[str, Any]) -> None:
     state = {"arguments": run.identity, "schedule": run.scheduler.state_dict(), "loader": at["loader"]}
     state |= {"best": run.best, "validation": run.validation_set, "versions": versions()}
     tensors = run.trained, run.optimizer.optimizer, at["random"]
-    saved = save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator)
+    saved = save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator, run.average)
     run.saved = run.step
     if run.accelerator.is_main_process:
         if run.publish is not None and run.step < run.arguments.max_steps:
@@ -286,7 +298,8 @@ def train(run: Run) -> None:
             progress.set_postfix(loss=f"{metrics['loss']:.4f}", clips_s=f"{metrics['clips_per_second']:.1f}")
             if logged == first and not last:
                 accelerator.print(time_left(arguments.max_steps - run.step, run.step - logged, seconds))
-            improved = log_step(run, metrics, evaluate)
+            with run.average.applied() if evaluate and run.average is not None else nullcontext():
+                improved = log_step(run, metrics, evaluate)
             started, logged = time.perf_counter(), run.step
         if evaluate:  # it takes a while
             stopping = any(from_all(run.stop.requested))

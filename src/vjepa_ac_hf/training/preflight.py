@@ -28,7 +28,7 @@ from .presets import PRESETS
 ARGUMENTS = (
     *("task", "seed", "per_device_batch_size", "gradient_accumulation_steps", "mixed_precision"),
     *("learning_rate", "start_learning_rate", "final_learning_rate", "encoder_learning_rate"),
-    *("weight_decay", "max_grad_norm", "cache_dtype", "streaming"),
+    *("weight_decay", "max_grad_norm", "ema_decay", "cache_dtype", "streaming"),
 )
 # Fields of every configuration that say nothing of the model; saving and pushing a model fill some of them in.
 _GENERAL = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path"})
@@ -154,6 +154,7 @@ def check_same_run(
     Raises:
         ValueError: the fields that differ, with both values.
     """
+    saved = {"ema_decay": 0.0, **saved}  # before there was an average
     if isinstance(saved.get("head"), dict):  # heads of before: these names were the arguments' too
         saved = {**saved, "model": saved["head"], "encoder_weights": saved["encoder"]}
     then = _flat({name: value for name, value in saved.items() if name in current})
@@ -220,6 +221,7 @@ def startup_summary(
         bf16=arguments.mixed_precision == "bf16",
         gradient_checkpointing=arguments.gradient_checkpointing,
         cached_features=arguments.cache_features is not None,
+        averaged=arguments.ema_decay > 0,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     epochs = arguments.max_steps * arguments.global_batch_size / len(train)
@@ -231,7 +233,12 @@ def startup_summary(
             f"step            {arguments.global_batch_size} clips = {processes} process{'es' * (processes > 1)} x "
             f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated",
             f"predictor       {trained:,} parameters, trained: {config.pred_num_hidden_layers} layers of width "
-            f"{config.pred_hidden_size}",
+            f"{config.pred_hidden_size}"
+            + (
+                f"; the model is their average over training, decay {arguments.ema_decay}"
+                if arguments.ema_decay
+                else ""
+            ),
             f"encoder         {frozen:,} parameters, frozen: {sizes.num_hidden_layers} layers of width "
             f"{sizes.hidden_size} ({encoder})",
             f"memory          {memory.total / 1e9:.1f} GB a device, estimate",
