@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand, and what it says about files is true."""
+"""The snippets of the README and of docs/tour.md run as they stand, and what the README says about files is true."""
 
 import json
 import re
@@ -19,6 +19,10 @@ from vjepa_ac_hf.recordings.shards import write_tar
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+def snippets_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def save_heads(folder: Path, statistics: dict) -> None:
@@ -51,13 +55,9 @@ def test_snippets_run(tmp_path, monkeypatch, caplog, capsys):
     save_heads(tmp_path / "demo", statistics)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 9
-    for module in ("vizdoom", "stable_baselines3"):
-        if find_spec(module) is None:
-            snippets = [s for s in snippets if "envs" not in s]
     names: dict = {}
-    for snippet in snippets:  # the later ones go on from the second
+    assert len(snippets_of("README.md")) == 3
+    for snippet in snippets_of("README.md"):  # the last one goes on from the second
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["future"].shape == (1, 6, 4, 48) and names["imagined"].shape == (2, 6, 4, 48)
     # The clips that turn most come first, and of them the turns alone are mirrored, after the context.
@@ -69,14 +69,27 @@ def test_snippets_run(tmp_path, monkeypatch, caplog, capsys):
     np.testing.assert_array_equal(mirrored[:, 0], taken[:, 0])
     told = dict(re.findall(r"turns as (\w+) error one step ahead ([\d.]+)", capsys.readouterr().out))
     assert set(told) == {"taken", "mirrored"} and told["taken"] != told["mirrored"]
+    assert not [record for record in caplog.records if "split" in record.getMessage()]  # nobody has asked for one
+    names = {}
+    tour = snippets_of("docs/tour.md")
+    assert len(tour) == 7
+    for module in ("vizdoom", "stable_baselines3"):
+        if find_spec(module) is None:
+            tour = [s for s in tour if "envs" not in s]
+    for snippet in tour:  # each goes on from those before
+        exec(compile(snippet, "docs/tour.md", "exec"), names)
     assert names["told"]["yaw_delta"].shape == (1, 7) and names["ahead"].binary_logits.shape[:3] == (1, 8, 2)
     assert names["found"].actions.shape == (2, 38) and len(names["found"].to_minerl()) == 16
     assert not any(tick["drop"] for tick in names["found"].to_minerl())
-    assert not [record for record in caplog.records if "split" in record.getMessage()]  # nobody has asked for one
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 250
+    assert README.index("make demo") < README.index("```python") < README.index("## What can be done")
 
 
 def test_files_that_are_named_exist():
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        assert (ROOT / link.partition("#")[0]).exists(), link
     for program in re.findall(r"(?:examples|dataset_scripts)/\w+\.py", README):
         assert (ROOT / program).exists(), program

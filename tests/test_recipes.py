@@ -123,7 +123,7 @@ def test_recipes_run_dry(train_program, monkeypatch, tmp_path, capsys, path):
 
 def estimates_of(*flags: str) -> tuple[float, float, float]:
     """Gigabytes without and with gradient checkpointing, hours."""
-    arguments = parse("--hardware=h100x8", "--dry_run", *flags)
+    arguments = parse("--dry_run", *flags)
     config = build_config(arguments.model_config, action_space=arguments.action_space, loss_type=arguments.loss_type)
     with torch.device("meta"):
         results = estimate(arguments, config, VJEPA2ACModel(config))
@@ -131,15 +131,36 @@ def estimates_of(*flags: str) -> tuple[float, float, float]:
     return memory["false"]["total"] / 1e9, memory["true"]["total"] / 1e9, results["hours"]["estimate"]
 
 
-def test_the_figures_of_the_readme_are_the_dry_runs():
-    readme = (ROOT / "README.md").read_text()
+HARDWARE_OF_THE_PAGE = (["--hardware=h100x8"], ["--hardware=h100x4"], ["--hardware_tflops=165", "--devices=1"])
+
+
+def test_what_a_run_costs_is_the_dry_runs():
+    page = (ROOT / "docs" / "cost.md").read_text()
     found = re.findall(
-        r"\| `([\w-]+)`(, features cached)? \| (\d+) GB \(estimated\) \| (\d+) GB \(estimated\) \| (\d+) \(est", readme
+        r"^\| `([\w-]+)`(, features cached)? \| (\d+) GB \(estimated\) \| (\d+) GB \(estimated\) \| (.*) \|$",
+        page,
+        re.M,
     )
     assert len(found) == 3
-    for name, cached, *figures in found:
-        flags = [f"--config={ROOT / 'examples' / 'configs' / name}.yaml", *(["--cache_features=x"] if cached else [])]
-        assert [round(value) for value in estimates_of(*flags)] == [int(figure) for figure in figures], name
+    for name, cached, plain, checkpointed, cells in found:
+        recipe = [f"--config={ROOT / 'examples' / 'configs' / name}.yaml", *(["--cache_features=x"] if cached else [])]
+        hours = [tuple(map(int, re.findall(r"\d+", cell))) for cell in cells.split(" | ")]
+        for hardware, told in zip(HARDWARE_OF_THE_PAGE, hours, strict=True):
+            once = estimates_of(*recipe, *hardware)
+            twice = estimates_of(*recipe, *hardware, "--gradient_checkpointing")
+            assert [round(once[0]), round(once[1])] == [int(plain), int(checkpointed)], name
+            assert (round(once[2]), round(twice[2])) == told, (name, hardware)
+
+
+def test_what_a_short_run_on_one_small_gpu_costs():
+    page = (ROOT / "docs" / "cost.md").read_text()
+    command = re.search(r"    python examples/train.py (.*?--max_steps.*?) \.\.\.\n", page, re.DOTALL)[1]
+    flags = command.replace("\\", " ").replace("examples/configs", str(ROOT / "examples/configs")).split()
+    told = re.search(r"\*\*(\d+) hours\*\*\s+there, or (\d+) with checkpointing, in (\d+) GB", page).groups()
+    small = HARDWARE_OF_THE_PAGE[2]
+    _, memory, hours = estimates_of(*flags, *small)
+    without = estimates_of(*(flag for flag in flags if flag != "--gradient_checkpointing"), *small)[2]
+    assert [round(without), round(hours), round(memory)] == list(map(int, told))
 
 
 def test_the_sources_of_the_numbers():

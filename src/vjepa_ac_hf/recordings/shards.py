@@ -34,8 +34,8 @@ MANIFEST_NAME = "manifest.jsonl"  # what a download leaves beside its recordings
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # By suffix: what is said where a recording lacks its half.
 MISSING = {
-    VIDEO_SUFFIX: f"missing {VIDEO_SUFFIX}",
-    LOG_SUFFIX: f"missing {LOG_SUFFIX}: a trained inverse dynamics head can write it (examples/label_videos.py)",
+    VIDEO_SUFFIX: "missing .mp4",
+    LOG_SUFFIX: "missing .jsonl: a trained inverse dynamics head can write it (examples/label_videos.py)",
 }
 _READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 # What a network file system or a machine out of resources answers, whatever the file.

@@ -58,7 +58,8 @@ def check_encoder(encoder: str) -> None:
 
 
 def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
-    """Configuration of a preset, of a saved model, or of a file of `VJEPA2ACConfig`'s fields (docs/training.md).
+    """Configuration of a preset, of a saved model, or of a file of `VJEPA2ACConfig`'s fields
+    (docs/model-config.md).
 
     Overrides of None are ignored. Without an `action_space` here or in the file it is vpt-13. Sizes of the predictor
     that a file leaves out follow its encoder's, up to those of V-JEPA 2-AC (`_fill_in_predictor`).
