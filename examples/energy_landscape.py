@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vjepa_ac_hf.console import Parser, folder_or_repo
+from vjepa_ac_hf.console import Parser, add_clip_rule, folder_or_repo
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for landscapes.json and landscapes.png")
     parser.add_argument("--split", default="validation", help="split of the data set")
     parser.add_argument("--clips", type=int, nargs="+", help="rows of the split (default: --max_clips, evenly spaced)")
+    add_clip_rule(parser, "the clips (of --max_clips the rule's first)")
     parser.add_argument("--recordings", nargs="+", help="only clips of these recordings")
     parser.add_argument("--max_clips", type=int, default=64, help="at most this many clips")
     parser.add_argument("--columns", nargs=2, default=["yaw_delta", "pitch_delta"], help="two action columns")
@@ -62,6 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (("max_clips", 1), ("cells", 2), ("num_pictures", 0), ("context_steps", 1), ("horizon", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, found {getattr(args, name)}")
+    if args.clips is not None and args.clip_rule is not None:
+        parser.error(f"--clips names rows and --clip_rule {args.clip_rule} chooses them: give one of both")
     return args
 
 
@@ -76,6 +79,7 @@ from transformers import AutoModel, AutoProcessor
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from vjepa_ac_hf.evaluation import clips as clip_data
+from vjepa_ac_hf.loading.clip_rules import choose_clips, describe_clips
 from vjepa_ac_hf.loading.clips import check_geometry, clip_name, decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
@@ -101,6 +105,8 @@ def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
         ValueError: rows or recordings that the split lacks, or no row that is left.
     """
     rows = list(range(len(dataset))) if args.clips is None else args.clips
+    if args.clip_rule is not None:
+        rows = choose_clips(dataset, args.clip_rule)
     wrong = [row for row in rows if not 0 <= row < len(dataset)]
     if wrong:
         raise ValueError(f"--clips: the split {args.split!r} has rows 0 to {len(dataset) - 1}, found {wrong[0]}")
@@ -120,6 +126,8 @@ def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
             raise ValueError(
                 f"--min_change {args.min_change}: {args.columns[0]} changes by at most {max(changes.values())}"
             )
+    if args.clip_rule is not None:
+        return rows[: args.max_clips]
     return [rows[i] for i in clip_data.spread(len(rows), args.max_clips)]
 
 
@@ -205,6 +213,7 @@ def main() -> None:
         write_file(args.output / "landscapes.png", picture.getvalue())
     record = {
         "summary": summary,
+        "clip_set": describe_clips(dataset, args.clip_rule),
         "command": command_line(),
         "versions": versions(),
         **{name: getattr(args, name) for name in RECORDED},

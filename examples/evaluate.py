@@ -13,7 +13,7 @@ from typing import Any
 # As a script's own folder comes first on Python's path, `import evaluate` would find this file, not the library.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
 
-from vjepa_ac_hf.console import Parser, folder_or_repo
+from vjepa_ac_hf.console import Parser, add_clip_rule, folder_or_repo
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shuffles", type=int, default=8, help="other clips whose actions each clip is given")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffles and of the bootstrap")
     parser.add_argument("--max_clips", type=int, help="evaluate this many clips, evenly spaced (default: all)")
+    add_clip_rule(parser, "the clips (of --max_clips the rule's first)")
     parser.add_argument("--num_pictures", type=int, default=4, help="clips to show in the report")
     parser.add_argument("--device", help="where to compute (default: cuda where there is one)")
     args = parser.parse_args()
@@ -70,6 +71,7 @@ from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
+from vjepa_ac_hf.loading.clip_rules import describe_clips
 from vjepa_ac_hf.loading.clips import check_geometry, decode_clip, load_clips
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.records import command_line, tensor_digests, versions, weights_digest
@@ -83,7 +85,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     check_geometry(args.dataset, processor)
     dataset = load_clips(args.dataset, args.split, streaming=True)  # read in order, twice: no copy is worth it
     clip_data.check_columns(dataset)
-    return model, processor, dataset.select(clip_data.spread(len(dataset), args.max_clips))
+    rows = clip_data.choose_rows(dataset, args.max_clips, args.clip_rule)
+    return model, processor, dataset.select(rows)
 
 
 def identify(name: str, model: Any) -> dict[str, Any]:
@@ -198,6 +201,7 @@ def main() -> None:
     # --- figures and report -----------------------------------------------------------------------------------
     metrics = {
         "clips": len(dataset),
+        "clip_set": describe_clips(dataset, args.clip_rule),
         **unit_counts(records.sessions, records.players),
         "loss_type": model.config.loss_type,
         "encoding": model.config.encoding,

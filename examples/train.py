@@ -36,7 +36,11 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACP
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.hub.cards import RunDescription
+<<<<<<< HEAD
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model, save_last_weights
+=======
+from vjepa_ac_hf.loading.clip_rules import choose_clips
+>>>>>>> control
 from vjepa_ac_hf.loading.clips import (
     MAKE_VALIDATION,
     check_clips,
@@ -137,6 +141,8 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
             f"{arguments.dataset}, split validation: clips are compared, so 2 are needed, found {len(validation)} with "
             f"--eval_clips {arguments.eval_clips}; --eval_every 0 trains without validation"
         )
+    if arguments.clip_rule is not None:
+        return train, validation.select(choose_clips(validation, arguments.clip_rule)[: arguments.eval_clips])
     # As examples/evaluate.py --max_clips chooses them, so that both programs give the same figures.
     return train, validation.select(spread(len(validation), arguments.eval_clips))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 # This folder holds evaluate.py, which must not hide the library of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
-from vjepa_ac_hf.console import Parser, folder_or_repo
+from vjepa_ac_hf.console import Parser, add_clip_rule, folder_or_repo
 from vjepa_ac_hf.training.arguments import add_loop_flags, fill_in_batch, number_of_processes
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--resize_mode", choices=("crop", "squash"), help="default: as the data set was built")
     data.add_argument("--labels", help="classification: JSON file {recording: label}, a column, or 'hotbar' (docs)")
     data.add_argument("--max_train_clips", type=int, help="use this many, spread over the split (default: all)")
+    add_clip_rule(data, "the validation clips (default: all)")
     data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
     data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
     data.add_argument(
@@ -144,6 +145,7 @@ from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.evaluation.frame_figures import require_torchmetrics
 from vjepa_ac_hf.evaluation.head_report import write_head_report
+from vjepa_ac_hf.loading.clip_rules import choose_clips, describe_clips
 from vjepa_ac_hf.loading.clips import (
     ClipCollator,
     check_clips,
@@ -232,7 +234,10 @@ def load_splits(arguments: argparse.Namespace, processor: VJEPA2ACProcessor):
     for split, clips in splits.items():
         check_clips(clips, processor, f"{arguments.dataset}, split {split}")
     train = splits["train"].select(spread(len(splits["train"]), arguments.max_train_clips))
-    chosen = (train, splits["validation"])
+    validation = splits["validation"]
+    if arguments.clip_rule is not None:
+        validation = validation.select(choose_clips(validation, arguments.clip_rule))
+    chosen = (train, validation)
     labelled = [clips_with_label(clips, arguments.labels) for clips in chosen]
     return labelled, sum(map(len, chosen)) - sum(map(len, labelled))
 
@@ -399,6 +404,7 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
     if accelerator.is_main_process:
         counts = {unit + "s": len(sources[1].unique(f"{unit}_id")) for unit in ("session", "player")}
         counts |= {"clips_without_label": without_label} if labels is not None else {}
+        counts["clip_set"] = describe_clips(sources[1], arguments.clip_rule)
         with stop.deferred():
             save_all(arguments, model, processor, {**counts, **figures}, len(sources[0]))
             write_status(arguments.output_dir, "finished", run.step)

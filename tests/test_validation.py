@@ -229,7 +229,7 @@ def test_agrees_with_the_evaluation_program_to_the_digit(folder, accelerator, tm
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     program = {name: load_program(f"examples/{name}.py") for name in ("train", "evaluate")}
-    arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=10)
+    arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=10, clip_rule=None)
     _, source = program["train"].load_splits(arguments, processor)
     clips = ValidationSet(source, source, processor, accelerator, batch_size=4)
     found = validate(model, clips, accelerator)
@@ -363,7 +363,7 @@ def test_groups_without_columns_are_left_out():
 
 
 def test_one_clip_is_refused(folder, accelerator):
-    arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=1)
+    arguments = argparse.Namespace(dataset=str(folder), streaming=False, eval_every=1, eval_clips=1, clip_rule=None)
     with pytest.raises(ValueError, match="2 are needed, found 19 with --eval_clips 1; --eval_every 0"):
         load_program("examples/train.py").load_splits(arguments, make_processor(folder))
     source = load_clips(str(folder), "validation").select([0])

@@ -55,6 +55,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+CLIP_RULES = ("clips-v1",)  # those of loading/clip_rules.py, which takes longer to import
+
+
+def add_clip_rule(flags: Any, what: str) -> None:
+    """The flag `--clip_rule` of programs that measure on clips of a data set (docs/evaluation.md, "The same clips")."""
+    flags.add_argument("--clip_rule", choices=CLIP_RULES, help=f"choose {what} by their ids alone, as others will")
+
+
 class NoSuchFolder(argparse.ArgumentTypeError, ValueError):
     """A name that can only be a folder's, and there is none."""
 

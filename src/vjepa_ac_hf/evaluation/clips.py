@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..loading.clip_rules import choose_clips
 from ..loading.clips import COLUMNS, clip_name, decode_clip
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
@@ -69,6 +70,11 @@ def spread(count: int, wanted: int | None) -> list[int]:
     if wanted is None or wanted >= count:
         return list(range(count))
     return [int(i) for i in np.linspace(0, count - 1, wanted).round()]
+
+
+def choose_rows(dataset: Any, wanted: int | None, rule: str | None) -> list[int]:
+    """Row numbers to evaluate: a rule's first `wanted` (`choose_clips`), in its order; without a rule `spread`."""
+    return spread(len(dataset), wanted) if rule is None else choose_clips(dataset, rule, wanted)
 
 
 def read_records(dataset: Any, processor: VJEPA2ACProcessor) -> ClipRecords:

@@ -46,7 +46,7 @@ _PUBLISHED = (
     ),
     *("gradient_accumulation_steps", "global_batch_size", "learning_rate", "start_learning_rate"),
     *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "ema_decay"),
-    *("mixed_precision", "seed", "eval_every", "eval_clips", "hub_model_id", "hub_private"),
+    *("mixed_precision", "seed", "eval_every", "eval_clips", "clip_rule", "hub_model_id", "hub_private"),
 )
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..console import Parser, folder_or_repo
+from ..console import Parser, add_clip_rule, folder_or_repo
 from .recipes import find_recipe, load_recipe
 
 # What the package offers, without importing it (tests/test_programs.py holds both equal): mistakes in flags are told
@@ -154,6 +154,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, help="folder of this run (needed)")
     add_loop_flags(run, checkpoint_every=1000, keep_checkpoints=3, log_every=10, eval_every=1000)
+    add_clip_rule(run, "the validation clips (the rule's first --eval_clips)")
     run.add_argument(
         "--log_pictures",
         action=argparse.BooleanOptionalAction,
