@@ -36,11 +36,8 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACP
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
 from vjepa_ac_hf.hub.cards import RunDescription
-<<<<<<< HEAD
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model, save_last_weights
-=======
 from vjepa_ac_hf.loading.clip_rules import choose_clips
->>>>>>> control
 from vjepa_ac_hf.loading.clips import (
     MAKE_VALIDATION,
     check_clips,

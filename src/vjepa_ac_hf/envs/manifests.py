@@ -113,7 +113,7 @@ class Manifest:
         steps = ModelStepWrapper(
             VizDoomVPTEnv(resolution=task["resolution"]), fps=task["fps"], tubelet_size=task["tubelet_size"]
         )
-        goals = {k: tuple(v) if isinstance(v, list) else v for k, v in self.drawn["goals"].items()}
+        goals: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.drawn["goals"].items()}
         names = ("tolerance_degrees", "tolerance_units", "hold", "max_steps")
         return GoalViewWrapper(steps, **goals, **{name: task[name] for name in names})
 
@@ -251,7 +251,7 @@ def _left_out(env: GoalViewWrapper, seed: int, episode: dict[str, Any], recipe: 
     near, _ = _play(env, seed, goal, [])
     if near:
         return "standing_still"
-    return "" if _play(env, seed, goal, goal.actions)[1] else "oracle"
+    return "" if _play(env, seed, goal, list(goal.actions))[1] else "oracle"
 
 
 def _play(env: GoalViewWrapper, seed: int, goal: GoalEpisode, actions: Sequence[np.ndarray]) -> tuple[bool, bool]:
