@@ -20,7 +20,7 @@ from vjepa_ac_hf.console import Parser, folder_or_repo, made
 
 AGENTS = ("planner", "random", "still", "oracle")
 ROWS, COLOURS = (*AGENTS, "policy"), ("#0072B2", "#D55E00", "#7f7f7f", "#009E73", "#CC79A7")
-METHODS = ("cem", "icem", "mppi")
+METHODS = ("headings", "cem", "icem", "mppi")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 MANIFESTS = ("view-easy-v1", "view-hard-v1", "walk-v1")
@@ -52,6 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gradient_steps", type=int, default=0, help="down the cost's gradient, after it (default 0)")
     parser.add_argument("--inverse_dynamics", help="folder or Hub repository of a head that proposes where to begin")
     parser.add_argument(
+        "--ensemble", nargs="+", type=folder_or_repo, default=[], help="more models, which judge together with --model"
+    )
+    parser.add_argument("--doubt", type=float, default=0.0, help="weight of their disagreement in the cost (default 0)")
+    parser.add_argument(
         "--propose",
         choices=("mean", "candidate"),
         default="mean",
@@ -62,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (("episodes", 1), ("candidates", 3), ("iterations", 1), ("gradient_steps", 0)):
         if (getattr(arguments, name) or least) < least or getattr(arguments, name) == 0 < least:
             parser.error(f"--{name} must be at least {least}, found {getattr(arguments, name)}")
+    searched = {"horizon": 1, "gradient_steps": 0, "inverse_dynamics": None}
+    if arguments.method == "headings" and any(getattr(arguments, name) != value for name, value in searched.items()):
+        parser.error(f"--method headings takes none of {', '.join(f'--{name}' for name in searched)}: they are cem's")
     if arguments.agents is None:
         arguments.agents = [agent for agent in AGENTS if agent != "planner" or arguments.model]
     if "planner" in arguments.agents and not (arguments.model or arguments.make_manifest):
@@ -89,31 +96,50 @@ from vjepa_ac_hf.planning import (
     MPPI,
     Controller,
     GradientRefinement,
+    HeadingController,
     InverseDynamicsProposals,
     SearchSpace,
 )
+from vjepa_ac_hf.planning.planner import check_same_steps
 from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_checksum, write_file, write_json
 
 CEMS = {"cem": CEM, "icem": ICEM}
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
-KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy")
+KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy", "ensemble", "doubt")
+BEFORE = {"ensemble": [], "doubt": 0.0, "policy": None}  # settings of files that do not name them
 
 
 class Planner:
     """Acts by the model, from frames and states alone: an agent."""
 
-    def __init__(self, arguments: argparse.Namespace, model: Any, processor: Any, head: Any = None, task: Any = None):
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        model: Any,
+        processor: Any,
+        head: Any = None,
+        task: Any = None,
+        others: Any = (),
+    ):
+        self.model, self.processor, self.method = model, processor, arguments.method
+        self.options: dict[str, Any]
         task = task or {"keys": [], "largest_turn": LARGEST_TURN}
+        if arguments.method == "headings":
+            if task["keys"]:
+                raise ValueError(f"--method headings turns and presses no keys, the task has {task['keys']}: use cem")
+            self.options = {"largest_turn": task["largest_turn"], "others": others, "doubt": arguments.doubt}
+            return
         sizes = {"iterations": arguments.iterations, "candidates": arguments.candidates}
         elites = max(arguments.candidates // 8, 1)
-        self.options: dict[str, Any] = {
+        self.options = {
             "horizon": arguments.horizon,
             "method": MPPI(**sizes) if arguments.method == "mppi" else CEMS[arguments.method](**sizes, elites=elites),
             "refinement": GradientRefinement(steps=arguments.gradient_steps) if arguments.gradient_steps else None,
             "proposals": InverseDynamicsProposals(head, model) if head else None,
             "proposal_mean": arguments.propose == "mean",
+            "others": others,
+            "doubt": arguments.doubt,
         }
         # Turns, and the keys that the task asks for; the view stays level.
         keys = [c for c in self.processor.action_space if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))]
@@ -129,7 +155,10 @@ class Planner:
             frames, executed = seen["frame"][None], None
             if controller is None:
                 goal = np.moveaxis(seen["goal"], -1, 0)
-                controller = Controller(self.model, self.processor, goal, generator=generator, **self.options)
+                if self.method == "headings":
+                    controller = HeadingController(self.model, self.processor, goal, **self.options)
+                else:
+                    controller = Controller(self.model, self.processor, goal, generator=generator, **self.options)
             else:
                 frames, executed = np.concatenate([seen["tubelet"][1:], frames]), info["action"]
             return controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
@@ -198,7 +227,13 @@ def load_agents(arguments: argparse.Namespace, manifest: Manifest | None) -> tup
         head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
         settings["inverse_dynamics_weights"] = weights_checksum(head)
     if "planner" in arguments.agents:
-        agents["planner"] = Planner(arguments, model, processor, head, task)
+        others = []
+        for name in arguments.ensemble:
+            other = AutoModel.from_pretrained(name).eval().to(arguments.device)
+            others.append((other, AutoProcessor.from_pretrained(name)))
+            check_same_steps(processor, others[-1][1])
+        settings["ensemble_weights"] = [weights_checksum(other) for other, _ in others]
+        agents["planner"] = Planner(arguments, model, processor, head, task, others)
     return agents, settings, rate
 
 
@@ -224,7 +259,7 @@ def main() -> None:
     manifest = read_task(arguments)
     # What does not fit together is refused before there is a folder.
     agents, settings, rate = load_agents(arguments, manifest)
-    claim_folder(arguments.output, settings)
+    claim_folder(arguments.output, settings, defaults=BEFORE)
     seeds = manifest.seeds if manifest else range(arguments.seed, arguments.seed + arguments.episodes)
     rows = [*arguments.agents, *(["policy"] if arguments.policy else [])]
     wanted = [(agent, seed) for seed in seeds for agent in rows]

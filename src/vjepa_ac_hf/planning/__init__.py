@@ -9,6 +9,7 @@ the model, `proposals` has an inverse dynamics head say where to begin, `control
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view, vary_columns
 from .control import Controller
 from .environments import VPTLog, to_minerl_action, to_vpt_lines
+from .headings import HeadingController
 from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
 from .planner import Context, GoalCost, Imagination, Plan, encode_context, encode_goal, plan
 from .proposals import InverseDynamicsProposals
@@ -24,6 +25,7 @@ __all__ = [
     "Distribution",
     "GoalCost",
     "GradientRefinement",
+    "HeadingController",
     "Imagination",
     "InverseDynamicsProposals",
     "Landscape",

@@ -1,5 +1,6 @@
 """Receding-horizon control: plan, act, look, plan again (docs/planning.md, "Control")."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from .planner import (
     Context,
     Plan,
     Proposals,
+    check_doubt,
     check_horizon,
     check_planning,
+    check_same_steps,
     encode_context,
     encode_frames,
     make_cost,
@@ -47,6 +50,9 @@ class Controller:
         refinement: as `plan` takes it.
         proposals: as `plan` takes it.
         proposal_mean: as `plan` takes it.
+        others: more models with their processors: each sees, encodes and imagines for itself, and all judge together
+            (`JointCost`). The goal must then be frames: features are of one encoder.
+        doubt: `JointCost`'s.
         max_batch_tokens: as `plan` takes it.
 
     Attributes:
@@ -74,6 +80,8 @@ class Controller:
         refinement: GradientRefinement | None = None,
         proposals: Proposals | None = None,
         proposal_mean: bool = True,
+        others: Sequence[tuple[VJEPA2ACModel, VJEPA2ACProcessor]] = (),
+        doubt: float = 0.0,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
     ):
         check_planning(model, processor, space)
@@ -90,6 +98,7 @@ class Controller:
         self._cost = make_cost(
             model, processor, goal, horizon, steps=goal_steps, discount=discount, as_pictures=goal_as_pictures
         )
+        self._others = self._make_others(others, goal, horizon, context_steps)
         self.context_steps, self.replan_every = context_steps, replan_every
         self._options: dict[str, Any] = dict(
             horizon=horizon,
@@ -99,12 +108,30 @@ class Controller:
             refinement=refinement,
             proposals=proposals,
             proposal_mean=proposal_mean,
+            doubt=check_doubt(doubt),
             max_batch_tokens=max_batch_tokens,
         )
         self.reset()
 
+    def _make_others(
+        self, others: Sequence[tuple[VJEPA2ACModel, VJEPA2ACProcessor]], goal: Any, horizon: int, context_steps: int
+    ) -> list["Controller"]:
+        """Controllers that look, and plan nothing."""
+        if others and ((callable(goal) and not isinstance(goal, Tensor)) or torch.as_tensor(goal).is_floating_point()):
+            raise ValueError(
+                "several models need a goal of frames, which each encodes itself, found features or a cost"
+            )
+        made = []
+        for model, processor in others:
+            check_same_steps(self.processor, processor)
+            options: dict[str, Any] = dict(horizon=horizon, context_steps=context_steps, generator=torch.Generator())
+            made.append(Controller(model, processor, goal, **options))
+        return made
+
     def reset(self) -> None:
         """Forget everything seen and planned: a new episode begins."""
+        for other in self._others:
+            other.reset()
         self.plan: Plan | None = None
         self._since = 0  # steps of the plan that are done
         self._context: Context | None = None
@@ -128,22 +155,24 @@ class Controller:
         Raises:
             ValueError: another number of frames, states or columns.
         """
-        self._look(torch.as_tensor(frames), torch.as_tensor(state).double().cpu(), slot, executed)
+        done = self._action if executed is None else executed
+        seen = (torch.as_tensor(frames), torch.as_tensor(state).double().cpu(), slot)
+        self._look(*seen, executed)
+        for other in self._others:
+            other._look(*seen, done)
         assert self._context is not None
         if self.plan is None or self._since >= self.replan_every:
-            self.plan = plan(
-                self.model,
-                self.processor,
-                self._context,
-                self._cost,
-                warm_start=self.plan,
-                shift=self._since,
-                **self._options,
-            )
+            self.plan = self._replan()
             self._since = 0
         self._action = self.plan.actions[self._since].clone()
         self._since += 1
         return self._action.clone()
+
+    def _replan(self) -> Plan:
+        assert self._context is not None
+        known = (self.model, self.processor, self._context, self._cost)
+        others = [(o.model, o.processor, o._context, o._cost) for o in self._others]
+        return plan(*known, others=others, warm_start=self.plan, shift=self._since, **self._options)
 
     def _look(self, frames: Tensor, state: Tensor, slot: int | None, executed: Any) -> None:
         """Add what was seen to the context; nothing changes where it is refused."""

@@ -3,7 +3,7 @@
 Letters: C context steps, H steps of the horizon, M candidates, N frame tokens a step, D encoder width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,6 +105,12 @@ class GoalCost:
             raise ValueError(f"discount must be above 0 and finite, found {discount}")
         self.goal, self.steps, self.discount = goal, steps, discount
 
+    @property
+    def scale(self) -> float:
+        """How far the goal's tokens are from their mean: mean absolute deviation, at least 1e-6."""
+        goal = self.goal.double()
+        return max(float((goal - goal.mean(dim=-2, keepdim=True)).abs().mean()), 1e-6)
+
     def __call__(self, features: Tensor, actions: Tensor) -> Tensor:
         """Costs `(M,)` of features `(M, H, N, D)`, float32; actions are not used."""
         horizon = features.shape[1]
@@ -179,6 +185,20 @@ def check_planning(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, space: Se
             f"the search space's action space is {space.columns}, but the processor's is {processor.action_space}"
         )
     ticks_per_step(processor)
+
+
+def check_same_steps(ours: VJEPA2ACProcessor, other: VJEPA2ACProcessor) -> None:
+    """Raise a ValueError where steps or actions of two models are not the same."""
+    for name in ("action_space", "native_fps", "fps", "tubelet_size"):
+        one, two = getattr(ours, name), getattr(other, name)
+        if one != two:
+            raise ValueError(f"models that plan together need one {name}: the first has {one}, another {two}")
+
+
+def check_doubt(doubt: float) -> float:
+    if not 0 <= doubt < float("inf"):
+        raise ValueError(f"doubt must be a finite number, at least 0, found {doubt}")
+    return doubt
 
 
 def encode_frames(
@@ -397,6 +417,50 @@ class Imagination:
         return torch.cat(found), torch.cat(slopes)
 
 
+class JointCost:
+    """What several models expect of the same actions, as one cost: their mean, and their disagreement as doubt.
+
+    Models may have encoders of their own, whose distances are of other sizes: of several, each one's cost is divided by
+    its `scale`, the mean absolute deviation of the goal's tokens from their mean. One alone keeps its cost as it is.
+
+    Args:
+        members: what each model imagines, and the cost of it.
+        doubt: how much of the standard deviation over the members is added to their mean.
+    """
+
+    def __init__(self, members: Sequence[tuple[Imagination, Cost]], doubt: float = 0.0):
+        self.members, self.doubt = list(members), doubt
+        alone = len(self.members) == 1
+        self.scales = [1.0 if alone or not isinstance(cost, GoalCost) else cost.scale for _, cost in self.members]
+
+    def _join(self, costs_KM: Tensor) -> tuple[Tensor, Tensor]:
+        """Joint costs `(M,)`, and their derivatives by each member's `(K, M)`."""
+        mean, std = costs_KM.mean(dim=0), costs_KM.std(dim=0, correction=0)
+        slope = (costs_KM - mean) / torch.where(std > 0, std, torch.ones_like(std))
+        return mean + self.doubt * std, (1 + self.doubt * slope) / len(costs_KM)
+
+    def costs(self, actions: Tensor) -> Tensor:
+        """Costs `(M,)`, float64 on the CPU, of raw actions `(M, H, 38)`."""
+        found = [m.costs(actions, cost) / scale for (m, cost), scale in zip(self.members, self.scales, strict=True)]
+        return self._join(torch.stack(found))[0]
+
+    def distances(self, features: Sequence[Tensor]) -> Tensor:
+        """Costs `(M,)` of views `(M, N, D)` that each member has encoded itself."""
+        found = [
+            check_costs(cost(f[:, None], f.new_zeros(len(f), 1, len(ACTION_COLUMNS))), len(f)) / scale
+            for (_, cost), scale, f in zip(self.members, self.scales, features, strict=True)
+        ]
+        return self._join(torch.stack(found))[0]
+
+    def costs_and_gradients(self, decisions: Tensor, complete: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As `Imagination.costs_and_gradients`."""
+        found = [m.costs_and_gradients(decisions, complete, cost) for m, cost in self.members]
+        costs = torch.stack([c / scale for (c, _), scale in zip(found, self.scales, strict=True)])
+        slopes = torch.stack([g / scale for (_, g), scale in zip(found, self.scales, strict=True)])
+        joint, weights = self._join(costs)
+        return joint, (weights[..., None, None] * slopes).sum(dim=0)
+
+
 def check_costs(costs: Any, candidates: int) -> Tensor:
     """Costs `(candidates,)` as float64 on the CPU; anything else is a ValueError."""
     if not isinstance(costs, Tensor) or tuple(costs.shape) != (candidates,) or not costs.is_floating_point():
@@ -472,6 +536,8 @@ def plan(
     refinement: GradientRefinement | None = None,
     proposals: Proposals | None = None,
     proposal_mean: bool = True,
+    others: "Sequence[tuple[VJEPA2ACModel, VJEPA2ACProcessor, Context, Any]]" = (),
+    doubt: float = 0.0,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> Plan:
     """Actions whose imagined future has a low cost.
@@ -496,6 +562,8 @@ def plan(
             `(P, H, width)`, such as `InverseDynamicsProposals`: candidates of the first iteration.
         proposal_mean: the search begins around the first of them, in place of the bounds' middle or the earlier plan
             (which stays a candidate).
+        others: more models that judge, with their processors, contexts and goals, each of its own encoder: `JointCost`.
+        doubt: `JointCost`'s.
         max_batch_tokens: see `Imagination`.
 
     Raises:
@@ -507,24 +575,31 @@ def plan(
     check_horizon(model, len(context.features), horizon)
     chosen: dict[str, Any] = {"steps": goal_steps, "discount": discount, "as_pictures": goal_as_pictures}
     cost = make_cost(model, processor, goal, horizon, **chosen)
-    imagination = Imagination(model, processor, context, max_batch_tokens=max_batch_tokens)
+    members = [(Imagination(model, processor, context, max_batch_tokens=max_batch_tokens), cost)]
+    for other, its_processor, its_context, its_goal in others:
+        check_same_steps(processor, its_processor)
+        check_planning(other, its_processor, space)
+        check_horizon(other, len(its_context.features), horizon)
+        its_cost = make_cost(other, its_processor, its_goal, horizon, **chosen)
+        members.append((Imagination(other, its_processor, its_context, max_batch_tokens=max_batch_tokens), its_cost))
+    joint = JointCost(members, check_doubt(doubt))
     method = CEM() if method is None else method
     complete = partial(space.complete, pitch=float(context.states[-1, 1]), slot=context.slot)
 
     def evaluate(decisions: Tensor) -> Tensor:
-        return imagination.costs(complete(decisions), cost)
+        return joint.costs(complete(decisions))
 
     proposed = None if proposals is None else check_proposals(proposals, context, cost, space, horizon)
     initial, first = _begin(space, horizon, method, warm_start, shift, proposed, proposal_mean)
     result = minimize(evaluate, space, initial, method=method, generator=generator, proposals=first)
     if refinement is not None:
-        gradients = partial(imagination.costs_and_gradients, complete=complete, cost=cost)
+        gradients = partial(joint.costs_and_gradients, complete=complete)
         result = refine(result, evaluate, gradients, space, refinement)
     actions = complete(result.decisions[None])
     return Plan(
         actions=actions[0],
         states=integrate_view(context.states[-1], actions[0]),
-        features=imagination.rollout(actions)[0],
+        features=members[0][0].rollout(actions)[0],
         cost=result.cost,
         costs=result.costs,
         decisions=result.decisions,
