@@ -138,6 +138,68 @@ def test_a_value_error_of_an_operation_in_our_code_is_a_fault(capsys):
     assert capsys.readouterr().err == "error: y\n"
 
 
+# In a process of its own, which may fork: who has threads may not.
+IN_WORKERS = """
+import errno, multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+
+from torch.utils.data import DataLoader
+from vjepa_ac_hf import console
+from vjepa_ac_hf.loading.clips import decode_clip
+
+def undecodable(_):
+    decode_clip({"bytes": b"no video", "path": None}, "recording r, tick 8", 16)
+
+def missing(_):
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", "clip.mp4")
+
+def word(_):
+    int("seven")
+
+def loader(fault):
+    list(DataLoader([0], num_workers=1, collate_fn=fault, multiprocessing_context="fork"))
+
+def executor(fault):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(fault, [0]))
+
+def pool(fault):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.map(fault, [0])
+
+console.Parser().parse_args(sys.argv[1:])
+for worker in (loader, executor, pool):
+    for fault in (undecodable, missing, word):
+        try:
+            worker(fault)
+        except Exception as error:
+            sys.stderr.write(f"== {worker.__name__} {fault.__name__}\\n")
+            console.report(error)
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--traceback",)])
+def test_mistakes_that_workers_find_are_told_in_one_line(flags):
+    """They come from another process, as text; what is a mistake there is one here, and a fault a fault."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_WORKERS, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    said = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
+    lines = {
+        "undecodable": "error: recording r, tick 8: the video cannot be decoded: ",
+        "missing": "error: [Errno 2] No such file or directory: 'clip.mp4'\n",
+    }
+    assert said.keys() == {f"{w} {f}" for w in ("loader", "executor", "pool") for f in (*lines, "word")}
+    for name, text in said.items():
+        line = lines.get(name.split()[1])
+        if line is None:
+            assert "Traceback" in text and "in word" in text and "error: " not in text, text
+        else:
+            assert text.splitlines(keepends=True)[-1].startswith(line) and text.count("error: ") == 1, text
+            assert ("Traceback" in text) == bool(flags) and (flags or text.count("\n") == 1), text
+            assert not flags or f"in {name.split()[1]}\n" in text
+
+
 def test_missing_packages_and_long_messages_are_one_line(capsys):
     report(raised(lambda: __import__("no_such_package")))
     report(OSError("one\n  two\n"))

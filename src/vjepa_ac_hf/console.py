@@ -7,6 +7,7 @@ import argparse
 import dis
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _FULL = ("os error 28", "Errno 28", "No space left")  # what libraries without an errno say
+_IN_A_WORKER = re.compile(r"Caught (\w+) in (?:DataLoader worker|pin memory)")
 _given: dict[str, Any] = {}  # flags of the program that runs
 
 
@@ -89,7 +91,8 @@ def report(error: BaseException) -> int:
     """Tell an uncaught error on stderr: one `error:` line where a user can mend it, else the traceback.
 
     A user can mend what the program or this package raises on purpose, what the operating system or the Hub refuses,
-    files that `from_pretrained` cannot load, packages that are not installed, and too little memory of a GPU.
+    files that `from_pretrained` cannot load, packages that are not installed, and too little memory of a GPU; in a
+    loader's worker or a pool's process too.
 
     Returns:
         The exit status, 1.
@@ -97,7 +100,7 @@ def report(error: BaseException) -> int:
     if _given.get("traceback") or not _mendable(error):
         traceback.print_exception(error)
     if _mendable(error):
-        text = str(error) or type(error).__name__
+        text = _message(error) or type(error).__name__
         if _is_full(error) and not _is_raised_here(error):
             text = _out_of_space(error)
         if type(error).__name__ == "OutOfMemoryError":
@@ -137,15 +140,38 @@ def _mendable(error: BaseException) -> bool:
 
 def _is_raised_here(error: BaseException) -> bool:
     """Whether a `raise` of this package or of the program made it, not a call or an operation that went wrong."""
+    if (there := _remote_traceback(error)) is not None:
+        frames = re.findall(r'^ *File "(.+)", line \d+, in .+\n +(.+)$', there, re.MULTILINE)
+        return bool(frames) and _is_ours(frames[-1][0]) and frames[-1][1].startswith("raise ")
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     if place is None:
         return False
     code = place.tb_frame.f_code
-    file = Path(code.co_filename).resolve()
-    ours = _PACKAGE in file.parents or file.parent.name in ("examples", "dataset_scripts")
-    return ours and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return _is_ours(code.co_filename) and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _is_ours(name: str) -> bool:
+    file = Path(name).resolve()
+    return _PACKAGE in file.parents or file.parent.name in ("examples", "dataset_scripts")
+
+
+def _remote_traceback(error: BaseException) -> str | None:
+    """The traceback in another process, as text: that of a PyTorch loader is the message (torch/_utils.py,
+    `ExceptionWrapper`), that of a pool the cause (concurrent/futures/process.py, multiprocessing/pool.py)."""
+    if _IN_A_WORKER.match(str(error)):
+        return str(error)
+    is_pool = type(error.__cause__).__name__ in ("_RemoteTraceback", "RemoteTraceback")
+    return str(error.__cause__) if is_pool else None
+
+
+def _message(error: BaseException) -> str:
+    """What an error says, without the traceback that a loader's worker puts before it."""
+    text = str(error)
+    if worker := _IN_A_WORKER.match(text):
+        text = re.split(rf"^(?:\w+\.)*{worker[1]}: ", text, flags=re.MULTILINE)[-1]
+    return text
 
 
 def _is_full(error: BaseException) -> bool:

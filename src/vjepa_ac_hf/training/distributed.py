@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,8 +19,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
-    broadcast_object_list,
-    gather_object,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -146,16 +143,6 @@ def whole_model(model: VJEPA2ACModel) -> VJEPA2ACModel:
     whole.encoder = model.encoder
     whole.predictor.load_state_dict({k: full_tensor(v).cpu() for k, v in model.predictor.state_dict().items()})
     return whole
-
-
-def from_main(value: Any) -> Any:
-    """The main process's value, in all processes."""
-    return broadcast_object_list([value])[0]
-
-
-def from_all(value: Any) -> list[Any]:
-    """The values of all processes, in all of them."""
-    return gather_object([value])
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -31,6 +31,7 @@ from ..modeling_heads_vjepa2_ac import (
 )
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from .checkpoints import flush
+from .optimization import decay_groups
 from .validation import evaluating
 
 TASKS: dict[str, Any] = {
@@ -57,15 +58,10 @@ def head_parameter_groups(
     rates = {"head": learning_rate, "vjepa2_ac": learning_rate / 10}
     if encoder_learning_rate is not None:
         rates["vjepa2_ac"] = encoder_learning_rate
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, rate in rates.items():
-        trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
-        for decay, chosen in (
-            (weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim < 2]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
+        own = [group for group in decay_groups(getattr(model, name), weight_decay) if group["params"]]
+        groups += [{**group, "lr": rate, "name": name} for group in own]
     return groups
 
 
@@ -259,7 +255,7 @@ def evaluate_head(
     rows, loss, clips = _gather_rows(model, batches, processor, accelerator, labels)
     figures = {"clips": clips, "loss": loss}
     if labels is not None:
-        return figures | label_figures(rows, labels.classes)
+        return figures | head_figures.label_figures(rows["told"], rows["true"], labels.classes)
     return figures | action_figures(rows, model.config)
 
 
@@ -278,17 +274,16 @@ def _gather_rows(
             batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             with accelerator.autocast():
                 output = model(**head_inputs(model, batch, labels))
-            rows = _label_rows(output, batch, labels) if labels else _action_rows(model, output, batch, processor)
+            if labels is None:
+                rows = _action_rows(model, output, batch, processor)
+            else:
+                told, true = output.logits.double().cpu(), labels.hot(batch["clips"]).double()
+                rows = {"told": told.numpy(), "true": true.numpy()}
             parts.append({"loss": float(output.loss), "clips": len(batch["clips"]), **rows})
     parts = gather_object(parts)
     clips = sum(p["clips"] for p in parts)
     rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("loss", "clips")}
     return rows, sum(p["loss"] * p["clips"] for p in parts) / clips, clips
-
-
-def _label_rows(output: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, np.ndarray]:
-    assert labels is not None
-    return {"told": output.logits.double().cpu().numpy(), "true": labels.hot(batch["clips"]).double().numpy()}
 
 
 def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEPA2ACProcessor) -> dict[str, np.ndarray]:
@@ -316,11 +311,6 @@ def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEP
     mask = valid.expand(len(true), -1, -1)
     rows = {"told": told[mask], "true": targets[mask], "last": last[mask], "horizon": horizon[mask]}
     return {k: v.numpy() for k, v in rows.items()}
-
-
-def label_figures(rows: dict[str, np.ndarray], classes: Sequence[str]) -> dict[str, Any]:
-    """`head_figures.label_figures` of rows `told` (logits) and `true`."""
-    return head_figures.label_figures(rows["told"], rows["true"], classes)
 
 
 def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:

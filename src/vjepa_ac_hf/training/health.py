@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from .distributed import full_tensor
 from .estimates import peak_tflops, predictor_tokens, step_flops
 
 # Names of a row's figures that are about the machine, not about the model.
@@ -117,8 +118,7 @@ class Health:
     def row(self, steps: int, seconds: float) -> dict[str, float]:
         """What the `steps` steps since the last row, which took `seconds`, say; all processes must call it."""
         norm = torch.nn.utils.get_total_norm([p.detach() for p in self.trained.parameters()])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded over processes
-        row = {"parameter_norm": norm.item()}
+        row = {"parameter_norm": full_tensor(norm).item()}
         row |= {name: value.item() for name, value in self._observed.items()}
         row |= {
             "clips_per_second": self._clips_per_step * steps / seconds,

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -51,9 +52,14 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def deferred(self) -> "_Deferral":
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
         """A context in which signals only set `requested`."""
-        return _Deferral(self)
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -66,17 +72,6 @@ class StopSignals:
             signal.raise_signal(number)
         self.requested, self._since = True, time.monotonic()
         logger.warning("%s: stopping after this step with a checkpoint", name)
-
-
-class _Deferral:
-    def __init__(self, signals: StopSignals):
-        self.signals = signals
-
-    def __enter__(self) -> None:
-        self.signals._deferring = True
-
-    def __exit__(self, *error: object) -> None:
-        self.signals._deferring = False
 
 
 def kill_workers() -> None:

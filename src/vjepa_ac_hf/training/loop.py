@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -34,7 +35,7 @@ from .checkpoints import (
     set_aside_newer,
     write_best,
 )
-from .distributed import from_all, from_main, full_tensor
+from .distributed import full_tensor
 from .health import Health
 from .interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from .optimization import continue_schedule
@@ -125,7 +126,9 @@ def find_start(
         ValueError: the checkpoint is of another run, or of a later step than the last one of this.
     """
     folder = arguments.output_dir / "checkpoints"
-    path = from_main(find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None)
+    (path,) = broadcast_object_list(
+        [find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None]
+    )
     state = None if path is None else read_state(path)
     if state is not None:
         check_same_run(state["arguments"], identity, path, config_class)
@@ -302,7 +305,7 @@ def train(run: Run) -> None:
                 improved = log_step(run, metrics, evaluate)
             started, logged = time.perf_counter(), run.step
         if evaluate:  # it takes a while
-            stopping = any(from_all(run.stop.requested))
+            stopping = any(gather_object([run.stop.requested]))
         if last or improved or stopping or run.step % arguments.checkpoint_every == 0:
             saving = time.perf_counter()
             save(run, position(run))

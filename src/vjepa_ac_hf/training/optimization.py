@@ -9,11 +9,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_optimizer(predictor: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW over the predictor alone; no weight decay on biases and norms (every parameter of one dimension)."""
-    decayed = [p for p in predictor.parameters() if p.ndim > 1]
-    others = [p for p in predictor.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=learning_rate)
+    """AdamW over the predictor alone."""
+    return AdamW(decay_groups(predictor, weight_decay), lr=learning_rate)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained of a module: with weight decay, and biases and norms (of one dimension at most) without."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def check_schedule(max_steps: int, warmup_steps: int, decay_steps: int) -> None:

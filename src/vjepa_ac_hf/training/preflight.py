@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import flatten_dict
 
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..loading.loader import clips_identity
@@ -170,15 +171,9 @@ def check_same_run(
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Nested fields under names with dots, as JSON gives them back."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in _GENERAL:
-            continue
-        nested = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat
+    return {name: value for name, value in flatten_dict(values).items() if _GENERAL.isdisjoint(name.split("."))}
 
 
 # ------------------------------------------------------------------------------------------------------- summary

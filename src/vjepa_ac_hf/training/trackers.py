@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from transformers.utils.generic import flatten_dict
 
 from ..records import write_json
 
@@ -41,21 +42,15 @@ def check_trackers(names: str) -> list[str]:
     return found
 
 
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings as one with names like "model/encoder_config/hidden_size".
 
     Trackers take numbers, strings and truth values (and None): lists become JSON, all else its `str`.
     """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten_config(value, f"{name}/")
-        elif isinstance(value, (list, tuple)):
-            flat[name] = json.dumps(value, default=str)
-        else:
-            flat[name] = value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+    plain = (bool, int, float, str, type(None))
+    flat = {k: v for k, v in flatten_dict(dict(config), delimiter="/").items() if v != {}}
+    flat |= {k: json.dumps(v, default=str) for k, v in flat.items() if isinstance(v, (list, tuple))}
+    return {k: v if isinstance(v, plain) else str(v) for k, v in flat.items()}
 
 
 def start_trackers(accelerator: Accelerator, output_dir: Path, config: Mapping[str, Any], step: int) -> None:
