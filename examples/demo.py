@@ -1,4 +1,5 @@
-"""The whole job on a laptop, with no network: record play, build clips, train a small world model, evaluate it.
+"""The whole job on a laptop, with no network: record play, build clips, train a small world model and a decoder that
+shows what it imagines, evaluate them.
 
     python examples/demo.py --output demo
 
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recordings", type=int, default=64, help="ViZDoom recordings (sessions)")
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
     parser.add_argument("--max_steps", type=int, default=2500, help="training steps")
+    parser.add_argument("--decoder_steps", type=int, default=600, help="training steps of the frame decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--encoder",
@@ -61,33 +63,41 @@ def main() -> None:
     real = arguments.encoder != "random"
     size = 256 if real else 64
     run(
-        *("1/4 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
+        *("1/5 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
         *("--recordings", arguments.recordings, "--ticks", arguments.ticks, "--seed", arguments.seed),
         *("--resolution", "640x360" if real else "256x144", "--recordings_per_shard", 4, "--num_proc", 2),
         *("--pauses", 0.5),
     )
     run(
-        *("2/4 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
+        *("2/5 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
         *("--output", out / "clips", "--resolution", size, "--resize_mode", "squash"),
         *("--clip_stride", 64 if real else 20, "--validation_fraction", 0.2, "--num_proc", 2),
     )
     run(
-        *("3/4 train the predictor", "examples/train.py", "--config", "examples/configs/tiny-vizdoom.yaml"),
+        *("3/5 train the predictor", "examples/train.py", "--config", "examples/configs/tiny-vizdoom.yaml"),
         *("--dataset", out / "clips", "--output_dir", out / "model", "--cache_features", out / "features"),
         *("--encoder", arguments.encoder, "--seed", arguments.seed, "--max_steps", arguments.max_steps),
         *("--warmup_steps", arguments.max_steps // 20, "--decay_steps", arguments.max_steps // 4),
         launcher=accelerate_launch(),
     )
     run(
-        *("4/4 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
-        *("--output", out / "report"),
+        *("4/5 train a decoder", "examples/train_head.py", "--task", "frame_decoding", "--model", out / "model"),
+        *("--dataset", out / "clips", "--output_dir", out / "decoder", "--cache_features", out / "features"),
+        *("--max_steps", arguments.decoder_steps, "--per_device_batch_size", 8, "--head_hidden_size", 128),
+        *("--eval_every", 0, "--num_workers", 0, "--seed", arguments.seed),
+        launcher=accelerate_launch(),
+    )
+    run(
+        *("5/5 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
+        *("--decoder", out / "decoder", "--output", out / "report"),
     )
     show_result(out / "report")
 
 
 def show_result(report: Path) -> None:
     """The key ratios at one step, and where the report is."""
-    first = json.loads((report / "metrics.json").read_text())["horizons"][0]
+    metrics = json.loads((report / "metrics.json").read_text())
+    first = metrics["horizons"][0]
     intervals = first["ci95"] or {}
 
     def interval(name: str, scale: float = 1.0, offset: float = 0.0) -> str:
@@ -105,7 +115,11 @@ def show_result(report: Path) -> None:
     if first["win_rate_large_turns"] is not None:
         wins = 100 * first["win_rate_large_turns"]
         print(f"  true action wins, large turns {wins:5.1f} %" + interval("win_rate_large_turns", 100) + "  chance: 50")
-    print(f"Report: {report / 'report.html'}")
+    if metrics["frames"]["psnr_large_turns"]:
+        gain = metrics["frames"]["psnr_large_turns"][0]["over"]["last frame"]["prediction"]
+        bounds = "  (95 %: {:+.1f} to {:+.1f})".format(*gain["ci95"]) if gain["ci95"] else ""
+        print(f"  imagined frames over a copy   {gain['mean']:+5.1f} dB{bounds}  (PSNR where the view turns)")
+    print(f"Report, with films of what it imagines: {report / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--decoder",
         type=folder_or_repo,
-        help="folder or repository of a frame decoder: frames in place of colours, PSNR, SSIM",
+        help="folder or repository of a frame decoder: its frames in place of nearest real ones, PSNR, SSIM",
     )
     parser.add_argument(
         "--inverse_dynamics",
@@ -68,7 +68,7 @@ from vjepa_ac_hf.evaluation import clips as clip_data
 from vjepa_ac_hf.evaluation.controllability import evaluate_controllability, load_inverse_dynamics
 from vjepa_ac_hf.evaluation.decoding import evaluate_frames, load_decoder, mirror_actions
 from vjepa_ac_hf.evaluation.figures import unit_counts
-from vjepa_ac_hf.evaluation.pictures import picture_clips
+from vjepa_ac_hf.evaluation.pictures import picture_clips, turning_clips
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
 from vjepa_ac_hf.loading.clip_rules import describe_clips
@@ -107,17 +107,19 @@ def make_pictures(
     table: Any,
     integrate_states: Any,
     decoder: Any,
-) -> list[Any]:
-    """Pictures of evenly spaced clips, each with the actions of its first partner as the other ones."""
-    shown = clip_data.spread(len(dataset), args.num_pictures)
+) -> tuple[list[Any], str]:
+    """Pictures of clips that turn, each with the actions of its first partner as the other ones, and how they were
+    chosen."""
+    first, horizon = args.context_steps - 1, table.error.shape[1]
+    shown, chosen = turning_clips(records.yaw_deltas[:, first : first + horizon], args.num_pictures)
     if not shown:
-        return []
+        return [], ""
     rows, names = dataset.select(shown), [records.names[i] for i in shown]
     videos = [decode_clip(row["video"], n, processor.frames_per_clip) for row, n in zip(rows, names, strict=True)]
-    return picture_clips(
+    pictures = picture_clips(
         model,
         torch.cat(list(clip_data.encoded_batches(model, processor, rows, names, args.batch_size))),
-        processor.prepare_frames(videos)[:, :: processor.tubelet_size],
+        processor.prepare_frames(videos),
         shown=shown,
         others=table.partners[shown, 0].tolist(),
         names=records.names,
@@ -125,11 +127,12 @@ def make_pictures(
         raw_actions=records.actions,
         states=inputs["states"],
         context_steps=args.context_steps,
-        horizon=table.error.shape[1],
+        horizon=horizon,
         integrate_states=integrate_states,
         decoder=decoder,
-        mirrored=None if decoder is None else processor.normalize_actions(mirror_actions(records.actions)),
+        mirrored=processor.normalize_actions(mirror_actions(records.actions)),
     )
+    return pictures, chosen
 
 
 def read_imagined(
@@ -233,8 +236,8 @@ def main() -> None:
     if head is not None:
         metrics |= read_imagined(args, model, head, processor, dataset, records, table, integrate_states)
     write_metrics(args.output / "metrics.json", metrics)
-    pictures = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states, decoder)
-    report = write_report(args.output, metrics, table, pictures)
+    shown = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states, decoder)
+    report = write_report(args.output, metrics, table, *shown)
     print_table(metrics["horizons"])
     print(f"report: {report}")
 

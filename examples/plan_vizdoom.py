@@ -8,7 +8,7 @@
 A manifest holds goals that are always the same, and what counts as reached. Without one every episode's goal is drawn
 from its seed. All agents have the same goals. OUT/episodes.jsonl gets a line an episode, as it ends: a second run
 continues. OUT/summary.json has success rates (Wilson's 95 % intervals), final distances and the time of an action,
-OUT/success.png shows them.
+OUT/success.png shows them; with --decoder OUT/report.html has what plans expected beside what happened.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         default="mean",
         help="search around it, or try it too (default mean)",
     )
+    parser.add_argument("--decoder", type=folder_or_repo, help="frame decoder: OUT/report.html shows what plans expect")
     parser.add_argument("--device", default="cpu", help="for the model (default cpu)")
     arguments = parser.parse_args()
     for name, least in (("episodes", 1), ("candidates", 3), ("iterations", 1), ("gradient_steps", 0)):
@@ -73,6 +74,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.agents = [agent for agent in AGENTS if agent != "planner" or arguments.model]
     if "planner" in arguments.agents and not (arguments.model or arguments.make_manifest):
         parser.error("--model is needed: the agents have a planner")
+    if arguments.decoder and "planner" not in arguments.agents:
+        parser.error("--decoder shows what plans expect: the agents have no planner")
     return arguments
 
 
@@ -89,6 +92,7 @@ from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv, s
 from vjepa_ac_hf.envs.agents import Act, Agent, load_policy, make_oracle, make_random, play, still
 from vjepa_ac_hf.envs.episodes import ResultLines, summarize, table
 from vjepa_ac_hf.envs.manifests import Manifest, draw_manifest, load_manifest, manifest_text
+from vjepa_ac_hf.evaluation.decoding import load_decoder
 from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.planning import (
     CEM,
@@ -101,9 +105,11 @@ from vjepa_ac_hf.planning import (
     SearchSpace,
 )
 from vjepa_ac_hf.planning.planner import check_same_steps
+from vjepa_ac_hf.planning.report import Story, first_of_both, planning_page, story_png
 from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_checksum, write_file, write_json
 
 CEMS = {"cem": CEM, "icem": ICEM}
+SHOWN = 3  # successes, and as many failures, in the report
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
 KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy", "ensemble", "doubt")
@@ -124,6 +130,7 @@ class Planner:
     ):
         self.model, self.processor, self.method = model, processor, arguments.method
         self.options: dict[str, Any]
+        self.expected: list[torch.Tensor] = []  # of this episode: features `(N, D)` that each action was to lead to
         task = task or {"keys": [], "largest_turn": LARGEST_TURN}
         if arguments.method == "headings":
             if task["keys"]:
@@ -149,6 +156,7 @@ class Planner:
 
     def __call__(self, seed: int) -> Act:
         controller, generator = None, torch.Generator().manual_seed(seed)
+        self.expected = []
 
         def act(seen: dict, info: dict) -> np.ndarray:
             nonlocal controller
@@ -161,9 +169,41 @@ class Planner:
                     controller = Controller(self.model, self.processor, goal, generator=generator, **self.options)
             else:
                 frames, executed = np.concatenate([seen["tubelet"][1:], frames]), info["action"]
-            return controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
+            action = controller.act(frames, seen["state"], slot=max(info["hotbar"], 0), executed=executed).numpy()
+            self.expected.append(controller.plan.features[0])
+            return action
 
         return act
+
+
+class Watched:
+    """An environment whose episode is noted: what `play` needs of one."""
+
+    def __init__(self, env: GoalViewWrapper, begun: tuple[dict, dict]):
+        self.env, self.goal, self.max_steps = env, env.goal, env.max_steps
+        seen, info = begun
+        self.story = Story(seen["goal"], [seen["frame"]], [info["goal_degrees"]])
+
+    def step(self, action: np.ndarray) -> tuple:
+        found = self.env.step(action)
+        seen, info = found[0], found[-1]
+        self.story.actions.append(info["action"])
+        self.story.seen.append(seen["frame"])
+        self.story.degrees.append(info["goal_degrees"])
+        return found
+
+
+def play_and_draw(env: GoalViewWrapper, planner: Planner, decoder: Any, begun: tuple, seed: int, folder: Path) -> dict:
+    """An episode of the planner, as `play` gives it, with its picture in a file of the folder."""
+    watched = Watched(env, begun)
+    line = play(watched, "planner", planner, seed, begun)  # type: ignore[arg-type]
+    with torch.no_grad():
+        frames = decoder(features=torch.stack(planner.expected)[None].to(decoder.device)).frames[0]
+    size = decoder.config.encoder_config.tubelet_size
+    watched.story.expected = list(frames[::size].cpu().movedim(1, 3).numpy())
+    folder.mkdir(exist_ok=True)
+    write_file(folder / f"planner-{seed}.png", story_png(watched.story))
+    return line
 
 
 def draw(agents: dict[str, Any], episodes: list[dict]) -> bytes:
@@ -238,10 +278,19 @@ def load_agents(arguments: argparse.Namespace, manifest: Manifest | None) -> tup
 
 
 def write_summary(output: Path, settings: dict[str, Any], episodes: list[dict]) -> None:
-    """summary.json, success.png, and the table on the screen."""
+    """summary.json, success.png, with pictures of plans report.html, and the table on the screen."""
     agents = summarize(episodes, ROWS)
     write_json(output / "summary.json", {"settings": settings, "agents": agents, "versions": versions()})
     write_file(output / "success.png", draw(agents, episodes))
+    pictures = {e["seed"]: output / "plans" / f"planner-{e['seed']}.png" for e in episodes if e["agent"] == "planner"}
+    won = {e["seed"]: e["success"] for e in episodes if e["agent"] == "planner" and pictures[e["seed"]].is_file()}
+    if won:
+        files = {"success rates, and distances at the end": output / "success.png"}
+        for seed in first_of_both(won, SHOWN):
+            files[f"seed {seed}: {'reached' if won[seed] else 'not reached'}"] = pictures[seed]
+        page = planning_page(f"Plans of {settings['model']}", agents, files)
+        write_file(output / "report.html", page.encode())
+        print(made("report", output / "report.html"))
     print(table(agents))
     print(made("summary", output / "summary.json"))
 
@@ -259,6 +308,7 @@ def main() -> None:
     manifest = read_task(arguments)
     # What does not fit together is refused before there is a folder.
     agents, settings, rate = load_agents(arguments, manifest)
+    decoder = None if arguments.decoder is None else load_decoder(arguments.decoder, agents["planner"].model)
     claim_folder(arguments.output, settings, defaults=BEFORE)
     seeds = manifest.seeds if manifest else range(arguments.seed, arguments.seed + arguments.episodes)
     rows = [*arguments.agents, *(["policy"] if arguments.policy else [])]
@@ -270,7 +320,11 @@ def main() -> None:
         for agent, seed in tqdm(wanted, unit="episode"):
             if (agent, seed) not in episodes:
                 begun = manifest.begin(env, seed) if manifest else env.reset(seed=seed)
-                episodes.add({**play(env, agent, agents[agent], seed, begun), **mark})
+                if agent == "planner" and decoder is not None:
+                    line = play_and_draw(env, agents[agent], decoder, begun, seed, arguments.output / "plans")
+                else:
+                    line = play(env, agent, agents[agent], seed, begun)
+                episodes.add({**line, **mark})
     env.close()
     write_summary(arguments.output, settings, episodes.select(wanted))
 

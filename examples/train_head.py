@@ -161,11 +161,13 @@ from vjepa_ac_hf.loading.loader import ClipLoader, clips_identity, worker_option
 from vjepa_ac_hf.records import command_line, versions, write_json
 from vjepa_ac_hf.training.distributed import build_accelerator, end_processes, prepare
 from vjepa_ac_hf.training.heads import (
+    CLIPS_FOR_FIT,
     TASKS,
     ClipLabels,
     clips_with_label,
     evaluate_head,
     fit_key_thresholds,
+    fit_linear,
     fit_pos_weight,
     head_inputs,
     head_parameter_groups,
@@ -396,6 +398,9 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
         f"{sum(p.numel() for p in model.vjepa2_ac.parameters()):,}; {len(splits[0]):,} training clips"
     )
     sources, splits = splits, store_features(arguments, accelerator, model, processor, *splits)
+    if arguments.task == "frame_decoding" and start is None:
+        accelerator.print("fitting the decoder's linear map to training clips")
+        fit_linear(model, share(arguments, accelerator, processor, splits[0], CLIPS_FOR_FIT), accelerator)
     with closing_trackers(accelerator):
         run = start_run(arguments, accelerator, model, processor, splits, labels, stop, identity, start)
         with stop.deferred():

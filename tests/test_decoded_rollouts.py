@@ -106,7 +106,17 @@ def test_frames_of_rollouts_are_those_of_loops_over_clips(evaluate, workspace, t
 
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Frames</h2>" in page and f"{first['kinds']['prediction']['mean']:.2f}<small>" in page
-    assert "drawn by the decoder" in page and "principal components" not in page
+    assert "drawn by the decoder" in page and "nearest real frames" not in page
+    assert (tmp_path / "frames.png").read_bytes()[:4] == b"\x89PNG" and page.count("data:image/webp") == 2
+    large = metrics["frames"]["psnr_large_turns"][0]["over"]
+    for sentence, kind in (("Do the features say", "true features"), ("Are imagined frames better", "prediction")):
+        told = page.split(sentence)[1].split("</p>")[0]
+        for base in ("last frame", "mean frame"):
+            figure = large[base][kind]
+            low, high = figure["ci95"] or [figure["mean"]] * 2
+            side = "above" if low > 0 else "below" if high < 0 else "not to be told from"
+            assert f"{side} the {base}: {figure['mean']:+.2f} dB" in told
+            assert (f"{low:.2f} to {high:.2f}" in told) == (figure["ci95"] is not None)
     assert metrics["decoder"] == str(workspace / "decoder")
 
 
@@ -114,10 +124,11 @@ def test_without_a_decoder_nothing_is_drawn(evaluate, tmp_path):
     metrics = evaluate(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "frames" not in metrics and "decoder" not in metrics
-    assert "principal components" in page and "<h2>Frames</h2>" not in page
+    assert "nearest real frames" in page and "drawn by the decoder" not in page and "<h2>Frames</h2>" not in page
+    assert page.count("data:image/webp") == 2 and not (tmp_path / "frames.png").exists()
 
 
-def test_rows_of_pictures_are_the_first_frames_of_the_tubelets(workspace):
+def test_rows_are_the_first_frames_of_the_tubelets_and_films_have_all(workspace):
     from vjepa_ac_hf.evaluation.pictures import picture_clips
 
     world = AutoModel.from_pretrained(workspace / "world").eval()
@@ -126,7 +137,7 @@ def test_rows_of_pictures_are_the_first_frames_of_the_tubelets(workspace):
     actions = torch.randn(2, 7, 13, generator=torch.Generator().manual_seed(1))
     states = torch.zeros(2, 8, 2)
     (pictures,) = picture_clips(
-        *(world, features, torch.zeros(1, 8, 3, 32, 32, dtype=torch.uint8)),
+        *(world, features, torch.zeros(1, 16, 3, 32, 32, dtype=torch.uint8)),
         **dict(shown=[0], others=[1], names=["a", "b"], actions=actions, raw_actions=torch.zeros(2, 7, 38)),
         **dict(states=states, context_steps=2, horizon=3, integrate_states=None),
         **dict(decoder=decoder, mirrored=-actions),
@@ -134,13 +145,17 @@ def test_rows_of_pictures_are_the_first_frames_of_the_tubelets(workspace):
     with torch.no_grad():
         imagined = world.rollout(features[:, :2], torch.cat([actions[:1, :1], -actions[:1, 1:4]], dim=1), states[:1])
         expected = {
-            "target": decoder(features=features[:, :5]),
+            "true features": decoder(features=features[:, :5]),
             "prediction, mirrored actions": decoder(features=imagined),
         }
         expected["persistence"] = decoder(features=features[:, 1:2].expand(-1, 3, -1, -1))
     for name, output in expected.items():
-        assert torch.equal(pictures.maps[name], output.frames[0, ::2].permute(0, 2, 3, 1)), name
-    assert list(pictures.maps)[-2:] == ["prediction, mirrored actions", "persistence"]
+        assert torch.equal(pictures.rows[name], output.frames[0, ::2].permute(0, 2, 3, 1)), name
+    film = pictures.film["prediction, mirrored actions"]
+    assert film.shape == (10, 32, 32, 3) and not film[:4].any()  # the context's frames, here black
+    told = 255 * expected["prediction, mirrored actions"].frames[0].permute(0, 2, 3, 1)
+    torch.testing.assert_close(film[4:].float(), told, atol=0.501, rtol=0)
+    assert list(pictures.rows)[-2:] == ["prediction, mirrored actions", "persistence"]
 
 
 def test_mirrored_twice_is_the_same():

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers_models import WITHOUT_PACKAGE
 from safetensors.torch import save_file
 from test_geometry import model as world_of_any_shape
@@ -15,6 +16,7 @@ from transformers import AutoModel, VJEPA2Config
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACForFrameDecoding, VJEPA2ACFrameDecodingConfig, VJEPA2ACModel
 from vjepa_ac_hf.modeling_heads_decoding_vjepa2_ac import VJEPA2ACFrameDecodingHead
+from vjepa_ac_hf.training.heads import fit_linear
 
 B, T, N, D = 2, 8, 4, 48
 SMALL = {"head_hidden_size": 32, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
@@ -55,6 +57,37 @@ def test_every_number_of_a_token_comes_to_its_pixel(grid):
         for at in range(0, 6 * patch * patch, 131):
             channel, y, x = at // patch**2, at // patch % patch, at % patch
             assert torch.equal(placed[:, channel, top + y, left + x], pixels[:, token, at])
+
+
+def test_the_linear_map_is_fitted_by_least_squares():
+    """Against numpy's, on patches cut out by loops; frames that are linear in the features come out as they were."""
+    world = tiny_model()
+    model = VJEPA2ACForFrameDecoding.from_world_model(world, **SMALL).eval()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(24, T, N, D, generator=generator)
+    features[..., 0] *= 30  # steps of an optimizer would take long
+    features[..., 1:5] *= 0.03
+    weights = torch.randn(D, 6 * 256, generator=generator) / 40
+    frames = torch.zeros(24, 2 * T, 3, 32, 32)
+    patches = (features / features.std(dim=(0, 1, 2))) @ weights / 7 + 0.5
+    for token in range(N):
+        top, left = token // 2 * 16, token % 2 * 16
+        cut = patches[:, :, token].unflatten(2, (2, 3, 16, 16)).flatten(1, 2)
+        frames[:, :, :, top : top + 16, left : left + 16] = cut
+    frames = (255 * frames.clamp(0, 1)).round().to(torch.uint8)
+    batches = [{"features": features[at : at + 8], "frames": frames[at : at + 8]} for at in (0, 8, 16)]
+    fit_linear(model, batches, Accelerator(cpu=True))
+    known = np.concatenate([features.flatten(0, 1).flatten(0, 1).numpy(), np.ones((24 * T * N, 1))], axis=1)
+    wanted = torch.stack(
+        [frames[..., r : r + 16, c : c + 16] for r in (0, 16) for c in (0, 16)], dim=2
+    )  # (24, 16, N, 3, 16, 16)
+    wanted = wanted.unflatten(1, (T, 2)).movedim(3, 2).flatten(3).flatten(0, 2).double().numpy()
+    expected = np.linalg.lstsq(known.astype(np.float64), 4 * (wanted / 255 - 0.5), rcond=None)[0]
+    found = model.head.linear.weight.detach().double().numpy().T
+    assert np.abs(found - expected[:-1]).max() < 2e-3 * np.abs(expected).max()
+    with torch.no_grad():
+        told = model(features=features[:2, :, :]).frames
+    assert (told - frames[:2] / 255).square().mean() < 1e-4
 
 
 def test_frames_lie_where_their_features_are_and_nowhere_else():
@@ -178,7 +211,7 @@ def test_it_starts_from_a_saved_world_model_and_is_saved_whole(tmp_path):
     assert not any(p.requires_grad for p in model.vjepa2_ac.parameters())
     for name, parameter in model.head.named_parameters():  # every new parameter has been initialised
         assert parameter.isfinite().all() and (
-            parameter.std() > 0 or "norm" in name or "bias" in name or "conv2" in name
+            parameter.std() > 0 or "norm" in name or "bias" in name or name == "out.weight" or "conv2" in name
         )
     assert not model.head.seams.conv2.weight.any()  # frames start as the patches alone
 

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from helpers_models import responsive_model
@@ -27,6 +29,7 @@ from vjepa_ac_hf.evaluation import (
     derangements,
     evaluate_features,
     figures,
+    films,
     pictures,
     plots,
     report,
@@ -550,14 +553,14 @@ def make_metrics(table, **kwargs):
     }
 
 
-def make_pictures(num_shown=2):
+def make_pictures(num_shown=2, mirrored=None):
     model, processor, data = make_model(), make_processor(), make_data(4)
     features, raw, states, _ = data
     inputs = processor(actions=raw, states=states)
     return pictures.picture_clips(
         model,
         features[:num_shown],
-        torch.randint(256, (num_shown, STEPS, 3, 32, 32), dtype=torch.uint8),
+        some_frames(num_shown),
         shown=range(num_shown),
         others=[3] * num_shown,
         names=[f"clip <{i}>" for i in range(4)],
@@ -567,19 +570,27 @@ def make_pictures(num_shown=2):
         context_steps=2,
         horizon=2,
         integrate_states=processor.integrate_states,
+        mirrored=None if mirrored is None else mirrored(inputs["actions"]),
     )
+
+
+def some_frames(clips):
+    generator = torch.Generator().manual_seed(9)
+    return torch.randint(256, (clips, 2 * STEPS, 3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
 def test_report_holds_its_pictures(tmp_path):
     table = random_table()
-    path = report.write_report(tmp_path, make_metrics(table), table, make_pictures())
+    path = report.write_report(tmp_path, make_metrics(table), table, make_pictures(), "Two <clips>.")
     page = path.read_text()
     assert path.name == "report.html"
-    embedded = {base64.b64decode(m) for m in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
-    files = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
-    assert set(files) == {"curves.png", "pairs.png", "clip-0.png", "clip-1.png"}
-    assert embedded == set(files.values()) and all(f.startswith(b"\x89PNG") for f in files.values())
+    embedded = [base64.b64decode(m) for m in re.findall(r'src="data:image/(?:png|webp);base64,([^"]+)"', page)]
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".png", ".webp")}
+    clip_files = {f"clip-{i}{end}" for i in range(2) for end in (".png", "-colours.png", ".webp")}
+    assert set(files) == {"curves.png", "pairs.png", *clip_files}
+    assert set(embedded) == set(files.values()) and len(embedded) == len(files)
     assert {p.name for p in tmp_path.iterdir()} == {*files, "report.html"}  # no temporary files
+    assert "Two &lt;clips&gt;." in page and "nearest real frames" in page and "drawn by the decoder" not in page
     assert (
         "<script" not in page and "&lt;script&gt;alert(1)" in page and "clip &lt;1&gt;" in page and "clip <" not in page
     )
@@ -659,21 +670,82 @@ def test_verdict(figures_by_horizon, answers):
 
 def test_pictures_show_the_right_steps():
     shown = make_pictures()[0]
-    assert {name: tuple(m.shape) for name, m in shown.maps.items()} == {
-        "target": (4, 2, 2, 3),
-        "prediction": (2, 2, 2, 3),
-        "prediction, nearest real frame": (2, 32, 32, 3),
-        "prediction, other clip's actions": (2, 2, 2, 3),
-        "prediction, other clip's actions, nearest real frame": (2, 32, 32, 3),
-        "persistence": (2, 2, 2, 3),
+    other = "prediction, other clip's actions"
+    assert {name: tuple(m.shape) for name, m in shown.colours.items()} == {
+        "true features": (4, 2, 2, 3),
+        **dict.fromkeys(("prediction", other, "persistence"), (2, 2, 2, 3)),
     }
+    assert {name: tuple(m.shape) for name, m in shown.rows.items()} == dict.fromkeys(
+        ("prediction", other, "persistence"), (2, 32, 32, 3)
+    )
+    frames = some_frames(2)[0, :8].permute(0, 2, 3, 1)
+    assert torch.equal(shown.frames, some_frames(2)[0, :8:2])
     for step in range(2):
-        torch.testing.assert_close(shown.maps["persistence"][step], shown.maps["target"][1])
-    assert not torch.equal(shown.maps["prediction"], shown.maps["prediction, other clip's actions"])
+        torch.testing.assert_close(shown.colours["persistence"][step], shown.colours["true features"][1])
+        assert torch.equal(shown.rows["persistence"][step], frames[2] / 255)
+    assert not torch.equal(shown.colours["prediction"], shown.colours[other])
+    assert list(shown.film) == ["real", "prediction", other]
+    assert torch.equal(shown.film["real"], frames)
+    for name in ("prediction", other):
+        assert torch.equal(shown.film[name][:4], frames[:4])  # the context is real everywhere
+        assert torch.equal(shown.film[name][4::2] / 255, shown.rows[name])
     raw = make_data(4)[1]
     yaw = ACTION_COLUMNS.index("yaw_delta")
     assert shown.captions[0] == "" and "other" not in shown.captions[1]
     assert f"yaw {raw[0, 1, yaw]:+.1f}°" in shown.captions[2] and f"other: {raw[3, 1, yaw]:+.1f}°" in shown.captions[2]
+    mirrored = make_pictures(mirrored=lambda actions: -actions)[0]
+    assert list(mirrored.film) == ["real", "prediction", "prediction, mirrored actions"]
+    assert list(mirrored.rows) == ["prediction", other, "prediction, mirrored actions", "persistence"]
+
+
+def test_clips_that_turn_are_shown():
+    """Turns are summed since the context, on a circle: 350 degrees are 10 the other way."""
+    yaw = torch.tensor([[0.0, 0, 0], [6, 6, -12], [9, -9, 9], [350, 0, 0], [-11, 0, 0], [180, 180, 0], [4, 4, 4]])
+    rows, sentence = pictures.turning_clips(yaw, 3)
+    assert rows == [1, 5, 6] and "4 of 7" in sentence and "10 degrees" in sentence
+    assert pictures.turning_clips(yaw, 9)[0] == [1, 4, 5, 6]
+    assert pictures.turning_clips(yaw, 0)[0] == []
+    rows, sentence = pictures.turning_clips(yaw[[0, 2]], 4)
+    assert rows == [0, 1] and "none turns" in sentence
+
+
+def read_film(content):
+    """Frames of an animated WebP, `(frames, height, width, 3)`, one for every 200 ms: those that repeat are merged."""
+    image = PIL.Image.open(io.BytesIO(content))
+    assert image.format == "WEBP" and image.info["loop"] == 0
+    frames = []
+    for number in range(image.n_frames):
+        image.seek(number)
+        image.load()
+        assert image.info["duration"] % 200 == 0
+        frames += [np.asarray(image.convert("RGB"))] * (image.info["duration"] // 200)
+    return np.stack(frames)
+
+
+def test_the_film_in_the_page_is_what_was_real_beside_what_was_imagined(tmp_path):
+    table, shown = random_table(), make_pictures()
+    page = report.write_report(tmp_path, make_metrics(table), table, shown).read_text()
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)" alt="film of clip &lt;(\d)&gt;', page)
+    assert [number for _, number in found] == ["0", "1"]
+    for clip, (content, _) in zip(shown, found, strict=True):
+        film = read_film(base64.b64decode(content))
+        assert film.shape == (8, 33, 3 * 32 + 2, 3)
+        for at, name in enumerate(clip.film):
+            assert np.array_equal(film[:, :32, 33 * at : 33 * at + 32], clip.film[name].numpy()), name
+        for number, frame in enumerate(film):
+            assert (frame[32] == ((0, 114, 178) if number < 4 else (230, 159, 0))).all()
+        assert (film[:, :32, [32, 65]] == 255).all()
+
+
+def test_films_of_large_frames_are_made_smaller():
+    """A gradient stays one: 256 x 512 pixels become 192 x 384, within what WebP loses."""
+    panel = torch.linspace(0, 255, 512)[None, None, :, None].expand(3, 256, 512, 3).byte().clone()
+    panel[1] = 255 - panel[1]
+    film = read_film(films.film_webp({"a": panel, "b": panel.flip(0)}, 1, 5)).astype(float)
+    assert film.shape == (3, 198, 2 * 384 + 6, 3)
+    expected = np.linspace(0, 255, 384)[None, :, None]
+    for frame, wanted in ((0, expected), (1, 255 - expected)):
+        assert np.abs(film[frame, :192, :384] - wanted).mean() < 3
 
 
 def test_nearest_steps_are_those_of_a_loop():
@@ -690,9 +762,8 @@ def test_nearest_steps_are_those_of_a_loop():
 
 
 def test_the_nearest_frame_of_what_was_predicted_exactly_is_the_true_one(monkeypatch):
-    """A model that repeats a step of another clip: that step's frame is shown."""
-    frames = torch.randint(256, (2, STEPS, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = make_data(2)[0]
+    """A model that repeats a step of another clip: that step's frames are shown."""
+    frames, features = some_frames(2), make_data(2)[0]
     monkeypatch.setattr(pictures, "roll_out", lambda *arguments, **options: features[[1, 1]][:, [0, 3]])
     shown = pictures.picture_clips(
         *(make_model(), features, frames),
@@ -701,7 +772,8 @@ def test_the_nearest_frame_of_what_was_predicted_exactly_is_the_true_one(monkeyp
         **dict(context_steps=2, horizon=2, integrate_states=None),
     )
     for clip in shown:
-        assert torch.equal(clip.maps["prediction, nearest real frame"], frames[1, [0, 3]].permute(0, 2, 3, 1))
+        assert torch.equal((255 * clip.rows["prediction"]).round(), frames[1, [0, 6]].permute(0, 2, 3, 1).float())
+        assert torch.equal(clip.film["prediction"][4:], frames[1, [0, 1, 6, 7]].permute(0, 2, 3, 1))
 
 
 def test_action_captions():
@@ -865,7 +937,8 @@ def test_script(folders, tmp_path):
     assert run.returncode == 0, run.stderr
     assert f"report: {output / 'report.html'}" in run.stdout and "win_rate" in run.stdout
     assert {p.name for p in output.iterdir()} == {
-        *("metrics.json", "report.html", "curves.png", "pairs.png", "clip-0.png", "clip-1.png")
+        *("metrics.json", "report.html", "curves.png", "pairs.png"),
+        *(f"clip-{i}{end}" for i in range(2) for end in (".png", "-colours.png", ".webp")),
     }
     metrics = json.loads((output / "metrics.json").read_text())
     named = {

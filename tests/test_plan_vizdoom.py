@@ -1,6 +1,7 @@
 """The planning program in the game: its episodes, baselines, and a second run."""
 
 import argparse
+import base64
 import itertools
 import json
 import runpy
@@ -18,10 +19,11 @@ from transformers import AutoModel, AutoProcessor
 
 pytest.importorskip("vizdoom")
 
-from vjepa_ac_hf import VJEPA2ACForInverseDynamics
+from vjepa_ac_hf import VJEPA2ACForFrameDecoding, VJEPA2ACForInverseDynamics
 from vjepa_ac_hf.envs import GoalViewWrapper, ModelStepWrapper, VizDoomVPTEnv
 from vjepa_ac_hf.envs.agents import make_random, play
 from vjepa_ac_hf.planning import Controller
+from vjepa_ac_hf.planning.report import Story, first_of_both, story_png
 
 PROGRAM = runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "plan_vizdoom.py"))
 
@@ -279,3 +281,65 @@ def test_random_turns_know_nothing_of_the_goal():
 
     assert largest_correlation(turns) < 0.35
     assert turns(3) == turns(3) != turns(4) and max(map(abs, turns(3))) <= 45
+
+
+def test_what_the_plan_expected_is_shown_beside_what_happened(model, tmp_path, monkeypatch):
+    """Against the controller's own plans and the game played again: goal, frames, turns and distances of an episode."""
+    world = AutoModel.from_pretrained(model)
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    torch.manual_seed(0)
+    decoder = VJEPA2ACForFrameDecoding.from_world_model(world, **small).eval()
+    decoder.save_pretrained(tmp_path / "decoder")
+    scope, stories, plans = PROGRAM["main"].__globals__, [], []
+    draw_story = scope["story_png"]
+    monkeypatch.setitem(scope, "story_png", lambda story: (stories.append(story), draw_story(story))[1])
+
+    class Noted(Controller):
+        def act(self, *arguments, **options):
+            action = super().act(*arguments, **options)
+            plans.append(self.plan.features[0])
+            return action
+
+    monkeypatch.setitem(scope, "Controller", Noted)
+    output, flags = tmp_path / "<out>", ("--agents", "planner", "--episodes", 2)
+    episodes = plan(monkeypatch, model, output, *flags, "--decoder", tmp_path / "decoder")
+    assert len(stories) == 2 and sum(e["steps"] for e in episodes) == len(plans)
+    with torch.no_grad():
+        told = decoder(features=torch.stack(plans)[None]).frames[0, ::2].permute(0, 2, 3, 1).numpy()
+    env = GoalViewWrapper(ModelStepWrapper(VizDoomVPTEnv(resolution="160x120")), max_steps=3)
+    first = 0
+    for episode, story in zip(episodes, stories, strict=True):
+        seen, info = env.reset(seed=episode["seed"])
+        assert np.array_equal(story.goal, seen["goal"]) and len(story.expected) == episode["steps"]
+        for step in range(episode["steps"] + 1):
+            assert np.array_equal(story.seen[step], seen["frame"])
+            assert story.degrees[step] == pytest.approx(info["goal_degrees"])
+            if step < episode["steps"]:
+                np.testing.assert_allclose(story.expected[step], told[first + step], atol=1e-5)
+                seen, *_, info = env.step(story.actions[step])
+        assert round(story.degrees[-1], 4) == episode["final_degrees"]
+        first += episode["steps"]
+    env.close()
+    page = (output / "report.html").read_text()
+    for episode in episodes:
+        picture = (output / "plans" / f"planner-{episode['seed']}.png").read_bytes()
+        assert base64.b64encode(picture).decode() in page
+        assert f"seed {episode['seed']}: {'reached' if episode['success'] else 'not reached'}" in page
+    # Other agents alone have no plans, a decoder of another encoder is refused, and results without it are the same.
+    assert plan(monkeypatch, model, tmp_path / "plain", *flags)[0]["final_degrees"] == episodes[0]["final_degrees"]
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, model, output, "--agents", "still", "--decoder", tmp_path / "decoder")
+    with torch.no_grad():
+        world.encoder.layernorm.bias.add_(1.0)
+    VJEPA2ACForFrameDecoding.from_world_model(world, **small).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other: the decoder was trained on another encoder, checksum \w{8}"):
+        plan(monkeypatch, model, tmp_path / "none", *flags, "--decoder", tmp_path / "other")
+    assert not (tmp_path / "none").exists()
+
+
+def test_first_successes_and_failures_and_stories_that_do_not_fit():
+    won = {3: True, 4: False, 5: True, 6: True, 7: False}
+    assert first_of_both(won, 2) == [3, 4, 5, 7] and first_of_both({}, 2) == []
+    frame = np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match="found 2 frames, 1 distances, 0 expected frames and 0 actions"):
+        story_png(Story(frame, [frame, frame], [1.0]))

@@ -140,7 +140,7 @@ def test_pictures_show_the_first_and_last_clip_and_disturb_nothing(folder, tmp_p
     validate(model, clips, accelerator)
     shown = []
     draw = pictures.clip_figure
-    monkeypatch.setattr(pictures, "clip_figure", lambda clip: (shown.append(clip), draw(clip))[1])
+    monkeypatch.setattr(pictures, "clip_figure", lambda clip, *colours: (shown.append(clip), draw(clip, *colours))[1])
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     encode, modes = model.encode, []
     monkeypatch.setattr(model, "encode", lambda pixels: (modes.append(model.training), encode(pixels))[1])
@@ -150,12 +150,12 @@ def test_pictures_show_the_first_and_last_clip_and_disturb_nothing(folder, tmp_p
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
     assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step-00000007.png"]
     names = clips.records.names
-    for clip, number in zip(shown, (0, len(clips) - 1), strict=True):
+    for clip, number in zip(shown[::2], (0, len(clips) - 1), strict=True):  # as frames and as colours
         partner = int(clips.partners[0, number])
         assert clip.title == f"{names[number]}, other actions from {names[partner]}"
-        assert clip.frames.shape == (8, 3, 32, 32) and len(clip.maps["prediction"]) == clips.horizon
-        same = torch.equal(clip.maps["prediction"], clip.maps["prediction, other clip's actions"])
-        assert not same and clip.maps["persistence"][0].equal(clip.maps["target"][1])
+        assert clip.frames.shape == (8, 3, 32, 32) and len(clip.rows["prediction"]) == clips.horizon
+        same = torch.equal(clip.colours["prediction"], clip.colours["prediction, other clip's actions"])
+        assert not same and clip.colours["persistence"][0].equal(clip.colours["true features"][1])
 
 
 def test_pictures_without_matplotlib(monkeypatch, caplog):

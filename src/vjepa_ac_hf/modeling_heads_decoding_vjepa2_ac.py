@@ -31,24 +31,29 @@ class VJEPA2ACFrameDecodingOutput(ModelOutput):
     frames: Tensor | None = None
 
 
+def _starting_at_zero(module: nn.Module) -> nn.Module:
+    module.starts_at_zero = True  # type: ignore[assignment]
+    return module
+
+
 class VJEPA2ACSeams(nn.Module):
     """What two small convolutions add to frames that were made patch by patch: nothing at first."""
 
     def __init__(self, channels: int, width: int = 16):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, channels, 3, padding=1)
-        self.conv2.starts_at_zero = True  # type: ignore[assignment]
+        self.conv2 = _starting_at_zero(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, frames_PcYX: Tensor) -> Tensor:
         return frames_PcYX + self.conv2(F.gelu(self.conv1(frames_PcYX)))
 
 
 class VJEPA2ACFrameDecodingHead(nn.Module):
-    """Tokens of a tubelet -> its frames: places, transformer layers, a patch of pixels a token, seams smoothed.
+    """Tokens of a tubelet -> its frames: a patch of pixels a token, by a linear map and by what transformer layers add
+    to it (nothing at first), seams smoothed.
 
-    Each tubelet is decoded alone, as it was encoded: nothing of the frames before can stand in for what the features of
-    this step do not say.
+    The linear map can be fitted at once, by least squares (`train_head.py` does). Each tubelet is decoded alone, as it
+    was encoded: nothing of the frames before can stand in for what the features of this step do not say.
     """
 
     def __init__(self, config: VJEPA2ACFrameDecodingConfig):
@@ -59,18 +64,21 @@ class VJEPA2ACFrameDecodingHead(nn.Module):
         self.embed_place = nn.Embedding(config.num_tokens, width)
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, self.frames * 3 * self.patch**2)
+        self.out = _starting_at_zero(nn.Linear(width, self.frames * 3 * self.patch**2))
+        self.linear = nn.Linear(config.feature_size, self.out.out_features)
         self.seams = VJEPA2ACSeams(3 * self.frames)
 
     def forward(self, features_BTND: Tensor) -> Tensor:
         """`(B, T, N, D)` -> `(B, T * u, 3, Y, X)`, float32, not yet within [0, 1]."""
-        x_PNW = self.embed(features_BTND.flatten(0, 1))
+        features_PND = features_BTND.flatten(0, 1)
+        x_PNW = self.embed(features_PND)
         x_PNW = x_PNW + self.embed_place(torch.arange(x_PNW.shape[1], device=x_PNW.device))
         for layer in self.layers:
             x_PNW = layer(x_PNW)
         x_PNW = self.norm(x_PNW)
         with torch.autocast(x_PNW.device.type, enabled=False):  # bfloat16 has steps of 1/256 between 0.5 and 1
-            frames_PcYX = self._arrange(self.out(x_PNW.to(self.norm.weight.dtype)))
+            x_PNW, features_PND = (t.to(self.norm.weight.dtype) for t in (x_PNW, features_PND))
+            frames_PcYX = self._arrange(self.linear(features_PND) + self.out(x_PNW))
             frames_PcYX = 0.5 + self.seams(frames_PcYX).float() / 4  # pixels' usual mean and deviation
         return frames_PcYX.unflatten(1, (self.frames, 3)).unflatten(0, features_BTND.shape[:2]).flatten(1, 2)
 
@@ -78,6 +86,13 @@ class VJEPA2ACFrameDecodingHead(nn.Module):
         """Patches `(P, N, u * 3 * p * p)` at their places: `(P, u * 3, R * p, C * p)`."""
         pixels = pixels_PNc.unflatten(2, (self.frames * 3, self.patch, self.patch)).unflatten(1, self.grid)
         return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def linear_targets(self, frames_BFcYX: Tensor) -> Tensor:
+        """What the linear map would have to say for frames `(B, T * u, 3, Y, X)` in [0, 1]: `(B, T, N, u * 3 * p * p)`,
+        the way back of `forward` without what is added."""
+        pixels = 4 * (frames_BFcYX - 0.5).unflatten(1, (-1, self.frames)).flatten(2, 3)
+        pixels = pixels.unflatten(4, (self.grid[1], self.patch)).unflatten(3, (self.grid[0], self.patch))
+        return pixels.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(2, 3)
 
 
 class VJEPA2ACForFrameDecoding(VJEPA2ACHeadPreTrainedModel):
@@ -95,8 +110,10 @@ class VJEPA2ACForFrameDecoding(VJEPA2ACHeadPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
-            (init.zeros_ if getattr(module, "starts_at_zero", False) else init.kaiming_normal_)(module.weight)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight)
 
     @returns_output
     def forward(

@@ -18,6 +18,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid #e8ebee; white-space: nowrap; }
 th { font-weight: 600; } tr:first-child th { white-space: normal; } td small { color: #6b7883; display: block; }
 figure { margin: 0 0 1.6rem; } figcaption, dd { color: #56636f; font-size: .9rem; } dt { font-weight: 600; }
+details { margin: .6rem 0; } summary { cursor: pointer; color: #56636f; }
+.film img { width: 720px; } .film div { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; }
+.film div { max-width: 720px; margin: 0 auto; text-align: center; font-size: .8rem; color: #56636f; }
 code { background: #eef1f4; border-radius: 4px; padding: .1rem .3rem; font-size: .85rem; overflow-wrap: anywhere; }
 """
 
@@ -35,6 +38,6 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
-def image_tag(base64_png: str, alternative: str) -> str:
+def image_tag(base64_bytes: str, alternative: str, kind: str = "png") -> str:
     """A picture inside the page, with the text that stands for it."""
-    return f'<img src="data:image/png;base64,{base64_png}" alt="{html.escape(alternative)}">'
+    return f'<img src="data:image/{kind};base64,{base64_bytes}" alt="{html.escape(alternative)}">'

@@ -18,12 +18,11 @@ from ..records import weights_checksum
 from .clips import ClipRecords
 from .figures import LARGE_TURN_DEGREES
 from .frame_figures import FRAME_FIGURES, aggregate_frames, require_torchmetrics
+from .pictures import LAST_FRAME, MEAN_FRAME, MIRRORED, OTHER, PERSISTENCE, PREDICTION, TRUE
 from .rollouts import StateIntegrator, roll_out, with_future
 
-MEAN_FRAME, LAST_FRAME = "mean frame", "last frame"
 KINDS = ("decoded", MEAN_FRAME, LAST_FRAME)
-OTHER, MIRRORED = "prediction, other clip's actions", "prediction, mirrored actions"
-ROLLOUT_KINDS = ("true features", "prediction", OTHER, MIRRORED, "persistence", LAST_FRAME, MEAN_FRAME)
+ROLLOUT_KINDS = (TRUE, PREDICTION, OTHER, MIRRORED, PERSISTENCE, LAST_FRAME, MEAN_FRAME)
 
 
 @torch.no_grad()
@@ -197,17 +196,17 @@ def evaluate_frames(
                 integrate_states=integrate_states,
             )
             for kind, choice in (
-                ("prediction", actions[at]),
+                (PREDICTION, actions[at]),
                 (OTHER, with_future(actions[at], actions[partners[at]], C)),
                 (MIRRORED, with_future(actions[at], mirrored[at], C)),
             )
         }
         true = as_unit(frames.to(model.device)).unflatten(1, (-1, tubelet))
         target = true[:, C:last]
-        shown = {"true features": features[:, C:last], **imagined}
+        shown = {TRUE: features[:, C:last], **imagined}
         told = {kind: decoder(features=f).frames.unflatten(1, (-1, tubelet)) for kind, f in shown.items()}
         persistence = decoder(features=features[:, C - 1 : C]).frames[:, None]
-        told |= {"persistence": persistence.expand_as(target), MEAN_FRAME: mean.expand_as(target)}
+        told |= {PERSISTENCE: persistence.expand_as(target), MEAN_FRAME: mean.expand_as(target)}
         told |= {LAST_FRAME: true[:, C - 1 : C, -1:].expand_as(target)}
         for name, figure in FRAME_FIGURES.items():
             of = [figure(told[kind], target).mean(dim=2) for kind in ROLLOUT_KINDS]

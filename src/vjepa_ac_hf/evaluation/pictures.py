@@ -1,4 +1,7 @@
-"""What a few clips' features look like: decoded to frames, or their first three principal components as colours."""
+"""What a few clips' features look like: frames, drawn by a decoder or the nearest real ones, and as colours.
+
+Colours are the first three principal components of features.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..actions_vjepa2_ac import ACTION_COLUMNS
+from ..actions_vjepa2_ac import ACTION_COLUMNS, wrap_degrees
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from .clips import spread
+from .figures import LARGE_TURN_DEGREES
 from .rollouts import StateIntegrator, roll_out, with_future
+
+# What is drawn of a clip, in figures, tables and pictures.
+REAL = "real"
+TRUE, PREDICTION, PERSISTENCE = "true features", "prediction", "persistence"
+LAST_FRAME, MEAN_FRAME = "last frame", "mean frame"
+OTHER, MIRRORED = "prediction, other clip's actions", "prediction, mirrored actions"
+Draw = Callable[[Tensor], Tensor]  # features (steps, N, D) -> frames (steps, u, Y, X, 3) in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -22,14 +34,19 @@ class ClipPictures:
         context_steps: true steps C that the rollouts start from.
         frames: `(T, 3, Y, X)`, uint8, first frame of each tubelet.
         captions: `(T,)`, at step t the action that led to it.
-        maps: by name of the row, `(steps, rows, columns, 3)` colours in [0, 1]: of all T steps, or of the last steps.
+        rows: by name of the row, `(steps, Y, X, 3)` in [0, 1], of all T steps or of the last ones: first frames.
+        colours: by name of the row, `(steps, rows, columns, 3)` in [0, 1]: the same as colours.
+        film: by name of the panel, `(T * tubelet_size, Y, X, 3)`, uint8: what is real, and what is imagined after the
+            context.
     """
 
     title: str
     context_steps: int
     frames: Tensor
     captions: list[str]
-    maps: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    colours: dict[str, Tensor]
+    film: dict[str, Tensor]
 
 
 class FeatureColours:
@@ -67,6 +84,30 @@ def _thin(scores: Tensor, limit: int = 1_000_000) -> Tensor:
     return scores[:: -(-len(scores) // limit)]
 
 
+def turning_clips(yaw_deltas: Tensor, wanted: int) -> tuple[list[int], str]:
+    """Clips to show, evenly spaced among those whose view turns, and a sentence that says so.
+
+    Where nobody turns, the frames of right and wrong actions are alike.
+
+    Args:
+        yaw_deltas: `(clips, H)`, yaw change of each imagined step in degrees.
+        wanted: clips, at most.
+
+    Returns:
+        Row numbers of clips that have turned by more than `LARGE_TURN_DEGREES` at some horizon; of all clips where none
+        has.
+    """
+    turned = wrap_degrees(yaw_deltas.double().cumsum(dim=1)).abs().amax(dim=1) > LARGE_TURN_DEGREES
+    rows = torch.nonzero(turned).flatten().tolist()
+    which = f"the {len(rows)} of {len(turned)} whose view turns by more than {LARGE_TURN_DEGREES:g} degrees"
+    if not rows:
+        rows, which = (
+            list(range(len(turned))),
+            f"all {len(turned)}: none turns by more than {LARGE_TURN_DEGREES:g} degrees",
+        )
+    return [rows[i] for i in spread(len(rows), wanted)], f"Clips evenly spaced among {which}, not chosen otherwise."
+
+
 @torch.no_grad()
 def picture_clips(
     model: VJEPA2ACModel,
@@ -85,14 +126,14 @@ def picture_clips(
     decoder: Any = None,
     mirrored: Tensor | None = None,
 ) -> list[ClipPictures]:
-    """Target, prediction, prediction with another clip's actions, persistence; colours are fitted on the targets.
+    """True features, imagined ones (`ROLLOUT_KINDS`'s names) and persistence; colours are fitted on the true features.
 
-    Without a decoder, the nearest real frame stands below each prediction.
+    Without a decoder, the nearest real frames of the shown clips stand in, and true features have no row of their own.
 
     Args:
         model: a `VJEPA2ACModel`.
         features: `(shown, T, N, D)`, those of the shown clips.
-        frames: `(shown, T, 3, Y, X)`, uint8, first frame of each tubelet of the shown clips.
+        frames: `(shown, T * tubelet_size, 3, Y, X)`, uint8, of the shown clips.
         shown: row numbers of the clips to show.
         others: for each of them, row number of the clip whose actions it is given instead.
         names: `(clips,)`, what all clips are called.
@@ -102,52 +143,41 @@ def picture_clips(
         context_steps: true steps C that the rollouts start from.
         horizon: steps H to predict.
         integrate_states: as in `evaluate_features`.
-        decoder: a `VJEPA2ACForFrameDecoding`: the rows are the first frames of the tubelets, not colours.
+        decoder: a `VJEPA2ACForFrameDecoding`.
         mirrored: `(clips, T-1, A)`, `actions` with left for right, for a row of their own; None: no such row.
     """
     shown, others, last = list(shown), list(others), context_steps + horizon
-    choices = {
-        "prediction": actions[shown],
-        "prediction, other clip's actions": with_future(actions[shown], actions[others], context_steps),
-    }
+    real = features[:, :last].cpu()
+    choices = {PREDICTION: actions[shown], OTHER: with_future(actions[shown], actions[others], context_steps)}
     if mirrored is not None:
-        choices["prediction, mirrored actions"] = with_future(actions[shown], mirrored[shown], context_steps)
-    targets = features[:, :last].cpu()
-    rows, nearest = {"target": targets}, {}
+        choices[MIRRORED] = with_future(actions[shown], mirrored[shown], context_steps)
+    options: dict[str, Any] = {"context_steps": context_steps, "integrate_states": integrate_states}
+    rows = {TRUE: real}
     for name, choice in choices.items():
-        rollout = roll_out(
-            model,
-            features,
-            choice[:, : last - 1],
-            states[shown],
-            context_steps=context_steps,
-            integrate_states=integrate_states,
+        rows[name] = roll_out(model, features, choice[:, : last - 1], states[shown], **options).cpu()
+    rows[PERSISTENCE] = real[:, context_steps - 1 : context_steps].expand(-1, horizon, -1, -1)
+    tubelets = frames.unflatten(1, (features.shape[1], -1))[:, :last].movedim(3, 5)
+    draw = nearest_frames(real, tubelets) if decoder is None else decoded_frames(decoder)
+    colours = FeatureColours(real, model.config.grid)
+    pictures = []
+    for i, (clip, other) in enumerate(zip(shown, others, strict=True)):
+        drawn = {name: draw(row[i]) for name, row in rows.items() if decoder is not None or name != TRUE}
+        seen = tubelets[i, :context_steps]
+        wrong = OTHER if mirrored is None else MIRRORED
+        imagined = {name: torch.cat([seen, (255 * drawn[name]).round().byte()]) for name in (PREDICTION, wrong)}
+        film = {REAL: tubelets[i], **imagined}
+        pictures.append(
+            ClipPictures(
+                title=f"{names[clip]}, other actions from {names[other]}",
+                context_steps=context_steps,
+                frames=tubelets[i, :, 0].movedim(3, 1),
+                captions=_captions(raw_actions[clip], raw_actions[other], context_steps, last),
+                rows={name: row[:, 0] for name, row in drawn.items()},
+                colours={name: colours(row[i]) for name, row in rows.items()},
+                film={name: panel.flatten(0, 1) for name, panel in film.items()},
+            )
         )
-        rows[name] = rollout.cpu()
-        if decoder is None:
-            at = nearest_steps(rows[name], targets)
-            nearest[name] = frames[:, :last].flatten(0, 1)[at].movedim(2, 4)
-    rows["persistence"] = targets[:, context_steps - 1 : context_steps].expand(-1, horizon, -1, -1)
-    colours = FeatureColours(targets, model.config.grid) if decoder is None else _decoded(decoder)
-
-    def maps(i: int) -> dict[str, Tensor]:
-        found = {}
-        for name, row in rows.items():
-            found[name] = colours(row[i])
-            if name in nearest:
-                found[f"{name}, nearest real frame"] = nearest[name][i]
-        return found
-
-    return [
-        ClipPictures(
-            title=f"{names[clip]}, other actions from {names[other]}",
-            context_steps=context_steps,
-            frames=frames[i, :last],
-            captions=_captions(raw_actions[clip], raw_actions[other], context_steps, last),
-            maps=maps(i),
-        )
-        for i, (clip, other) in enumerate(zip(shown, others, strict=True))
-    ]
+    return pictures
 
 
 def nearest_steps(features: Tensor, real: Tensor) -> Tensor:
@@ -157,10 +187,18 @@ def nearest_steps(features: Tensor, real: Tensor) -> Tensor:
     return torch.cdist(rows, known).argmin(dim=1).view(features.shape[:2])
 
 
-def _decoded(decoder: Any) -> Callable[[Tensor], Tensor]:
-    """Features `(steps, N, D)` -> the first frame of each tubelet, `(steps, Y, X, 3)` in [0, 1]."""
-    tubelet = decoder.config.encoder_config.tubelet_size
-    return lambda features: decoder(features=features[None].to(decoder.device)).frames[0, ::tubelet].cpu().movedim(1, 3)
+def nearest_frames(real: Tensor, tubelets: Tensor) -> Draw:
+    """Real tubelets `(clips, T, u, Y, X, 3)`, uint8, with the features `real` `(clips, T, N, D)`, as what is drawn."""
+    known = tubelets.flatten(0, 1)
+    return lambda features: known[nearest_steps(features[None], real)[0]].float() / 255
+
+
+def decoded_frames(decoder: Any) -> Draw:
+    """What a `VJEPA2ACForFrameDecoding` draws."""
+    size = decoder.config.encoder_config.tubelet_size
+    return lambda features: (
+        decoder(features=features[None].to(decoder.device)).frames[0].cpu().movedim(1, 3).unflatten(0, (-1, size))
+    )
 
 
 def _captions(actions: Tensor, others: Tensor, context_steps: int, steps: int) -> list[str]:

@@ -1,13 +1,14 @@
 """Figures of the report. Matplotlib is an optional dependency, imported where a figure is made."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..pages import new_figure
-from .pictures import ClipPictures
+from .figures import LARGE_TURN_DEGREES
+from .pictures import LAST_FRAME, MEAN_FRAME, MIRRORED, OTHER, PERSISTENCE, PREDICTION, TRUE, ClipPictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +57,44 @@ def _draw_curve(axes: "Axes", horizons: Sequence[dict[str, Any]], name: str, col
     axes.fill_between([h["horizon"] for h in banded], low, high, color=colour, alpha=0.18, linewidth=0)
 
 
+# Of `ROLLOUT_KINDS`: what is imagined, as in the figures above; baselines in greys.
+FRAME_STYLES = {
+    TRUE: ("#009E73", "-"),
+    PREDICTION: ("#0072B2", "-"),
+    OTHER: ("#D55E00", "-"),
+    MIRRORED: ("#CC79A7", "-"),
+    PERSISTENCE: ("#7f7f7f", "-"),
+    LAST_FRAME: ("black", "--"),
+    MEAN_FRAME: ("#7f7f7f", ":"),
+}
+
+
+def frames_figure(frames: Mapping[str, Any], seconds_per_step: float) -> "Figure":
+    """PSNR and SSIM of frames by horizon (columns), of all clips and of those that have turned (rows), with intervals.
+
+    Args:
+        frames: what `evaluate_frames` returns.
+        seconds_per_step: duration of a tubelet.
+    """
+    parts = {"all clips": "", f"turned by more than {LARGE_TURN_DEGREES:g}°": "_large_turns"}
+    parts = {title: suffix for title, suffix in parts.items() if frames["psnr" + suffix]}
+    figure = new_figure(10, 3.4 * len(parts))
+    for row, (title, suffix) in zip(figure.subplots(len(parts), 2, squeeze=False), parts.items(), strict=True):
+        for axes, name, label in zip(row, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
+            horizons = frames[name + suffix]
+            at = [h["horizon"] for h in horizons]
+            for kind, (colour, line) in FRAME_STYLES.items():
+                of = [h["kinds"][kind] for h in horizons]
+                axes.plot(at, [f["mean"] for f in of], line, marker=".", color=colour, label=kind)
+                known = [(h, *f["ci95"]) for h, f in zip(at, of, strict=True) if f["ci95"] is not None]
+                axes.fill_between(*zip(*known, strict=True), color=colour, alpha=0.15, linewidth=0) if known else None
+            axes.set(title=title, ylabel=label, xlabel=f"horizon (steps of {seconds_per_step:g} s)", xticks=at)
+            axes.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
 def histogram_figure(differences: np.ndarray) -> "Figure":
     """How much worse another clip's action is, pair by pair.
 
@@ -76,13 +115,14 @@ def histogram_figure(differences: np.ndarray) -> "Figure":
     return figure
 
 
-def clip_figure(pictures: ClipPictures) -> "Figure":
-    """One clip: frames, then one row of colour maps each for target, predictions and persistence, by step."""
-    steps = len(pictures.frames)
-    rows = 1 + len(pictures.maps)
+def clip_figure(pictures: ClipPictures, colours: bool = False) -> "Figure":
+    """One clip by step: its frames, then a row each for true features, predictions and persistence, drawn as frames or
+    as colours."""
+    steps, maps = len(pictures.frames), pictures.colours if colours else pictures.rows
+    rows = 1 + len(maps)
     figure = new_figure(1.35 * steps + 0.6, 1.35 * rows + 1.1)
     grid = figure.subplots(rows, steps, squeeze=False)
-    images = {"frames": pictures.frames.permute(0, 2, 3, 1), **pictures.maps}
+    images = {"frames": pictures.frames.permute(0, 2, 3, 1), **maps}
     for row, (name, image) in zip(grid, images.items(), strict=True):
         first = steps - len(image)
         row[0].set_ylabel("\n".join(textwrap.wrap(name, 14)), fontsize=8)

@@ -13,8 +13,9 @@ from ..pages import PAGE_STYLE, image_tag
 from ..records import write_file, write_json
 from .controllability_report import controllability_section
 from .figures import FEW_PLAYERS, LARGE_TURN_DEGREES
-from .pictures import ClipPictures
-from .plots import clip_figure, curves_figure, histogram_figure
+from .films import film_webp
+from .pictures import LAST_FRAME, MEAN_FRAME, OTHER, PREDICTION, REAL, TRUE, ClipPictures
+from .plots import clip_figure, curves_figure, frames_figure, histogram_figure
 from .rollouts import RolloutTable
 
 _READING = {
@@ -37,15 +38,20 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def write_report(
-    directory: Path, metrics: Mapping[str, Any], table: RolloutTable, clips: Sequence[ClipPictures]
+    directory: Path,
+    metrics: Mapping[str, Any],
+    table: RolloutTable,
+    clips: Sequence[ClipPictures],
+    chosen: str = "",
 ) -> Path:
-    """Write the figures as PNG files and, with the same figures inside, `report.html`.
+    """Write the figures as PNG files, films as WebP and, with the same inside, `report.html`.
 
     Args:
         directory: an existing folder.
         metrics: the contents of `metrics.json`.
         table: the errors that they come from.
         clips: clips to show, possibly none.
+        chosen: how they were (`turning_clips`).
 
     Returns:
         The path of `report.html`.
@@ -54,15 +60,24 @@ def write_report(
         "curves": curves_figure(metrics["horizons"], metrics["seconds_per_step"]),
         "pairs": histogram_figure(first_differences(table)),
     }
-    figures |= {f"clip-{i}": clip_figure(c) for i, c in enumerate(clips)}
-    images = {}
+    if "frames" in metrics:
+        figures["frames"] = frames_figure(metrics["frames"], metrics["seconds_per_step"])
+    for i, clip in enumerate(clips):
+        figures |= {f"clip-{i}": clip_figure(clip), f"clip-{i}-colours": clip_figure(clip, colours=True)}
+    files = {}
     for name, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-        write_file(directory / f"{name}.png", buffer.getvalue())
-        images[name] = base64.b64encode(buffer.getvalue()).decode()
+        files[f"{name}.png"] = buffer.getvalue()
+    for i, clip in enumerate(clips):
+        tubelet = len(clip.film[REAL]) // len(clip.frames)
+        fps = tubelet / metrics["seconds_per_step"]
+        files[f"clip-{i}.webp"] = film_webp(clip.film, clip.context_steps * tubelet, fps)
+    for name, content in files.items():
+        write_file(directory / name, content)
     path = directory / "report.html"
-    write_file(path, render_html(metrics, images, [c.title for c in clips]).encode())
+    images = {name: base64.b64encode(content).decode() for name, content in files.items()}
+    write_file(path, render_html(metrics, images, clips, chosen).encode())
     return path
 
 
@@ -71,13 +86,17 @@ def first_differences(table: RolloutTable) -> np.ndarray:
     return (table.shuffled[:, :, 0] - table.error[:, None, 0]).reshape(-1)
 
 
-def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: Sequence[str]) -> str:
+def render_html(
+    metrics: Mapping[str, Any], images: Mapping[str, str], clips: Sequence[ClipPictures], chosen: str = ""
+) -> str:
     """The report as one page without outside resources.
 
     Args:
         metrics: the contents of `metrics.json`.
-        images: base64 PNGs `curves`, `pairs` and `clip-0`, `clip-1`, ...
-        titles: of the clips shown.
+        images: base64 files by name: `curves.png`, `pairs.png`, with a decoder `frames.png`, and of clip i
+            `clip-i.png`, `clip-i-colours.png`, `clip-i.webp`.
+        clips: those shown.
+        chosen: how they were.
     """
     escape = html.escape
     facts = (
@@ -89,23 +108,18 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
     verdict_html = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(metrics))
     notes_html = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(metrics))
     reading = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _READING.items())
-    clips = "".join(
-        f"<figure><div class='scroll'>{image_tag(images[f'clip-{i}'], title)}</div>"
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-        for i, title in enumerate(titles)
-    )
     used = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(f"Evaluation of {metrics['model']}")}</title><style>{PAGE_STYLE}</style></head><body><main>
 <h1>{escape(f"Evaluation of {metrics['model']}")}</h1><p class="facts">{escape(facts)}</p>
 <section class="verdict"><h2>Verdict</h2>{verdict_html}{notes_html}</section>
-<section><h2>By horizon</h2>{image_tag(images["curves"], "errors and win rates by horizon")}
+<section><h2>By horizon</h2>{image_tag(images["curves.png"], "errors and win rates by horizon")}
 <div class="scroll">{_table(metrics["horizons"])}</div></section>
-<section><h2>Pair by pair</h2>{image_tag(images["pairs"], "histogram of error differences at horizon 1")}</section>
-{_frames_section(metrics)}
+<section><h2>Pair by pair</h2>{image_tag(images["pairs.png"], "histogram of error differences at horizon 1")}</section>
+{_frames_section(metrics, images)}
 {controllability_section(metrics)}
-{_clips_section(clips, "frames" in metrics)}
+{_clips_section(clips, images, chosen, "frames" in metrics)}
 <section><h2>How to read the figures</h2><dl>{reading}</dl></section>
 <section><h2>How it was made</h2><p><code>{escape(metrics["command"])}</code></p>
 <p class="facts">{escape(used)}. The numbers are in metrics.json beside this page.</p></section>
@@ -113,7 +127,7 @@ def render_html(metrics: Mapping[str, Any], images: Mapping[str, str], titles: S
 """
 
 
-def _frames_section(metrics: Mapping[str, Any]) -> str:
+def _frames_section(metrics: Mapping[str, Any], images: Mapping[str, str]) -> str:
     """PSNR and SSIM of decoded frames, all and after large turns."""
     if "frames" not in metrics:
         return ""
@@ -130,9 +144,37 @@ def _frames_section(metrics: Mapping[str, Any]) -> str:
                 )
                 table = f"<table><tr><th>horizon</th>{head}</tr>{body}</table>"
                 tables += f"<h3>{title}{where}</h3><div class='scroll'>{table}</div>"
-    return f"""<section><h2>Frames</h2><p class="facts">What {html.escape(str(metrics["decoder"]))} draws from features,
-against the true frames: "true features" is the best that it can do. The decoder is no part of the model. Last frame:
-the context's, copied; mean frame: of all clips. Higher is better.</p>{tables}</section>"""
+    figure = image_tag(images["frames.png"], "PSNR and SSIM by horizon")
+    verdict = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in frames_verdict(metrics["frames"]))
+    return f"""<section><h2>Frames</h2>{verdict}<p class="facts">What {html.escape(str(metrics["decoder"]))} draws from
+features, against the true frames: "true features" is the best that it can do. The decoder is no part of the model. Last
+frame: the context's, copied; mean frame: of all clips. Higher is better.</p>{figure}
+<details><summary>the numbers</summary>{tables}</details></section>"""
+
+
+def frames_verdict(frames: Mapping[str, Any]) -> list[str]:
+    """Two sentences on the first horizon, of clips that turn where there are any: the decoder, and what is imagined.
+
+    As in `verdict`, a claim is made where the interval of the difference does not hold 0.
+    """
+    suffix, where = ("_large_turns", f" after turns of more than {LARGE_TURN_DEGREES:g} degrees")
+    if not frames["psnr" + suffix]:
+        suffix, where = "", ""
+    over = frames["psnr" + suffix][0]["over"]
+    found = []
+    for question, kind in (
+        ("Do the features say what is to be seen?", TRUE),
+        ("Are imagined frames better than a copy of the last one?", PREDICTION),
+    ):
+        told = []
+        for base in (LAST_FRAME, MEAN_FRAME):
+            figure = over[base][kind]
+            low, high = figure["ci95"] or (figure["mean"],) * 2
+            bounds = "" if figure["ci95"] is None else f" (95 % interval {low:.2f} to {high:.2f})"
+            side = "above" if low > 0 else "below" if high < 0 else "not to be told from"
+            told.append(f"{side} the {base}: {figure['mean']:+.2f} dB{bounds}")
+        found.append(f"{question} One step ahead{where}, frames drawn from {_DRAWN[kind]} are {' and '.join(told)}.")
+    return found
 
 
 def _mean(figure: Mapping[str, Any], name: str) -> str:
@@ -142,18 +184,29 @@ def _mean(figure: Mapping[str, Any], name: str) -> str:
     return f"{figure['mean']:.{digits}f}{bounds}"
 
 
-_COLOURS = """Colours are the first three principal components of the target features of these clips: equal colours mean
-similar features."""
-_FRAMES = "Rows below the frames are drawn by the decoder from features: target, from the true ones."
+_DRAWN = {TRUE: "true features", PREDICTION: "imagined features"}
+_DECODED = "Rows below the frames are drawn by the decoder from features, the first of them from the true ones."
+_NEAREST = """Without a decoder, rows below the frames show the nearest real frames: of all steps of these clips, the
+one whose features have the smallest mean square difference."""
 
 
-def _clips_section(clips: str, decoded: bool) -> str:
+def _clips_section(clips: Sequence[ClipPictures], images: Mapping[str, str], chosen: str, is_decoded: bool) -> str:
     if not clips:
         return ""
-    return f"""<section><h2>Clips</h2><p class="facts">Clips evenly spaced over the split, not chosen.
-{_FRAMES if decoded else _COLOURS} Framed in
-blue: the context, which the model sees. Under each step: the action that led to it, and the turn of the other clip
-whose actions the row "prediction, other clip's actions" was given.</p>{clips}</section>"""
+    figures = ""
+    for i, clip in enumerate(clips):
+        title, names = html.escape(clip.title), "".join(f"<span>{html.escape(name)}</span>" for name in clip.film)
+        film = image_tag(images[f"clip-{i}.webp"], f"film of {clip.title}: {', '.join(clip.film)}", "webp")
+        colours = image_tag(images[f"clip-{i}-colours.png"], f"{clip.title}, as colours")
+        figures += f"""<figure><div class="film"><div>{names}</div>{film}</div>
+{image_tag(images[f"clip-{i}.png"], clip.title)}
+<details><summary>features as colours</summary>{colours}</details><figcaption>{title}</figcaption></figure>"""
+    return f"""<section><h2>Clips</h2><p class="facts">{html.escape(chosen)}
+{_DECODED if is_decoded else _NEAREST} Framed in
+blue: the context, which the model sees; in films the strip below is blue meanwhile, orange where frames are imagined.
+Under each step: the action that led to it, and the turn of the other clip whose actions the row "{OTHER}" was given;
+mirrored: left for right (mouse, yaw, a and d). Colours are the first three principal components of the true features
+of these clips: equal colours mean similar features.</p>{figures}</section>"""
 
 
 def _table(horizons: Sequence[Mapping[str, Any]]) -> str:

@@ -41,6 +41,8 @@ TASKS: dict[str, Any] = {
     "frame_decoding": VJEPA2ACForFrameDecoding,
 }
 CLIPS_FOR_WEIGHTS = 100_000
+CLIPS_FOR_FIT = 512
+RIDGE = 1e-6  # of the features' variance, which is 1 where they are normalised: some directions hardly vary
 HOTBAR = [ACTION_COLUMNS.index(f"hotbar.{i}") for i in range(9)]
 
 
@@ -71,6 +73,37 @@ def fit_pos_weight(clips: Dataset, columns: Sequence[str]) -> list[float]:
     at = [ACTION_COLUMNS.index(c) for c in columns]
     parts = [torch.as_tensor(np.asarray(b["actions"]))[..., at] for b in chosen.with_format("numpy").iter(4096)]
     return binary_pos_weight(torch.cat(parts)) if columns else []
+
+
+@torch.no_grad()
+def fit_linear(model: VJEPA2ACForFrameDecoding, batches: Iterable[dict[str, Any]], accelerator: Accelerator) -> None:
+    """Set the head's linear map to the least-squares solution over the clips of all processes (ridge regression).
+
+    Steps of an optimizer get there slowly: a random encoder's features vary a thousand times as much in some directions
+    as in others (docs/LOG.md).
+
+    Args:
+        model: on the accelerator's device, not wrapped.
+        batches: of this process, with `frames` beside pixels or features (`ClipCollator(frames=True)`).
+        accelerator: processes and device.
+    """
+    head, device = model.head, accelerator.device
+    exact = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    size = head.linear.in_features + 1
+    products = torch.zeros(size, size + head.linear.out_features, dtype=torch.float64, device=exact)
+    for batch in batches:
+        inputs = {k: batch[k].to(device) for k in ("pixel_values_videos", "features") if k in batch}
+        features = model.read_features(inputs.get("pixel_values_videos"), inputs.get("features"), min_steps=1)
+        targets = head.linear_targets(batch["frames"].to(device).float() / 255)
+        known, wanted = (t.flatten(0, 2).to(exact).double() for t in (features, targets))
+        known = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
+        products += known.T @ torch.cat([known, wanted], dim=1)
+    total: Tensor = accelerator.reduce(products, reduction="sum").to(exact)
+    square, right = total[:, :size], total[:, size:]
+    ridge = RIDGE * square[-1, -1] * torch.eye(size, dtype=square.dtype, device=exact)  # its last is the count of rows
+    solution = torch.linalg.solve(square + ridge, right)
+    head.linear.weight.copy_(solution[:-1].T)
+    head.linear.bias.copy_(solution[-1])
 
 
 class ClipLabels:

@@ -56,9 +56,10 @@ def log_pictures(
     seconds_per_step = clips.processor.tubelet_size / clips.processor.fps
     images = {"pictures/errors_by_horizon": _render(curves_figure(clips.horizons, seconds_per_step))}
     for number, pictures in enumerate(shown):
-        figure = clip_figure(pictures)
-        figure.suptitle(pictures.title, fontsize=8)
-        images[f"pictures/clip_{number}"] = _render(figure)
+        for name, colours in (("", False), ("_colours", True)):
+            figure = clip_figure(pictures, colours)
+            figure.suptitle(pictures.title, fontsize=8)
+            images[f"pictures/clip_{number}{name}"] = _render(figure)
     folder = output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / f"step-{step:08d}.png", _encode_png(_stack(list(images.values()))))
@@ -77,7 +78,7 @@ def _picture_clips(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Acce
         return picture_clips(
             model,
             features.float(),
-            frames[:, :: processor.tubelet_size],
+            frames,
             shown=shown,
             others=clips.partners[0, shown].tolist(),
             names=names,
