@@ -106,6 +106,8 @@ def show_result(report: Path) -> None:
         wins = 100 * first["win_rate_large_turns"]
         print(f"  true action wins, large turns {wins:5.1f} %" + interval("win_rate_large_turns", 100) + "  chance: 50")
     print(f"Report: {report / 'report.html'}")
+    folder = "" if report.parent == ROOT / "demo" else f" DEMO_DIR={report.parent}"
+    print(f"Play in what the model imagines: make play{folder}")
 
 
 if __name__ == "__main__":
