@@ -6,10 +6,10 @@ DEMO_DIR ?= demo
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all style quality clean
+.PHONY: help setup demo demo-model play test test-all test-browser style quality clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed  ## virtual environment, the package with all extras, FFmpeg's shared libraries
 
@@ -25,6 +25,16 @@ demo: setup  ## record ViZDoom play, build, train and evaluate a small world mod
 	@echo "== $(NEXT); everything goes to $(DEMO_DIR)/, and a second run continues"
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
 
+demo-model:
+	@test -f $(DEMO_DIR)/model/model.safetensors || { echo "no model in $(DEMO_DIR)/model yet: run 'make demo' first"; exit 1; }
+
+# What the demo has of decoder and figures.
+PLAY = $(and $(wildcard $(DEMO_DIR)/decoder/model.safetensors),--decoder $(DEMO_DIR)/decoder) \
+	$(and $(wildcard $(DEMO_DIR)/report/metrics.json),--evaluation $(DEMO_DIR)/report)
+
+play: demo-model setup  ## a page to play in what the demo's model imagines, in a browser
+	$(BIN)/python examples/explore.py --model $(DEMO_DIR)/model --dataset $(DEMO_DIR)/clips $(PLAY) $(PLAY_ARGS)
+
 # A process a core; tests of a file stay together, since they share what its fixtures have built.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --timeout 900
 
@@ -35,6 +45,12 @@ test: setup  ## the tests: 5 minutes on 2 cores
 test-all: setup  ## slow ones and those for a GPU too: fuzzing, compilers, large shards, killed programs
 	@echo "== $(NEXT)"
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-browser: setup  ## the page in a real browser: Chromium from Debian's packages, driven by playwright
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } || \
+		{ echo "Chromium is missing, and could not be installed: apt-get install chromium (as root)"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[browser]"
+	$(BIN)/python -m pytest --timeout 900 tests/test_explore_browser.py $(PYTEST_ARGS)
 
 style: setup  ## format and fix
 	$(BIN)/ruff format .

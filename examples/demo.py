@@ -120,6 +120,8 @@ def show_result(report: Path) -> None:
         bounds = "  (95 %: {:+.1f} to {:+.1f})".format(*gain["ci95"]) if gain["ci95"] else ""
         print(f"  imagined frames over a copy   {gain['mean']:+5.1f} dB{bounds}  (PSNR where the view turns)")
     print(f"Report, with films of what it imagines: {report / 'report.html'}")
+    folder = "" if report.parent == ROOT / "demo" else f" DEMO_DIR={report.parent}"
+    print(f"Play in what the model imagines: make play{folder}")
 
 
 if __name__ == "__main__":

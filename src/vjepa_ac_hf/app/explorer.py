@@ -210,7 +210,7 @@ class Explorer:
             other = Story(self.model, self.processor, session.story.scene, session.story.context_steps)
             shown = []
             for step in session.story.steps:
-                imagined = other.act(mirror_actions(step.action))
+                imagined = other.act(mirror_actions(step.action) + 0.0)  # no -0
                 shown.append(self._show(other, imagined))
             self._put_aside(session, "left for right", shown)
             return {"lanes": session.lanes}

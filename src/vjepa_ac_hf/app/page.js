@@ -41,14 +41,21 @@ const say = (text) => { $("status").textContent = text; };
 const number = (id) => Number($(id).value);
 
 // ---------------------------------------------------------------------------------------------- what is shown
-function cell(source, text, kind = "") {
-  const box = document.createElement("div"), image = document.createElement("img"), words = document.createElement("p");
+function cell(source, text, kind = "", real = null) {
+  const box = document.createElement("div"), words = document.createElement("p");
   box.className = "vx-cell " + kind;
-  image.src = source; image.alt = text; words.textContent = text;
-  box.append(image, words);
+  words.textContent = text;
+  for (const [picture, of] of [[source, kind], [real, "vx-true"]]) {
+    if (!picture) continue;
+    const image = document.createElement("img");
+    image.src = picture; image.alt = text; image.className = of;
+    box.append(image);
+  }
+  box.append(words);
   return box;
 }
-const ahead = (step) => "+" + step.seconds.toFixed(1) + " s\n" + step.action.join("\n");
+const imagined = (step) =>
+  cell(step.picture, "+" + step.seconds.toFixed(1) + " s\n" + step.action.join("\n"), "", step.real);
 function show(found) {
   story = found; planning = false;
   $("lost").hidden = true; delete $("lost").dataset.kind;
@@ -61,7 +68,7 @@ function show(found) {
     box.addEventListener("click", () => look_for(i, box));
     return box;
   }));
-  found.steps.forEach((step) => $("strip").append(cell(step.picture, ahead(step))));
+  found.steps.forEach((step) => $("strip").append(imagined(step)));
   lanes(found.lanes);
   now();
 }
@@ -70,7 +77,7 @@ function lanes(found) {
   $("lanes").replaceChildren(...found.map((lane) => {
     const box = document.createElement("div"), title = document.createElement("h3"), strip = document.createElement("div");
     title.textContent = lane.title; strip.className = "vx-strip";
-    strip.append(...lane.steps.map((step) => cell(step.picture, ahead(step))));
+    strip.append(...lane.steps.map(imagined));
     box.append(title, strip);
     return box;
   }));
@@ -90,7 +97,7 @@ function now() {
 }
 async function add(step) {
   story.steps.push(step);
-  $("strip").append(cell(step.picture, ahead(step)));
+  $("strip").append(imagined(step));
   now();
   await $("now").decode().catch(() => {});
   $("strip").scrollLeft = $("strip").scrollWidth;

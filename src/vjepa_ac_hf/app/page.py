@@ -1,6 +1,9 @@
 """The page, served by Gradio (extra `app`): its own HTML and script, whose requests `Explorer` answers."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +79,8 @@ def launch(explorer: Explorer, *, host: str, port: int | None, title: str = "vje
 
 
 def uploads_folder() -> Path:
-    """Where Gradio puts what visitors upload."""
-    import tempfile
-
-    return Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio")
+    """An empty folder for what visitors upload, which Gradio is told of; it goes when the program ends."""
+    folder = tempfile.mkdtemp(prefix="vjepa-ac-uploads-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
