@@ -32,11 +32,22 @@ from vjepa_ac_hf.evaluation import (
 )
 from vjepa_ac_hf.evaluation.clips import ClipRecords
 from vjepa_ac_hf.evaluation.controllability import headline_figures
-from vjepa_ac_hf.evaluation.controllability_figures import GROUPS, KINDS, camera_bins
+from vjepa_ac_hf.evaluation.controllability_figures import KINDS, camera_bins
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 
 PLACE = {column: i for i, column in enumerate(ACTION_COLUMNS)}
 KEYS = ACTION_COLUMNS[4:]
+GROUPS = {
+    "forward_back": ["key.w", "key.s"],
+    "left_right": ["key.a", "key.d"],
+    "jump": ["key.space"],
+    "sneak_sprint": ["key.left.shift", "key.left.control"],
+    "attack": ["mouse.left"],
+    "use": ["mouse.right"],
+    "drop": ["key.q"],
+    "slots": ["key.1", "key.2", "key.3", "key.4", "key.5", "key.6", "key.7", "key.8", "key.9"],
+    "slot_held": [f"hotbar.{i}" for i in range(9)],
+}
 
 
 # --- the same figures in plain loops --------------------------------------------------------------------------------
@@ -118,6 +129,7 @@ def random_actions(rng, shape):
     """Raw actions `(*shape, 38)`: turns, keys that are sometimes down, a slot that is sometimes not known."""
     actions = np.zeros((*shape, 38))
     actions[..., :4] = rng.normal(0, 20, (*shape, 4)).round(2)
+    actions[..., 2] = rng.uniform(-180, 179, shape).round(2)  # errors go around the circle
     actions[..., 4:28] = rng.random((*shape, 24)) < 0.35
     slot = rng.integers(-1, 9, shape)
     for n in range(9):
@@ -283,6 +295,8 @@ class World:
         self.err = err
 
     def rollout(self, features, actions, states):
+        # Within the context everything is as it was.
+        assert torch.equal(features.diff(dim=1)[:, :, 0], actions[:, : features.shape[1] - 1])
         taken = self.err(actions)[:, features.shape[1] - 1 :]
         return features[:, -1:] + taken.cumsum(dim=1)[:, :, None]
 
@@ -426,7 +440,7 @@ def test_planted_faults_are_told(err):
             assert kinds["imagined"] == kinds["persistence"]
         if err is shifted:
             assert kinds["imagined"]["macro_f1"]["mean"] < 0.6
-            assert kinds["imagined"]["camera"]["yaw_delta"]["r2"]["mean"] < 0
+            assert kinds["imagined"]["camera"]["pitch_delta"]["r2"]["mean"] < 0
     if err is shifted:  # at horizon 1 a late rollout is the last action repeated, which finds no onsets
         assert found[0]["kinds"]["imagined"] == found[0]["kinds"]["repeat_last"]
         assert found[0]["kinds"]["imagined"]["macro_onset_f1"]["mean"] == 0

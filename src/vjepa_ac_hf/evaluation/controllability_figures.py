@@ -164,11 +164,10 @@ class ControllabilityTally:
         return found
 
     def _of_kind(self, sums: Mapping[str, np.ndarray], weights: np.ndarray | None) -> dict[str, Any]:
-        pressed = sums["keys"][..., 2].sum(axis=0) > 0
-        begun = sums["onsets"][..., 2].sum(axis=0) > 0
-        result: dict[str, Any] = {}
-        for name, counts, some in (("macro_f1", sums["keys"], pressed), ("macro_onset_f1", sums["onsets"], begun)):
-            result[name] = _with_interval(lambda c: _nanmean(_rates(c)["f1"]), counts[:, some], weights, some.any())
+        result: dict[str, Any] = {
+            name: _with_interval(lambda c: _nanmean(_rates(c)["f1"]), sums[counts], weights)
+            for name, counts in (("macro_f1", "keys"), ("macro_onset_f1", "onsets"))
+        }
         parts = {"keys": [[i] for i in range(len(self.keys))], "groups": list(self.groups.values())}
         for part, names in (("keys", self.keys), ("groups", list(GROUPS))):
             result[part] = {}
@@ -294,10 +293,8 @@ def _key_figures(counts: np.ndarray, weights: np.ndarray | None) -> dict[str, An
     return {**rates, "pressed": int(totals[2]), "told": int(totals[1]), "ci95": interval}
 
 
-def _with_interval(figure: Any, counts: np.ndarray, weights: np.ndarray | None, known: Any = True) -> dict[str, Any]:
+def _with_interval(figure: Any, counts: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
     """`mean` of a figure of `(U, ...)` counts, and `ci95` where at least two players or sessions have any."""
-    if not known:
-        return {"mean": None, "ci95": None}
     interval = None
     if weights is not None and np.count_nonzero(counts.reshape(len(counts), -1).any(axis=1)) > 1:
         drawn = figure(np.tensordot(weights, counts, axes=1))
