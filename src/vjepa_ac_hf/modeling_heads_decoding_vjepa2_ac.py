@@ -64,8 +64,9 @@ class VJEPA2ACFrameDecodingHead(nn.Module):
         self.embed_place = nn.Embedding(config.num_tokens, width)
         self.layers = nn.ModuleList([VJEPA2ACHeadLayer(width, heads) for _ in range(config.head_num_hidden_layers)])
         self.norm = nn.LayerNorm(width)
-        self.out = _starting_at_zero(nn.Linear(width, self.frames * 3 * self.patch**2))
-        self.linear = nn.Linear(config.feature_size, self.out.out_features)
+        pixels = self.frames * 3 * self.patch**2
+        self.out = _starting_at_zero(nn.Linear(width, pixels))
+        self.linear = nn.Linear(config.feature_size, pixels)
         self.seams = VJEPA2ACSeams(3 * self.frames)
 
     def forward(self, features_BTND: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class VJEPA2ACForFrameDecoding(VJEPA2ACHeadPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):
+        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight)

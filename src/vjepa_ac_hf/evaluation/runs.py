@@ -32,9 +32,9 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, Interval]]
     Its interval stands beside it as `NAME_ci95`, in a `ci95` by name, or as a `ci95` right after it.
     """
     if isinstance(value, list):
-        for place, entry in enumerate(value):
+        for number, entry in enumerate(value):
             if isinstance(entry, dict | list):
-                key = f"horizon {entry['horizon']}" if isinstance(entry, dict) and "horizon" in entry else str(place)
+                key = f"horizon {entry['horizon']}" if isinstance(entry, dict) and "horizon" in entry else str(number)
                 yield from flatten(entry, f"{name}.{key}" if name else key)
         return
     intervals = value.get("ci95") if isinstance(value.get("ci95"), dict) else {}

@@ -171,7 +171,7 @@ class Controller:
     def _replan(self) -> Plan:
         assert self._context is not None
         known = (self.model, self.processor, self._context, self._cost)
-        others = [(o.model, o.processor, o._context, o._cost) for o in self._others]
+        others: list[Any] = [(o.model, o.processor, o._context, o._cost) for o in self._others]
         return plan(*known, others=others, warm_start=self.plan, shift=self._since, **self._options)
 
     def _look(self, frames: Tensor, state: Tensor, slot: int | None, executed: Any) -> None:

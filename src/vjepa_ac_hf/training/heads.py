@@ -22,7 +22,7 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation import head_figures
 from ..evaluation.clips import spread
 from ..evaluation.decoding import evaluate_decoder
-from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
+from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding, VJEPA2ACFrameDecodingHead
 from ..modeling_heads_vjepa2_ac import (
     VJEPA2ACForActionAnticipation,
     VJEPA2ACForInverseDynamics,
@@ -88,6 +88,7 @@ def fit_linear(model: VJEPA2ACForFrameDecoding, batches: Iterable[dict[str, Any]
         accelerator: processes and device.
     """
     head, device = model.head, accelerator.device
+    assert isinstance(head, VJEPA2ACFrameDecodingHead)
     exact = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     size = head.linear.in_features + 1
     products = torch.zeros(size, size + head.linear.out_features, dtype=torch.float64, device=exact)
