@@ -14,12 +14,16 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from helpers_clips import write_clips
 from helpers_data import make_video
+from helpers_training import load_program
 from test_modeling import tiny_model
+from test_programs import parser_of
 from transformers import PreTrainedConfig, VJEPA2Config
 
-from vjepa_ac_hf import ActionStatistics, VJEPA2ACConfig, VJEPA2ACProcessor
+from vjepa_ac_hf import ActionStatistics, VJEPA2ACConfig, VJEPA2ACForFrameDecoding, VJEPA2ACProcessor
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import EncoderFields
+from vjepa_ac_hf.programs.command import PROGRAMS
 from vjepa_ac_hf.programs.command import run as run_program
 from vjepa_ac_hf.recordings.log import PRESSED_COLUMNS, parse_recording
 from vjepa_ac_hf.training.presets import PRESETS, build_config
@@ -277,3 +281,88 @@ def test_the_loop_in_minerl(tmp_path, monkeypatch):
     # Yaw and pitch as added up are those of the two whole steps; MineRL's order is pitch, yaw.
     np.testing.assert_allclose(names["view"], env.views[16][::-1], atol=1e-6)
     assert np.abs(names["view"]).max() > 1
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def test_the_picture_shows_the_clip_and_turns_the_other_way(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("torchmetrics")
+    program = load_program("benchmarks/readme_picture.py")
+    turns = np.array([[20, 15, 5], [-30, -11, -1], [20, 9, 5], [20, -15, 5], [11, 11, 1], [12, 30, 90]])
+    assert program.choose_clip(turns) == 1  # of rows 4, 0, 1, 5 by their turns (23, 40, 42, 132) the third
+    with pytest.raises(SystemExit, match="--clip"):
+        program.choose_clip(turns[2:4])
+
+    world = tiny_model()
+    statistics = json.loads((write_clips(tmp_path / "clips", train=3, validation=3) / "action_stats.json").read_text())
+    world.save_pretrained(tmp_path / "world")
+    VJEPA2ACProcessor(resolution=32, action_statistics=statistics).save_pretrained(tmp_path / "world")
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    VJEPA2ACForFrameDecoding.from_world_model(world, **small).save_pretrained(tmp_path / "decoder")
+    drawn = []
+    monkeypatch.setattr(program, "draw", lambda *given, draw=program.draw: drawn.append(given) or draw(*given))
+    flags = {"model": "world", "decoder": "decoder", "dataset": "clips", "output": "out.png", "clip": 1}
+    given = [f"--{name}={value if name == 'clip' else tmp_path / value}" for name, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", ["readme_picture.py", *given])
+    program.main()
+    [(frames, turns, _)] = drawn
+    clip = datasets.load_dataset(str(tmp_path / "clips"), split="validation")[1]
+    seen = clip["video"].get_frames_in_range(0, 12).data[::2].movedim(1, 3).numpy() / 255
+    np.testing.assert_allclose(frames[0], seen, atol=1e-6)  # clips of the model's size are shown as they are
+    np.testing.assert_allclose(turns, np.array(clip["actions"])[:5, 2])
+    assert frames.shape == (3, 6, 32, 32, 3)
+    np.testing.assert_array_equal(frames[1, :2], frames[2, :2])  # the context
+    assert all(np.abs(frames[1, step] - frames[2, step]).max() > 0 for step in range(2, 6))
+    assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "clip 1 of 3" in capsys.readouterr().out
+
+
+def test_the_readme_shows_a_small_picture():
+    assert "](docs/imagined.png)" in (ROOT / "README.md").read_text().split("\n## ")[0]
+    assert (DOCS / "imagined.png").stat().st_size < 150_000
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+INTERVAL = r"(-?\d+\.\d+)[ %*]*\((-?\d+\.\d+) to (-?\d+\.\d+)\)"
+
+
+def test_figures_are_those_of_the_log():
+    """Figures with intervals, as they stand in the log; those of the README are on the page of results."""
+    readme, results, log = ((ROOT / page).read_text() for page in ("README.md", "docs/results.md", "docs/LOG.md"))
+    with_interval = [set(re.findall(INTERVAL, page)) for page in (readme, results, log)]
+    assert len(with_interval[0]) >= 4 and len(with_interval[1]) >= 20
+    assert with_interval[0] <= with_interval[1] <= with_interval[2]
+    bold = re.findall(r"\*\*(\d[\d.]*)( %| times)?[^*]*\*\*", readme.split("## What can be done")[1].split("\n## ")[0])
+    assert len(bold) >= 9
+    for figure, unit in bold:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", results), (figure, unit)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def commands() -> list[tuple[str, str, str]]:
+    """Page, program and flags of every command in code blocks."""
+    found = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]:
+        if page.name != "LOG.md":  # its commands are of programs as they were
+            text = re.sub(r" *\\\n *", " ", page.read_text())
+            lines = re.findall(
+                r"^ *(?:\w+=\S+ )*(?:python|accelerate launch) ((?:.* )?)(\w+/\w+\.py)( .*)?$", text, re.M
+            )
+            found += [(page.name, program, flags.partition("#")[0]) for _, program, flags in lines]
+    return [command for command in found if not command[1].startswith(("benchmarks/", "tests/"))]
+
+
+def test_commands_have_flags_that_exist(monkeypatch):
+    names = {file: name for name, (file, _) in PROGRAMS.items()}
+    flags_of, used = {}, 0
+    for page, program, flags in commands():
+        if program not in flags_of:
+            flags_of[program] = parser_of(names[program], monkeypatch)._option_string_actions
+        for flag in re.findall(r"(?<!\S)--[\w-]+", flags):
+            assert flag in flags_of[program], (page, program, flag)
+            used += 1
+    assert len(flags_of) >= 12 and used >= 100

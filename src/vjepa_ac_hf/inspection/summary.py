@@ -204,14 +204,6 @@ def dataset_summary(
     clip = _clip_spec(report)
     clip_hours = None if clip is None else clip.frames_per_clip / clip.fps / 3600
     units = {split: _split_units(split, part, recordings) for split, part in report["splits"].items()}
-    splits = {
-        split: {
-            **{name: None if values is None else len(values) for name, values in units[split].items()},
-            "recordings": part["recordings"] if recordings is None else len(_with_clips(split, recordings)),
-            "clips": part["clips"],
-        }
-        for split, part in report["splits"].items()
-    }
     if num_bytes is None and all("bytes" in part for part in report["splits"].values()):
         num_bytes = {split: part["bytes"] for split, part in report["splits"].items()}
     kinds = Counter(_rejection_kind(rejection) for rejection in report["rejected"])
@@ -230,11 +222,13 @@ def dataset_summary(
         },
         "splits": {
             split: {
-                **part,
+                **{name: None if values is None else len(values) for name, values in units[split].items()},
+                "recordings": part["recordings"] if recordings is None else len(_with_clips(split, recordings)),
+                "clips": part["clips"],
                 "hours": None if clip_hours is None else part["clips"] * clip_hours,
                 "bytes": None if num_bytes is None else num_bytes[split],
             }
-            for split, part in splits.items()
+            for split, part in report["splits"].items()
         },
         "gui": {
             "ticks": _share(recordings, "gui_ticks", "ticks"),
