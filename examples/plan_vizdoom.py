@@ -13,6 +13,7 @@ OUT/success.png shows them; with --decoder OUT/report.html has what plans expect
 
 import argparse
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ METHODS = ("headings", "cem", "icem", "mppi")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 MANIFESTS = ("view-easy-v1", "view-hard-v1", "walk-v1")
+# Flags of the methods that search by drawing candidates.
+SEARCH = {"horizon": 1, "candidates": 64, "iterations": 4, "gradient_steps": 0, "inverse_dynamics": None}
 # What a manifest decides, and its values without one.
 TASK = {"episodes": 50, "seed": 0, "resolution": "256x144", "max_steps": 6, "tolerance_degrees": 5.0, "hold": 1}
 
@@ -45,17 +48,25 @@ def parse_arguments() -> argparse.Namespace:
     task.add_argument("--max_steps", type=int, help="steps of an episode (default 6)")
     task.add_argument("--tolerance_degrees", type=float, help="a success is this near (default 5)")
     task.add_argument("--hold", type=int, help="steps in a row that must end so near (default 1)")
-    parser.add_argument("--horizon", type=int, default=1, help="steps that the planner looks ahead (default 1)")
-    parser.add_argument("--method", choices=METHODS, default="cem", help="that the planner searches by (default cem)")
-    parser.add_argument("--candidates", type=int, default=64, help="of an iteration of the method (default 64)")
-    parser.add_argument("--iterations", type=int, default=4, help="of the method (default 4)")
-    parser.add_argument("--gradient_steps", type=int, default=0, help="down the cost's gradient, after it (default 0)")
-    parser.add_argument("--inverse_dynamics", help="folder or Hub repository of a head that proposes where to begin")
-    parser.add_argument(
+    search = parser.add_argument_group("search", "what the planner does")
+    search.add_argument(
+        "--method",
+        choices=METHODS,
+        help="default: headings (turn until the goal is seen); cem where the task has keys, or a flag of its is given",
+    )
+    search.add_argument("--horizon", type=int, help="steps that cem, icem and mppi look ahead (default 1)")
+    search.add_argument("--candidates", type=int, help="of an iteration of theirs (default 64)")
+    search.add_argument("--iterations", type=int, help="of theirs (default 4)")
+    search.add_argument("--gradient_steps", type=int, help="down the cost's gradient, after them (default 0)")
+    search.add_argument("--inverse_dynamics", help="folder or Hub repository of a head that proposes where to begin")
+    search.add_argument(
+        "--distance", help="folder or repository of a head that tells steps: the cost (docs/planning.md)"
+    )
+    search.add_argument(
         "--ensemble", nargs="+", type=folder_or_repo, default=[], help="more models, which judge together with --model"
     )
-    parser.add_argument("--doubt", type=float, default=0.0, help="weight of their disagreement in the cost (default 0)")
-    parser.add_argument(
+    search.add_argument("--doubt", type=float, default=0.0, help="weight of their disagreement in the cost (default 0)")
+    search.add_argument(
         "--propose",
         choices=("mean", "candidate"),
         default="mean",
@@ -67,9 +78,15 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in (("episodes", 1), ("candidates", 3), ("iterations", 1), ("gradient_steps", 0)):
         if (getattr(arguments, name) or least) < least or getattr(arguments, name) == 0 < least:
             parser.error(f"--{name} must be at least {least}, found {getattr(arguments, name)}")
-    searched = {"horizon": 1, "gradient_steps": 0, "inverse_dynamics": None}
-    if arguments.method == "headings" and any(getattr(arguments, name) != value for name, value in searched.items()):
-        parser.error(f"--method headings takes none of {', '.join(f'--{name}' for name in searched)}: they are cem's")
+    searched = [f"--{name}" for name in SEARCH if getattr(arguments, name) is not None]
+    if arguments.method == "headings" and searched:
+        parser.error(f"--method headings takes no {', '.join(searched)}: they are for the other methods")
+    if arguments.method is None and searched:
+        arguments.method = "cem"
+    for name, value in SEARCH.items():
+        setattr(arguments, name, value if getattr(arguments, name) is None else getattr(arguments, name))
+    if arguments.distance and arguments.ensemble:
+        parser.error("--distance is of one model's features: it takes no --ensemble")
     if arguments.agents is None:
         arguments.agents = [agent for agent in AGENTS if agent != "planner" or arguments.model]
     if "planner" in arguments.agents and not (arguments.model or arguments.make_manifest):
@@ -99,12 +116,14 @@ from vjepa_ac_hf.planning import (
     ICEM,
     MPPI,
     Controller,
+    DistanceCost,
     GradientRefinement,
     HeadingController,
     InverseDynamicsProposals,
     SearchSpace,
+    encode_goal,
 )
-from vjepa_ac_hf.planning.planner import check_same_steps
+from vjepa_ac_hf.planning.planner import check_horizon, check_same_steps
 from vjepa_ac_hf.planning.report import Story, first_of_both, planning_page, story_png
 from vjepa_ac_hf.records import claim_folder, json_checksum, versions, weights_checksum, write_file, write_json
 
@@ -112,8 +131,8 @@ CEMS = {"cem": CEM, "icem": ICEM}
 SHOWN = 3  # successes, and as many failures, in the report
 LARGEST_TURN = 45.0  # degrees a step that planner and random may choose from
 KEPT = ("model", "seed", "resolution", "max_steps", "tolerance_degrees", "hold", "horizon", "candidates", "iterations")
-KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy", "ensemble", "doubt")
-BEFORE = {"ensemble": [], "doubt": 0.0, "policy": None}  # settings of files that do not name them
+KEPT += ("method", "gradient_steps", "inverse_dynamics", "propose", "policy", "ensemble", "doubt", "distance")
+BEFORE = {"ensemble": [], "doubt": 0.0, "policy": None, "distance": None}  # settings of files that do not name them
 
 
 class Planner:
@@ -127,14 +146,19 @@ class Planner:
         head: Any = None,
         task: Any = None,
         others: Any = (),
+        distance: Any = None,
     ):
-        self.model, self.processor, self.method = model, processor, arguments.method
+        self.model, self.processor, self.method, self.distance = model, processor, arguments.method, distance
+        if distance is not None:  # refused before any goal is known
+            DistanceCost(distance, model, torch.zeros(model.config.num_tokens, model.config.feature_size))
         self.options: dict[str, Any]
         self.expected: list[torch.Tensor] = []  # of this episode: features `(N, D)` that each action was to lead to
         task = task or {"keys": [], "largest_turn": LARGEST_TURN}
         if arguments.method == "headings":
             if task["keys"]:
                 raise ValueError(f"--method headings turns and presses no keys, the task has {task['keys']}: use cem")
+            for one in (model, *[other for other, _ in others]):
+                check_horizon(one, 1, math.ceil(180 / task["largest_turn"]))
             self.options = {"largest_turn": task["largest_turn"], "others": others, "doubt": arguments.doubt}
             return
         sizes = {"iterations": arguments.iterations, "candidates": arguments.candidates}
@@ -162,7 +186,9 @@ class Planner:
             nonlocal controller
             frames, executed = seen["frame"][None], None
             if controller is None:
-                goal = np.moveaxis(seen["goal"], -1, 0)
+                goal: Any = np.moveaxis(seen["goal"], -1, 0)
+                if self.distance is not None:
+                    goal = DistanceCost(self.distance, self.model, encode_goal(self.model, self.processor, goal))
                 if self.method == "headings":
                     controller = HeadingController(self.model, self.processor, goal, **self.options)
                 else:
@@ -235,6 +261,8 @@ def read_task(arguments: argparse.Namespace) -> Manifest | None:
     own = {**manifest.task, "seed": manifest.seeds[0], "episodes": len(manifest.seeds)} if manifest else TASK
     for name, value in given.items():
         setattr(arguments, name, own[name] if value is None else value)
+    if arguments.method is None:
+        arguments.method = "cem" if manifest and manifest.task["keys"] else "headings"
     return manifest
 
 
@@ -267,13 +295,17 @@ def load_agents(arguments: argparse.Namespace, manifest: Manifest | None) -> tup
         head = AutoModel.from_pretrained(arguments.inverse_dynamics).eval().to(arguments.device)
         settings["inverse_dynamics_weights"] = weights_checksum(head)
     if "planner" in arguments.agents:
+        distance = None
+        if arguments.distance:
+            distance = AutoModel.from_pretrained(arguments.distance).eval().to(arguments.device)
+            settings["distance_weights"] = weights_checksum(distance)
         others = []
         for name in arguments.ensemble:
             other = AutoModel.from_pretrained(name).eval().to(arguments.device)
             others.append((other, AutoProcessor.from_pretrained(name)))
             check_same_steps(processor, others[-1][1])
         settings["ensemble_weights"] = [weights_checksum(other) for other, _ in others]
-        agents["planner"] = Planner(arguments, model, processor, head, task, others)
+        agents["planner"] = Planner(arguments, model, processor, head, task, others, distance)
     return agents, settings, rate
 
 

@@ -1,4 +1,4 @@
-"""Train a head over a frozen world model: inverse dynamics, action anticipation, video classification, frame decoding.
+"""Train a head over a frozen world model: inverse dynamics, anticipation, classification, frames, distance in steps.
 
     accelerate launch examples/train_head.py --task inverse_dynamics --dataset DIR_OR_REPO --model REPO_OR_DIR \\
         --output_dir OUT
@@ -32,7 +32,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task",
         required=True,
-        choices=("action_anticipation", "frame_decoding", "inverse_dynamics", "video_classification"),
+        choices=(
+            "action_anticipation",
+            "frame_decoding",
+            "inverse_dynamics",
+            "temporal_distance",
+            "video_classification",
+        ),
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -257,6 +263,7 @@ def build_head(arguments: argparse.Namespace, world, processor, train, validatio
         return TASKS[arguments.task].from_world_model(world, **fields), labels
     if arguments.task == "frame_decoding":
         require_torchmetrics()
+    if arguments.task in ("frame_decoding", "temporal_distance"):
         return TASKS[arguments.task].from_world_model(world, **fields), None
     fields |= {"action_space": processor.action_space, "action_statistics": processor.action_statistics}
     if arguments.task == "action_anticipation":
@@ -340,6 +347,8 @@ def final_figures(arguments, accelerator, model, processor, splits, labels) -> d
         accelerator.print("fitting the keys' thresholds to training clips")
         fitting = batches(splits[0], CLIPS_FOR_THRESHOLDS)
         model.config.key_thresholds = fit_key_thresholds(model, fitting, processor, accelerator)
+    if "training_clips" in model.config.own_fields():
+        model.config.training_clips = len(splits[0])
     accelerator.print(f"evaluating all {len(splits[1]):,} validation clips")
     return evaluate_head(model, batches(splits[1], None), processor, accelerator, labels)
 

@@ -169,6 +169,63 @@ def test_ways_to_search(model, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "manifest", "method"),
+    [
+        ((), "view-easy-v1", "headings"),
+        ((), None, "headings"),
+        ((), "walk-v1", "cem"),
+        (("--horizon", 2), "view-hard-v1", "cem"),
+        (("--gradient_steps", 0), None, "cem"),
+        (("--method", "icem", "--candidates", 9), None, "icem"),
+    ],
+)
+def test_the_method_follows_from_task_and_flags(monkeypatch, flags, manifest, method):
+    given = ["x", "--model", "m/m", "--output", "o", *flags, *(["--manifest", manifest] if manifest else [])]
+    monkeypatch.setattr(sys, "argv", [*map(str, given)])
+    arguments = PROGRAM["parse_arguments"]()
+    PROGRAM["read_task"](arguments)
+    assert (arguments.method, arguments.iterations) == (method, 4)
+    assert arguments.candidates == (9 if "--candidates" in flags else 64)
+    assert arguments.horizon == (2 if "--horizon" in flags else 1)
+
+
+def test_methods_that_do_not_fit(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, model, tmp_path / "no", "--method", "headings")
+    assert "--method headings takes no --candidates, --iterations: they are for" in capsys.readouterr().err
+    flags = ["x", "--model", model, "--output", tmp_path / "no", "--method", "headings"]
+    monkeypatch.setattr(sys, "argv", [*map(str, flags), "--manifest", "walk-v1"])
+    with pytest.raises(ValueError, match=r"headings turns and presses no keys, the task has \['key.w'\]: use cem"):
+        PROGRAM["main"]()
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path / "no"), "--agents", "planner"])
+        PROGRAM["main"]()
+    assert "--model is needed: the agents have a planner" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_several_models_by_the_program(model, tmp_path, monkeypatch):
+    """Their weights are among the settings; another order of them is another result."""
+    folder = shutil.copytree(model, tmp_path / "other")
+    other = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        other.encoder.layernorm.bias[0] += 0.1
+    other.save_pretrained(folder)
+    flags = ("--episodes", 1, "--agents", "planner")
+    plan(monkeypatch, model, tmp_path / "out", *flags, "--ensemble", folder, "--doubt", 0.5)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["ensemble"] == [str(folder)] and settings["doubt"] == 0.5
+    assert settings["ensemble_weights"][0] != settings["weights"]
+    with pytest.raises(ValueError, match="doubt: found 0.5, expected 0.0"):
+        plan(monkeypatch, model, tmp_path / "out", *flags, "--ensemble", folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.fps = 10
+    processor.save_pretrained(folder)
+    with pytest.raises(ValueError, match="need one fps: the first has 5.*, another 10"):
+        plan(monkeypatch, model, tmp_path / "new", *flags, "--ensemble", folder)
+
+
 def test_too_few_candidates_are_refused(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plan(monkeypatch, model, tmp_path / "no", candidates=2)

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
         VJEPA2ACActionAnticipationConfig,
         VJEPA2ACFrameDecodingConfig,
         VJEPA2ACInverseDynamicsConfig,
+        VJEPA2ACTemporalDistanceConfig,
         VJEPA2ACVideoClassificationConfig,
     )
     from .configuration_vjepa2_ac import VJEPA2ACConfig
     from .modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
+    from .modeling_heads_distance_vjepa2_ac import VJEPA2ACForTemporalDistance
     from .modeling_heads_vjepa2_ac import (
         VJEPA2ACForActionAnticipation,
         VJEPA2ACForInverseDynamics,
@@ -37,19 +39,21 @@ __all__ = [
     "VJEPA2ACForActionAnticipation",
     "VJEPA2ACForFrameDecoding",
     "VJEPA2ACForInverseDynamics",
+    "VJEPA2ACForTemporalDistance",
     "VJEPA2ACForVideoClassification",
     "VJEPA2ACFrameDecodingConfig",
     "VJEPA2ACInverseDynamicsConfig",
     "VJEPA2ACModel",
     "VJEPA2ACOutput",
     "VJEPA2ACProcessor",
+    "VJEPA2ACTemporalDistanceConfig",
     "VJEPA2ACVideoClassificationConfig",
     "resolve_action_space",
 ]
 # Files that travel to the Hub, each after those that it imports: a name is the first one's that has it.
 _FILES = (
     *("actions", "configuration", "configuration_heads", "processing"),
-    *("modeling", "modeling_heads", "modeling_heads_decoding"),
+    *("modeling", "modeling_heads", "modeling_heads_decoding", "modeling_heads_distance"),
 )
 
 

@@ -208,11 +208,24 @@ class VJEPA2ACFrameDecodingConfig(VJEPA2ACHeadConfig):
                 )
 
 
+class VJEPA2ACTemporalDistanceConfig(VJEPA2ACHeadConfig):
+    """Configuration of `VJEPA2ACForTemporalDistance`.
+
+    Args:
+        training_clips: how many clips it has learnt from; None: never trained, and no distance is to be asked of it.
+    """
+
+    model_type = "vjepa2_ac_temporal_distance"
+
+    training_clips: int | None = None
+
+
 for _config in (
     VJEPA2ACInverseDynamicsConfig,
     VJEPA2ACActionAnticipationConfig,
     VJEPA2ACVideoClassificationConfig,
     VJEPA2ACFrameDecodingConfig,
+    VJEPA2ACTemporalDistanceConfig,
 ):
     _config.register_for_auto_class()
 
@@ -222,5 +235,6 @@ __all__ = [
     "VJEPA2ACFrameDecodingConfig",
     "VJEPA2ACHeadConfig",
     "VJEPA2ACInverseDynamicsConfig",
+    "VJEPA2ACTemporalDistanceConfig",
     "VJEPA2ACVideoClassificationConfig",
 ]

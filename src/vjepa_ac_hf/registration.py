@@ -25,6 +25,7 @@ def register_models() -> None:
 
     from . import modeling_heads_vjepa2_ac as heads
     from .modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
+    from .modeling_heads_distance_vjepa2_ac import VJEPA2ACForTemporalDistance
     from .modeling_vjepa2_ac import VJEPA2ACModel
     from .processing_vjepa2_ac import VJEPA2ACProcessor
 
@@ -33,6 +34,7 @@ def register_models() -> None:
         (AutoModel, heads.VJEPA2ACForInverseDynamics),
         (AutoModel, heads.VJEPA2ACForActionAnticipation),
         (AutoModel, VJEPA2ACForFrameDecoding),
+        (AutoModel, VJEPA2ACForTemporalDistance),
         (AutoModelForVideoClassification, heads.VJEPA2ACForVideoClassification),
     ):
         config = model.config_class

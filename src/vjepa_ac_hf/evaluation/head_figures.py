@@ -206,3 +206,42 @@ def label_figures(predictions: Any, references: Any, classes: Sequence[str]) -> 
             "chance": 1 / len(classes),
         }
     return result
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Spearman's: the correlation of the ranks, ties having the mean of theirs; None where one of both is constant."""
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+    first, second = (r - r.mean() for r in map(ranks, (one, other)))
+    size = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum() / size) if size else None
+
+
+def distance_figures(told: np.ndarray, features: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    """Steps between two views of one clip, as told, next to the plain difference of their features.
+
+    Args:
+        told: `(rows,)`, steps.
+        features: `(rows,)`, mean absolute difference of the features.
+        true: `(rows,)`, steps.
+
+    Returns:
+        `pairs`, `rank_correlation` (of told and true), `rank_correlation_features`, `mae` and `mae_of_mean` (of always
+        telling the mean), in steps, and `by_steps`: of every true number `pairs`, `told`, `told_std`, `features`.
+    """
+    by_steps = {}
+    for steps in np.unique(true):
+        at = true == steps
+        means = {"pairs": int(at.sum()), "told": float(told[at].mean()), "told_std": float(told[at].std())}
+        by_steps[f"{steps:g}"] = {**means, "features": float(features[at].mean())}
+    return {
+        "pairs": len(true),
+        "rank_correlation": rank_correlation(told, true),
+        "rank_correlation_features": rank_correlation(features, true),
+        "mae": float(np.abs(told - true).mean()),
+        "mae_of_mean": float(np.abs(true - true.mean()).mean()),
+        "by_steps": by_steps,
+    }

@@ -25,6 +25,10 @@ _NUMBERS = {
     "pressed": "pressed",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
+    "pairs": "pairs",
+    "told": "steps told, mean",
+    "told_std": "... standard deviation",
+    "features": "difference of features, mean",
 }
 Rows = list[tuple[str, Mapping[str, Any]]]
 
@@ -40,6 +44,8 @@ def tables(record: Mapping[str, Any]) -> dict[str, Rows]:
         names = {"model": "", "repeat_last": " (last action repeated)"}
         rows = [(c + text, f[kind]) for c, f in horizon["columns"].items() for kind, text in names.items()]
         found[f"Horizon {horizon['horizon']}" + (" (the action under way)" if horizon["horizon"] == 1 else "")] = rows
+    if "distance" in record:
+        found["Steps between two views, by true steps"] = list(record["distance"]["by_steps"].items())
     if "classes" in record:
         found["Classes"] = list(record["classes"].items())
     for part, kinds in record.get("frames", {}).items():
@@ -66,6 +72,13 @@ def facts(record: Mapping[str, Any]) -> list[str]:
                 f"{_number(of['majority_accuracy'])}, by chance {_number(of['chance'])}; balanced accuracy "
                 f"{_number(of['balanced_accuracy'])}."
             )
+    if "distance" in record:
+        distance = record["distance"]
+        sentences.append(
+            f"Steps between two views: rank correlation with the true ones {_number(distance['rank_correlation'])}, "
+            f"that of the difference of features {_number(distance['rank_correlation_features'])}; mean absolute error "
+            f"{_number(distance['mae'])} steps, of always telling the mean {_number(distance['mae_of_mean'])}."
+        )
     if "classes" in record:
         sentences.append(f"Mean average precision {_number(record['mean_average_precision'])}.")
     for part, kinds in record.get("frames", {}).items():
@@ -142,12 +155,12 @@ def _table(rows: Rows) -> str:
 
 def _shown(figures: Mapping[str, Any]) -> float | None:
     """The figure of a column that a bar shows."""
-    return figures[next(n for n in ("r2", "psnr", "average_precision") if n in figures)]
+    return figures[next(n for n in ("r2", "psnr", "average_precision", "told") if n in figures)]
 
 
 def _figure(found: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> Any:
     """Bars a table: R2 of what is regressed, average precision (against the share: chance) of what is told apart,
-    PSNR of frames.
+    PSNR of frames, steps told of distances.
 
     Columns without such a figure (keys that are never pressed) are left out; the tables have them.
     """
@@ -158,12 +171,13 @@ def _figure(found: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> Any
         rows = [(n, f) for n, f in rows[::-1] if _shown(f) is not None]
         values = [_shown(f) or 0.0 for _, f in rows]
         frames = any("psnr" in f for _, f in rows)
-        label = "PSNR (dB)" if frames else "R2, average precision"
+        steps = any("told" in f for _, f in rows)
+        label = "PSNR (dB)" if frames else "steps told, mean" if steps else "R2, average precision"
         axes.barh(range(len(rows)), values, color="#0072B2", label=label)
         chance = [(i, f["share"]) for i, (_, f) in enumerate(rows) if "share" in f]
         if chance:
             axes.plot([s for _, s in chance], [i for i, _ in chance], "|", color="black", markersize=8, label="chance")
-        highest = 1.1 * max(values) if frames else 1
+        highest = 1.1 * max(values) if frames or steps else 1
         axes.set(xlim=(min(0.0, *(max(v, -1.0) for v in values)), highest), title=title)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
         axes.grid(alpha=0.25, axis="x")

@@ -1,13 +1,15 @@
 """Planning with the world model: search for actions whose imagined future is like a goal (docs/planning.md).
 
 `actions` says what may be searched and makes whole actions of it, `search` holds the methods, `planner` joins them with
-the model, `proposals` has an inverse dynamics head say where to begin, `control` replans as frames come in,
+the model, `proposals` has an inverse dynamics head say where to begin, `distance` another the steps to a
+goal, `headings` turns until a goal is seen, `control` replans as frames come in,
 `environments` turns actions into MineRL's and VPT's form, `landscape` looks at the energy over two columns. Open
 `planner.py` first.
 """
 
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view, vary_columns
 from .control import Controller
+from .distance import DistanceCost
 from .environments import VPTLog, to_minerl_action, to_vpt_lines
 from .headings import HeadingController
 from .landscape import Landscape, energy_landscape, landscape_figure, summarize_landscapes
@@ -22,6 +24,7 @@ __all__ = [
     "MPPI",
     "Context",
     "Controller",
+    "DistanceCost",
     "Distribution",
     "GoalCost",
     "GradientRefinement",

@@ -4,11 +4,23 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL
-from ..modeling_heads_vjepa2_ac import VJEPA2ACForInverseDynamics
+from ..modeling_heads_vjepa2_ac import VJEPA2ACForInverseDynamics, VJEPA2ACHeadPreTrainedModel
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..records import weights_checksum
 from .actions import MOUSE_OF_VIEW, NUMBER_KEYS, VIEW_OF_MOUSE, SearchSpace
 from .planner import Context
+
+
+def check_head_fits(head: VJEPA2ACHeadPreTrainedModel, model: VJEPA2ACModel) -> None:
+    """Raise a ValueError where a head is over features of another encoder than the world model's."""
+    for name in ("encoding", "normalize_features"):
+        ours, its = getattr(model.config, name), getattr(head.config, name)
+        if ours != its:
+            raise ValueError(f"{name} of the head is {its!r}, the model's is {ours!r}")
+    if head.vjepa2_ac.encoder is not model.encoder:
+        known, other = (weights_checksum(encoder) for encoder in (model.encoder, head.vjepa2_ac.encoder))
+        if known != other:
+            raise ValueError(f"the head's encoder has other weights than the model's: checksums {other} and {known}")
 
 
 class InverseDynamicsProposals:
@@ -27,18 +39,8 @@ class InverseDynamicsProposals:
     """
 
     def __init__(self, head: VJEPA2ACForInverseDynamics, model: VJEPA2ACModel):
-        ours, its = model.config, head.config
-        for name in ("encoding", "normalize_features"):
-            if getattr(ours, name) != getattr(its, name):
-                raise ValueError(
-                    f"{name} of the head is {getattr(its, name)!r}, the model's is {getattr(ours, name)!r}"
-                )
-        if head.vjepa2_ac.encoder is not model.encoder:
-            known, other = (weights_checksum(encoder) for encoder in (model.encoder, head.vjepa2_ac.encoder))
-            if known != other:
-                raise ValueError(
-                    f"the head's encoder has other weights than the model's: checksums {other} and {known}"
-                )
+        check_head_fits(head, model)
+        its = head.config
         if its.action_statistics is None and set(its.action_space) & set(CONTINUOUS_COLUMNS):
             raise ValueError("the head's config.action_statistics is None: its turns have no degrees")
         self.head = head

@@ -23,6 +23,7 @@ from ..evaluation import head_figures
 from ..evaluation.clips import spread
 from ..evaluation.decoding import evaluate_decoder
 from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding, VJEPA2ACFrameDecodingHead
+from ..modeling_heads_distance_vjepa2_ac import VJEPA2ACForTemporalDistance
 from ..modeling_heads_vjepa2_ac import (
     VJEPA2ACForActionAnticipation,
     VJEPA2ACForInverseDynamics,
@@ -39,6 +40,7 @@ TASKS: dict[str, Any] = {
     "action_anticipation": VJEPA2ACForActionAnticipation,
     "video_classification": VJEPA2ACForVideoClassification,
     "frame_decoding": VJEPA2ACForFrameDecoding,
+    "temporal_distance": VJEPA2ACForTemporalDistance,
 }
 CLIPS_FOR_WEIGHTS = 100_000
 CLIPS_FOR_FIT = 512
@@ -206,6 +208,8 @@ def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) ->
     inputs: dict[str, Tensor] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
     if isinstance(model, VJEPA2ACForFrameDecoding):
         return inputs | {"labels": batch["frames"]}
+    if isinstance(model, VJEPA2ACForTemporalDistance):
+        return inputs | {"return_loss": True}
     if isinstance(model, VJEPA2ACForVideoClassification):
         assert labels is not None
         told, device = labels(batch["clips"]), batch["states"].device
@@ -288,6 +292,8 @@ def evaluate_head(
         return evaluate_decoder(model, batches, processor, accelerator)
     rows, loss, clips = _gather_rows(model, batches, processor, accelerator, labels)
     figures = {"clips": clips, "loss": loss}
+    if isinstance(model, VJEPA2ACForTemporalDistance):
+        return figures | {"distance": head_figures.distance_figures(rows["told"], rows["plain"], rows["true"])}
     if labels is not None:
         return figures | head_figures.label_figures(rows["told"], rows["true"], labels.classes)
     return figures | action_figures(rows, model.config)
@@ -308,7 +314,9 @@ def _gather_rows(
             batch = {k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             with accelerator.autocast():
                 output = model(**head_inputs(model, batch, labels))
-            if labels is None:
+            if isinstance(model, VJEPA2ACForTemporalDistance):
+                rows = _distance_rows(model, output, batch)
+            elif labels is None:
                 rows = _action_rows(model, output, batch, processor)
             else:
                 told, true = output.logits.double().cpu(), labels.hot(batch["clips"]).double()
@@ -318,6 +326,16 @@ def _gather_rows(
     clips = sum(p["clips"] for p in parts)
     rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k not in ("loss", "clips")}
     return rows, sum(p["loss"] * p["clips"] for p in parts) / clips, clips
+
+
+def _distance_rows(model: Any, output: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Rows of two steps of a clip each: steps told, mean absolute difference of features, true steps."""
+    features = model.read_features(batch.get("pixel_values_videos"), batch.get("features"), min_steps=2).float()
+    first, second = torch.triu_indices(features.shape[1], features.shape[1], offset=1)
+    plain = (features[:, first] - features[:, second]).abs().mean(dim=(2, 3))
+    true = (second - first).expand(len(features), -1)
+    parts = {"told": output.distances[:, first, second], "plain": plain, "true": true}
+    return {name: part.double().cpu().numpy().reshape(-1) for name, part in parts.items()}
 
 
 def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEPA2ACProcessor) -> dict[str, np.ndarray]:
@@ -399,6 +417,9 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
     for name in ("macro_f1", "mean_average_precision"):
         found[f"validation_{name}"] = figures.get("keys", figures).get(name)
     found["validation_accuracy"] = figures.get("slot", figures).get("accuracy")
+    if "distance" in figures:
+        for name in ("rank_correlation", "rank_correlation_features", "mae"):
+            found[f"validation_{name}"] = figures["distance"][name]
     for horizon in figures.get("horizons", []):
         found[f"validation_macro_f1_{horizon['horizon']}"] = horizon["macro_f1"]["model"]
         for column, values in horizon["columns"].items():
