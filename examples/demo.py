@@ -119,7 +119,7 @@ def train_other_seeds(arguments: argparse.Namespace, out: Path) -> None:
     run_folder = out / "runs" / f"seed-{first}"
     run_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model", "features"):
-        if not (run_folder / name).exists():
+        if not (run_folder / name).is_symlink():
             (run_folder / name).symlink_to(Path("../..", name))
     run(
         *("and of other seeds", "examples/run_seeds.py", "--output", out / "runs"),

@@ -17,11 +17,9 @@ def short(content: bytes) -> str:
 
 def make_demo(folder, log=b"{}\n", weight=1.0):
     files = {"clips/action_stats.json": b"{}", "clips/data/train-00000-of-00002.parquet": b"PAR0"}
-    files |= {
-        "clips/data/train-00001-of-00002.parquet": b"PAR1",
-        "features/train-12ab/features-00000.safetensors": b"f",
-    }
-    files |= {"features/validation-5-12ab/features-00000.safetensors": b"v"}
+    files |= {"clips/data/train-00001-of-00002.parquet": b"PAR1"}
+    features = {"train-bb6e369bca96": b"f", "train-7-bb6e369bca96": b"head's", "validation-5-bb6e369bca96": b"v"}
+    files |= {f"features/{name}/features-00000.safetensors": content for name, content in features.items()}
     rows = [{"step": step, "loss": step / 8} for step in (10, 15, 20, 30, 40)]
     files["model/metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
     files["report/metrics.json"] = json.dumps({"horizons": [{"persistence": 0.25}, {"persistence": 0.5}]}).encode()

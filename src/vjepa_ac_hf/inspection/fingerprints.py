@@ -42,7 +42,8 @@ def fingerprints(folder: Path) -> dict[str, str | float]:
     for stage, pattern in (
         ("first Parquet of train", "clips/data/train-00000*.parquet"),
         ("action_stats.json", "clips/action_stats.json"),
-        ("first features of train", "features/train-*/features-00000.safetensors"),
+        # of the predictor's training; a head's are in train-CLIPS-KEY
+        ("first features of train", f"features/train-{12 * '?'}/features-00000.safetensors"),
     ):
         for path in sorted(folder.glob(pattern))[:1]:
             found[stage] = _short(path.read_bytes())
