@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from vjepa_ac_hf.console import Parser
+from vjepa_ac_hf.inspection.fingerprints import fingerprints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,11 +31,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decoder_steps", type=int, default=600, help="training steps of the frame decoder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--seeds", type=int, default=1, help="models to train on the same play, of as many seeds from --seed on"
+    )
+    parser.add_argument(
         "--encoder",
         default="random",
         help="'random' (default), or real weights such as facebook/vjepa2-vitl-fpc64-256 (256 pixels, wants a GPU)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1, found {arguments.seeds}")
+    return arguments
 
 
 def run(title: str, program: str, *flags: object, launcher: tuple[str, ...] = ()) -> None:
@@ -73,13 +80,8 @@ def main() -> None:
         *("--output", out / "clips", "--resolution", size, "--resize_mode", "squash"),
         *("--clip_stride", 64 if real else 20, "--validation_fraction", 0.2, "--num_proc", 2),
     )
-    run(
-        *("3/5 train the predictor", "examples/train.py", "--config", "examples/configs/tiny-vizdoom.yaml"),
-        *("--dataset", out / "clips", "--output_dir", out / "model", "--cache_features", out / "features"),
-        *("--encoder", arguments.encoder, "--seed", arguments.seed, "--max_steps", arguments.max_steps),
-        *("--warmup_steps", arguments.max_steps // 20, "--decay_steps", arguments.max_steps // 4),
-        launcher=accelerate_launch(),
-    )
+    training = training_flags(arguments, out, out, arguments.seed)
+    run("3/5 train the predictor", "examples/train.py", *training, launcher=accelerate_launch())
     run(
         *("4/5 train a decoder", "examples/train_head.py", "--task", "frame_decoding", "--model", out / "model"),
         *("--dataset", out / "clips", "--output_dir", out / "decoder", "--cache_features", out / "features"),
@@ -91,7 +93,50 @@ def main() -> None:
         *("5/5 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
         *("--decoder", out / "decoder", "--output", out / "report"),
     )
+    if arguments.seeds > 1:
+        train_other_seeds(arguments, out)
+    print("\nFingerprints, by which machines are compared (docs/training.md):")
+    for stage, value in fingerprints(out).items():
+        print(f"  {stage:30} {value}")
     show_result(out / "report")
+    if arguments.seeds > 1:
+        show_runs(out / "runs")
+
+
+def training_flags(arguments: argparse.Namespace, out: Path, folder: Path | str, seed: int | str) -> tuple[object, ...]:
+    """Flags of `examples/train.py` for the model of a seed in a folder."""
+    return (
+        *("--config", "examples/configs/tiny-vizdoom.yaml", "--dataset", out / "clips"),
+        *("--output_dir", f"{folder}/model", "--cache_features", f"{folder}/features"),
+        *("--encoder", arguments.encoder, "--seed", seed, "--max_steps", arguments.max_steps),
+        *("--warmup_steps", arguments.max_steps // 20, "--decay_steps", arguments.max_steps // 4),
+    )
+
+
+def train_other_seeds(arguments: argparse.Namespace, out: Path) -> None:
+    """The same for further seeds, and figures over all; the first one's model is there already."""
+    first = arguments.seed
+    run_folder = out / "runs" / f"seed-{first}"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model", "features"):
+        if not (run_folder / name).is_symlink():
+            (run_folder / name).symlink_to(Path("../..", name))
+    run(
+        *("and of other seeds", "examples/run_seeds.py", "--output", out / "runs"),
+        *("--seeds", *range(first, first + arguments.seeds)),
+        *("--", "train", *training_flags(arguments, out, "{run}", "{seed}")),
+        *("--", "evaluate", "--model", "{run}/model", "--dataset", out / "clips", "--output", "{run}/report"),
+    )
+
+
+def show_runs(runs: Path) -> None:
+    """Mean and spread of the key ratios at one step."""
+    summary = json.loads((runs / "runs.json").read_text())
+    print(f"\nOver {summary['runs']} runs (mean, standard deviation, least to largest):")
+    for name in ("error_over_persistence", "shuffled_over_error", "win_rate_large_turns"):
+        of = summary["figures"][f"report: horizons.horizon 1.{name}"]
+        print(f"  {name:23} {of['mean']:.4f} ± {of['std']:.4f} ({of['min']:.4f} to {of['max']:.4f})")
+    print(f"Report: {runs / 'report.html'}")
 
 
 def show_result(report: Path) -> None:

@@ -27,16 +27,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hub_private", action="store_true", help="create the repository as private")
     parser.add_argument("--hub_squash", action="store_true", help="make the repository's history one commit")
     parser.add_argument("--evaluation", type=Path, help="folder with metrics.json of examples/evaluate.py")
+    parser.add_argument("--runs", type=Path, help="runs.json of examples/run_seeds.py; goes with --evaluation")
     parser.add_argument(
         "--hub_timeout", type=float, default=60.0, help="seconds of silence after which a request fails"
     )
     parser.add_argument("--hub_wait", type=float, default=1800.0, help="seconds after which to give up")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.runs is not None and arguments.evaluation is None:
+        parser.error("--runs goes with --evaluation")
+    return arguments
 
 
 if __name__ == "__main__":
     parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
 
+from vjepa_ac_hf.evaluation.runs import folder_of
 from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HUB_FOLDER, HubPusher, prepare_repository, repository_folder
 from vjepa_ac_hf.hub.upload import look, read_json
@@ -72,10 +77,10 @@ def find_model(arguments: argparse.Namespace) -> tuple[dict, bool]:
 
 
 def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
-    """Put the report's figures into OUT/evaluation/metrics.json.
+    """Put the report's figures into OUT/evaluation/metrics.json, and those over runs beside it.
 
     Raises:
-        ValueError: no report there, or one of other weights.
+        ValueError: no report there, or one of other weights; runs that these weights are none of.
     """
     source = arguments.evaluation / "metrics.json"
     if not source.is_file():
@@ -89,6 +94,12 @@ def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
         )
     (arguments.output_dir / "evaluation").mkdir(exist_ok=True)
     write_json(arguments.output_dir / "evaluation" / "metrics.json", evaluation)
+    if arguments.runs is not None:
+        runs = json.loads(arguments.runs.read_text())
+        if folder_of(runs, expected[1]) is None:
+            raise ValueError(f"{arguments.runs}: weights_sha256 {runs['weights_sha256']}, expected {expected[1]} there")
+        public = {k: v for k, v in runs.items() if k != "programs"}  # which names folders
+        write_json(arguments.output_dir / "evaluation" / "runs.json", public)
 
 
 def push(arguments: argparse.Namespace) -> str:

@@ -655,6 +655,34 @@ def test_an_evaluation_of_other_weights_is_refused_and_an_old_one_left_out(
     assert json.loads(on_hub(server, "evaluation/metrics.json"))["step"] == 40
 
 
+def test_figures_over_runs_are_on_the_card_of_one_of_them(server, parts, tmp_path, monkeypatch, capsys):
+    out, report = tmp_path / "out", tmp_path / "report"
+    final_model(out, parts)
+    report.mkdir()
+    weights = digest_of({k: v.detach() for k, v in parts[0].state_dict().items()})
+    (report / "metrics.json").write_text(json.dumps(EVALUATION | {"step": 40, "weights_sha256": weights}))
+    assert run_push(monkeypatch, "--output_dir", out, "--evaluation", report) == 0
+    assert b"These are figures of one run: how much runs differ is not known." in on_hub(server, "README.md")
+    of = {"runs": 2, "mean": 0.25, "std": 0.03125, "min": 0.2, "max": 0.3}
+    runs = {
+        "runs": 2,
+        "programs": {"1: train": "--dataset /home/me/clips"},
+        "weights_sha256": {"seed-0": {"report": "x"}},
+    }
+    runs["figures"] = {"report: horizons.horizon 2.error": of, "raw: horizons.horizon 1.error": of | {"mean": 0.5}}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    flags = ("--output_dir", out, "--evaluation", report, "--runs", tmp_path / "runs.json")
+    assert run_push(monkeypatch, *flags) == 1 and f"expected {weights} there" in capsys.readouterr().err
+    runs["weights_sha256"]["seed-1"] = {"raw": "y", "report": weights}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    assert run_push(monkeypatch, *flags) == 0
+    card = on_hub(server, "README.md").decode()
+    assert "Over 2 runs of this recipe" in card and "\n| 2 | 0.2500 ± 0.0312 (0.2000 to 0.3000) | - | - |\n" in card
+    assert "0.5000 ±" not in card and "one run" not in card
+    pushed = json.loads(on_hub(server, "evaluation/runs.json"))
+    assert pushed["figures"] == runs["figures"] and "programs" not in pushed
+
+
 # ---------------------------------------------------------------------------------------------------- programs
 
 

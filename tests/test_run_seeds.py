@@ -83,7 +83,7 @@ def test_figures_over_runs_are_mean_spread_and_intervals(tmp_path):
         arguments = {"seed": int(name[5:]), "learning_rate": 1e-3}
         runs[name] = read_run(write(tmp_path / name, report=report, model={"arguments": arguments}))
     summary = aggregate(runs)
-    assert summary["runs"] == 3 and summary["weights_sha256"]["seed-7"] == ["w-seed-7"]
+    assert summary["runs"] == 3 and summary["weights_sha256"]["seed-7"] == {"report": "w-seed-7"}
     figure = summary["figures"].pop("report: ratio")
     assert summary["figures"] == {}
     assert figure["mean"] == 3.0 and figure["std"] == pytest.approx(7**0.5)
@@ -209,6 +209,32 @@ def test_mistakes_are_told(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit) as end:
         program.main()
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_demo_trains_other_seeds_as_the_first_one(monkeypatch, tmp_path):
+    demo, seeds = load_program("examples/demo.py"), load_program("examples/run_seeds.py")
+    commands = {}
+
+    def run(title, program, *flags, launcher=()):
+        commands[program] = [str(flag) for flag in flags]
+        (tmp_path / "model").mkdir(exist_ok=True)  # by which the link is seen to lead there
+
+    monkeypatch.setattr(demo, "run", run)
+    for name in ("show_result", "show_runs"):
+        monkeypatch.setattr(demo, name, lambda folder: None)
+    for _ in range(2):  # a second time finds the first one's link
+        monkeypatch.setattr(sys, "argv", ["demo.py", f"--output={tmp_path}", "--seeds=3", "--seed=5"])
+        demo.main()
+    assert (tmp_path / "runs" / "seed-5" / "model").samefile(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", *commands["examples/run_seeds.py"]])
+    found = seeds.parse_arguments()
+    assert (found.seeds, found.output) == ([5, 6, 7], tmp_path / "runs")
+    (train, *flags), (evaluate, *evaluation) = (
+        [word.replace("{run}", str(tmp_path)).replace("{seed}", "5") for word in program] for program in found.programs
+    )
+    assert (train, flags) == ("train", commands["examples/train.py"])
+    assert evaluate == "evaluate" and set(evaluation) <= set(commands["examples/evaluate.py"])
+    assert json.loads((tmp_path / "fingerprints.json").read_text()) == {}
 
 
 @pytest.mark.slow

@@ -301,7 +301,7 @@ def _quote(figures: Mapping[str, Any], name: str) -> str:
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
     """What a reader must know before trusting the verdict."""
-    found = []
+    found = ["One training run: these intervals leave out how much runs differ (examples/run_seeds.py tells it)."]
     if metrics["sessions"] < 2:
         found.append("All clips are of one session: there are no intervals, and other sessions may differ.")
     elif metrics["interval_unit"] == "session":

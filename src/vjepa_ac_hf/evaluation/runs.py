@@ -7,7 +7,7 @@ hold the figures, the `training_args.json` of a model says how it was trained.
 import html
 import json
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,17 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, Interval]]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run's programs left: `figures` by name, `settings` that runs of one recipe share, `weights` evaluated."""
+    """What a run's programs left: `figures` by name, `settings` that runs share, evaluated `weights` by folder."""
     figures: dict[str, tuple[float, Interval]] = {}
     settings: dict[str, Any] = {}
-    weights = set()
+    weights: dict[str, str] = {}
     for path in sorted(folder.glob("*/*.json")):
         if path.name not in (*FILES, "training_args.json"):
             continue
         content, place = json.loads(path.read_text()), f"{path.parent.name}/{path.name}"
         if path.name in FILES:
             figures |= {f"{path.parent.name}: {name}": (value, of) for name, value, of in flatten(content)}
-            weights |= {content["weights_sha256"]} if "weights_sha256" in content else set()
+            weights |= {path.parent.name: content["weights_sha256"]} if "weights_sha256" in content else {}
             shared = {k: v for k, v in content.items() if isinstance(v, str)} | content.get("settings", {})
         else:
             shared = content["arguments"]
@@ -70,15 +70,15 @@ def read_run(folder: Path) -> dict[str, Any]:
         settings |= {
             f"{place}, {k}": v.replace(str(folder), "{run}") if isinstance(v, str) else v for k, v in shared.items()
         }
-    return {"figures": figures, "settings": settings, "weights": sorted(weights)}
+    return {"figures": figures, "settings": settings, "weights": weights}
 
 
 def aggregate(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Figures over runs (`read_run`, by the run's name), JSON.
 
     Returns:
-        `runs`, their number; `weights_sha256` by run; `figures` by name: `runs` that have it, `mean`, `std` (sample
-        standard deviation between runs, n - 1; None of one run), `min`, `max`, `values` and `ci95` by run.
+        `runs`, their number; `weights_sha256` by run and folder; `figures` by name: `runs` that have it, `mean`, `std`
+        (sample standard deviation between runs, n - 1; None of one run), `min`, `max`, `values` and `ci95` by run.
 
     Raises:
         ValueError: no figures, or runs of different recipes (the message has both values).
@@ -129,6 +129,28 @@ def table(summary: Mapping[str, Any], all_figures: bool = False) -> list[list[st
             bounds = "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g})"
             own.append(f"{of['values'][name]:.4g}{bounds}" if name in of["values"] else "-")
         rows.append([figure, f"{of['mean']:.4g}", std, span, *own])
+    return rows
+
+
+def folder_of(summary: Mapping[str, Any], weights: str) -> str | None:
+    """The folder, in every run, of these weights' figures; None: no run has them."""
+    found = (folder for of in summary["weights_sha256"].values() for folder, own in of.items() if own == weights)
+    return next(found, None)
+
+
+def card_rows(summary: Mapping[str, Any], weights: str, keys: Sequence[str]) -> list[list[str]]:
+    """Rows for a card: horizon, and for each figure of `keys` mean, standard deviation, least and largest of runs."""
+    start = f"{folder_of(summary, weights)}: horizons.horizon "
+    names = [name.removeprefix(start) for name in summary["figures"] if name.startswith(start)]
+    rows = []
+    for horizon in dict.fromkeys(name.split(".")[0] for name in names):
+        cells = []
+        for key in keys:
+            of = summary["figures"].get(f"{start}{horizon}.{key}")
+            cells.append("-" if of is None else f"{of['mean']:.4f}")
+            if of is not None and of["std"] is not None:
+                cells[-1] += f" ± {of['std']:.4f} ({of['min']:.4f} to {of['max']:.4f})"
+        rows.append([horizon, *cells])
     return rows
 
 

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..evaluation.controllability import card_figures
+from ..evaluation.runs import card_rows, count, folder_of
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, versions, weights_digest
@@ -144,11 +145,11 @@ class RunDescription:
             if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
                 lines.append(line)
                 rows.append(row)
-        evaluation = read_evaluation(output_dir, weights)
+        evaluation, runs = read_evaluation(output_dir, weights), read_runs(output_dir, weights)
         training = {**self.training, "step": step, "weights_sha256": weights}
         training.pop("made", None)
         texts = {
-            "README.md": str(self.card(step, weights, rows, evaluation)),
+            "README.md": str(self.card(step, weights, rows, evaluation, runs)),
             "training_args.json": json.dumps(training, indent=2) + "\n",
         }
         if lines:
@@ -159,6 +160,8 @@ class RunDescription:
             heads = [name for name in ("decoder", "inverse_dynamics") if name in public]
             public |= {name: public_name(str(public[name])) for name in heads}
             texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
+        if runs is not None:
+            texts["evaluation/runs.json"] = json.dumps(runs, indent=2, allow_nan=False) + "\n"
         return {name: text.encode() for name, text in texts.items()}
 
     def card(
@@ -167,6 +170,7 @@ class RunDescription:
         weights: str,
         rows: Sequence[Mapping[str, Any]],
         evaluation: Mapping[str, Any] | None = None,
+        runs: Mapping[str, Any] | None = None,
     ) -> ModelCard:
         """The card of the model of a step.
 
@@ -176,6 +180,7 @@ class RunDescription:
             rows: of metrics.jsonl up to the step; if the last validation was at this step, its figures are the results
                 where there is no evaluation.
             evaluation: metrics.json of `examples/evaluate.py`, of these weights.
+            runs: runs.json of `examples/run_seeds.py`, of which these weights are one run's.
 
         Raises:
             ValueError: an evaluation without figures.
@@ -224,6 +229,8 @@ class RunDescription:
             validated_at=validated.get("step"),
             headlines=[(name, value) for _, name, value in headlines],
             is_evaluated=evaluation is not None,
+            runs=None if runs is None else card_rows(runs, weights, [key for key, *_ in _FIGURES]),
+            runs_count=count(1 if runs is None else runs["runs"]),
             controllability=card_figures((evaluation or {}).get("controllability")),
             figures=figures,
             arguments=json.dumps(arguments, indent=2),
@@ -254,6 +261,13 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
     path = folder / "evaluation" / "metrics.json"
     evaluation = json.loads(path.read_text()) if path.is_file() else {}
     return evaluation if evaluation.get("weights_sha256") == weights else None
+
+
+def read_runs(folder: Path, weights: str) -> dict[str, Any] | None:
+    """Figures over runs that lie with a run (`evaluation/runs.json`), if these weights are one of theirs."""
+    path = folder / "evaluation" / "runs.json"
+    runs = json.loads(path.read_text()) if path.is_file() else None
+    return None if runs is None or folder_of(runs, weights) is None else runs
 
 
 def is_figure(name: str, value: Any) -> bool:
