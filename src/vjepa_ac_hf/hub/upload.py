@@ -29,8 +29,8 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
 # Only what a model's repository is meant to have: whatever else a run leaves stays at home, and whatever else a
 # repository has stays there.
@@ -54,10 +54,6 @@ _LONGEST_RETRY_AFTER = 30.0
 _ABANDONED_AFTER = 3600.0
 
 
-class MissingTokenError(Exception):
-    """There is no access token to write with."""
-
-
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that a response asks to wait: `Retry-After` (a number or a date), or the rate limit's window."""
     value = headers.get("Retry-After", "").strip()
@@ -71,8 +67,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         # A date without a zone ("-0000") is in UTC.
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         return max((date - datetime.now(UTC)).total_seconds(), 0.0)
-    match = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
-    return float(match[1]) if match else None
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
 
 
 def use_time_outs(timeout: float) -> None:
@@ -238,18 +234,13 @@ def model_files(snapshot: Snapshot, work: Path) -> dict[str, Path]:
     return files
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
 def failure(error: Exception) -> dict[str, Any]:
     """What went wrong, whether trying again can help, and how long the Hub asks to wait."""
-    wait, permanent = None, isinstance(error, (MissingTokenError, HFValidationError, OfflineModeIsEnabled))
+    wait, permanent = None, isinstance(error, (LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = f"{type(error).__name__}: {' '.join(lines)[:500]}"
-    for cause in causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         response = getattr(cause, "response", None)
         if isinstance(cause, HfHubHTTPError) and response is not None:
             status = response.status_code
@@ -262,6 +253,7 @@ def failure(error: Exception) -> dict[str, Any]:
             target = f" for {cause.request.method} {cause.request.url}" if getattr(cause, "_request", None) else ""
             reason = f"{type(cause).__name__} {cause}{target}".replace("  ", " ")
             break
+        cause = cause.__cause__
     return {"ok": False, "reason": reason, "permanent": permanent, "retry_after": wait}
 
 
@@ -270,9 +262,9 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
     action = prepare if request.pop("action") == "prepare" else push
     try:
         if get_token() is None:
-            raise MissingTokenError("no access token: set HF_TOKEN or run `hf auth login`")
+            raise LocalTokenNotFoundError("no access token: set HF_TOKEN or run `hf auth login`")
         return {"ok": True, **action(**request)}
-    except (MissingTokenError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
         return failure(error)
 
 
