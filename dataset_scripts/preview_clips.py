@@ -2,10 +2,12 @@
 
     python dataset_scripts/preview_clips.py --dataset DIR_OR_REPO [--shards "SHARDS/*.tar"] --output DIR
 
-Writes DIR/index.html (all in one file, works offline), one PNG a clip and DIR/clips.json. By default clips are chosen
+Writes DIR/clips.html (all in one file, works offline), one PNG a clip, DIR/clips.json and DIR/index.html, which leads
+to it, to report_dataset.py's page in the same folder, and to labels. By default clips are chosen
 from all splits for what happens in them (largest turns, GUIs, clicks, nothing at all ...), spread over sessions; the
 page says of each why. With --shards, the raw recordings the data set was built from, the mouse path and the keys are
-drawn tick by tick, and the actions are compared with the raw log: exit status 1 if any clip differs.
+drawn tick by tick, and the actions are compared with the raw log: exit status 1 if any clip differs. With --labels too,
+a folder of label_videos.py, DIR/labels.html has what was told of the same recordings beside what was logged.
 """
 
 import argparse
@@ -36,10 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--recording", metavar="NAME", help="take clips of this recording only")
     add("--start_tick", type=int, metavar="T", help="the one clip of --recording that starts at this tick")
     add("--shards", nargs="+", metavar="GLOB", help="the raw recordings: .tar shards or folders, for ticks and checks")
+    add("--labels", type=Path, metavar="DIR", help="logs that label_videos.py told of these recordings; needs --shards")
     add("--max_files", type=int, help="look for clips in this many Parquet files, drawn by --seed (default: all)")
     arguments = parser.parse_args()
     if arguments.start_tick is not None and arguments.recording is None:
         parser.error(f"--start_tick {arguments.start_tick} needs --recording: every recording has such a tick")
+    if arguments.labels is not None and not arguments.shards:
+        parser.error(f"--labels {arguments.labels} needs --shards: the logs that they are compared with")
     for name in ("num_clips", "max_files"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -55,6 +60,7 @@ from tqdm import tqdm
 
 from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace, action_array
 from vjepa_ac_hf.inspection.events import Candidate, Choice, ClipChooser
+from vjepa_ac_hf.inspection.labels import LabelledRecording, read_confidence, write_labels
 from vjepa_ac_hf.inspection.preview import PreviewClip, compare_with_log, cut_log, write_preview
 from vjepa_ac_hf.loading.clips import COLUMNS, clip_name, decode_clip
 from vjepa_ac_hf.recordings.clips import ClipSpec
@@ -158,6 +164,27 @@ def read_recordings(files: Sequence[str], names: set[str], options: dict[str, An
     return recordings
 
 
+def read_labels(folder: Path, recordings: dict[str, Recording], spec: ClipSpec) -> list[LabelledRecording]:
+    """What was told of the recordings that are shown, as far as it lies in the folder.
+
+    Raises:
+        ValueError: nothing is there of any of them, or a log that is not one of label_videos.py.
+    """
+    found = []
+    for name, logged in sorted(recordings.items()):
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            log = path.read_bytes()
+            confidence, told = read_confidence(log, str(path)), parse_recording(log, path.name)
+            found.append(LabelledRecording(name, logged, told, confidence, spec.native_fps, spec.ticks_per_tubelet))
+    if not found:
+        raise ValueError(
+            f"--labels {folder}: holds none of the logs {[f'{name}.jsonl' for name in sorted(recordings)]} "
+            f"(label_videos.py --output {folder})"
+        )
+    return found
+
+
 def load_clip(
     clips: ClipFiles, choice: Choice, report: dict[str, Any] | None, recording: Recording | None
 ) -> PreviewClip:
@@ -207,8 +234,14 @@ def show_clips(arguments: argparse.Namespace) -> int:
         "shards": " ".join(arguments.shards) if arguments.shards else None,
         "clip options": "as recorded in report.json" if (report or {}).get("options") else "not recorded: the defaults",
     }
-    page = write_preview(arguments.output, facts, shown)
-    print(f"{len(shown)} of {num_seen} clips: {page}")
+    if arguments.labels is not None:
+        labels = read_labels(arguments.labels, recordings, shown[0].spec)
+        print(
+            f"{len(labels)} of {len(recordings)} recordings with labels: "
+            f"{write_labels(arguments.output, arguments.dataset, labels)}"
+        )
+    write_preview(arguments.output, facts, shown)
+    print(f"{len(shown)} of {num_seen} clips: {arguments.output / 'index.html'}")
     different = [clip for clip in shown if clip.differences]
     for clip in different:
         print(

@@ -23,6 +23,7 @@ from test_build_scripts import build, run
 from vjepa_ac_hf import ACTION_COLUMNS
 from vjepa_ac_hf.inspection.columns import ClipFiles, RowPlace
 from vjepa_ac_hf.inspection.events import EVENTS, ClipChooser
+from vjepa_ac_hf.inspection.labels import LabelledRecording, labels_png, read_confidence, write_labels
 from vjepa_ac_hf.inspection.preview import (
     ClipLayout,
     PreviewClip,
@@ -256,7 +257,7 @@ def test_page_says_exactly_what_was_done(tmp_path):
     assert "action 3: yaw 0.0°, pitch +1.9°, 3 w mouse left mouse middle, slot 1, GUI open" in alternative
     assert "made for a test" in section and "&lt;b&gt;" in page and "<b>" not in page
     # One file that works offline.
-    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page) and "url(" not in page
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:|index.html)', page) and "url(" not in page
     assert page.count("data:image/png;base64,") == 2
     told = json.loads((tmp_path / "clips.json").read_text())["clips"]
     assert set(told[0]["actions"][3]["on"]) == wanted[3] and told[0]["actions"][3]["mouse_dx"] == -12.5
@@ -444,10 +445,59 @@ def test_actions_that_are_not_those_of_the_log_are_an_error(data_set, tmp_path):
     options = ("--recording", name_of("s0"), "--shards", tmp_path / "in", "--start_tick")
     code, _, err = preview(folder / "built", tmp_path / "out", *options, 64)
     assert code == 1 and f"error: {name_of('s0')}, tick 64: actions differ from the raw log in {column}" in err
-    assert f"actions DIFFER from the raw log in {column}" in (tmp_path / "out/index.html").read_text()
+    assert f"actions DIFFER from the raw log in {column}" in (tmp_path / "out/clips.html").read_text()
     told = json.loads((tmp_path / "out/clips.json").read_text())["clips"]
     assert told[0]["differences"] == [column]
     assert preview(folder / "built", tmp_path / "out", *options, 128)[0] == 0
+
+
+def test_labels_stand_beside_logs_and_one_page_leads_to_all(data_set, tmp_path):
+    """Told turns 3 degrees an action too far, w never told, every other tick unsure; counted here by loops."""
+    folder, lines = data_set
+    name, out = name_of("s0"), tmp_path / "out"
+    told = []
+    for tick, line in enumerate(lines[name]):
+        keys = [key for key in (line["keyboard"] or {"keys": []})["keys"] if key != "key.keyboard.w"]
+        changed = {"yaw": line["yaw"] + 3 * tick / 8, "keyboard": {"keys": keys}}
+        told.append({**line, **changed, "confidence": 0.5 if tick else None, "unsure": tick % 2 == 1})
+    (tmp_path / "labels").mkdir()
+    (tmp_path / f"labels/{name}.jsonl").write_bytes(to_log(told))
+    options = ("--shards", folder / "in", "--labels", tmp_path / "labels")
+    code, said, err = preview(folder / "built", out, *options)
+    assert code == 0 and "1 of 2 recordings with labels" in said, err
+    assert run("report_dataset.py", "--dataset", folder / "built", "--output", out)[0] == 0
+    page = (out / "labels.html").read_text()
+    logged = parse_recording((folder / f"in/{name}.jsonl").read_bytes(), name)
+    w = PRESSED_COLUMNS.index("key.w")
+    assert logged.pressed[:256, w].any()
+    share = sum(not logged.pressed[tick, w] for tick in range(256)) / 256
+    assert f"w {100 * share:.1f} %" in page and "turns are off by 3.0 degrees an action" in page
+    assert "12.8 of 13 s" in page and page.count("data:image/png") == 1 and name_of("s1") not in page
+    index = (out / "index.html").read_text()
+    assert re.findall(r'href="([^"]+)"', index) == ["clips.html", "report.html", "labels.html"]
+    for file in ("clips.html", "report.html", "labels.html"):
+        text = (out / file).read_text()
+        assert re.findall(r'href="([^"]+)"', text) == ["index.html"] and "<script" not in text
+
+    recording = LabelledRecording(name, logged, parse_recording(to_log(told), name), np.full(260, 0.5), 20, 8)
+    picture = np.asarray(Image.open(io.BytesIO(labels_png(recording))).convert("RGB")).astype(int)
+    assert all(near(picture, colour).any() for colour in ((0, 114, 178), (213, 94, 0), (0, 158, 115), (226, 230, 234)))
+    (tmp_path / f"labels/{name}.jsonl").write_bytes(to_log(lines[name]))
+    code, _, err = preview(folder / "built", tmp_path / "no", *options)
+    assert code == 1 and "line 1: no field 'confidence'" in err
+    (tmp_path / f"labels/{name}.jsonl").unlink()
+    code, _, err = preview(folder / "built", tmp_path / "no", *options)
+    assert code == 1 and f"holds none of the logs ['{name}.jsonl'" in err
+    assert preview(folder / "built", tmp_path / "no", "--labels", tmp_path)[0] == 2
+
+
+def test_names_of_recordings_are_not_read_as_html(tmp_path):
+    lines = [{"yaw": 0.0, "pitch": 0.0, "mouse": None, "keyboard": None, "confidence": None}] * 20
+    log = parse_recording(to_log(lines), "x")
+    recording = LabelledRecording("<b>&amp;", log, log, read_confidence(to_log(lines), "x"), 20, 8)
+    page = write_labels(tmp_path, "<i>data", [recording]).read_text()
+    assert "&lt;b&gt;&amp;amp;" in page and "<b>" not in page and "no key is pressed" in page
+    assert "<i>" not in page + (tmp_path / "index.html").read_text()
 
 
 def test_data_set_that_recorded_no_options(tmp_path):
@@ -523,7 +573,7 @@ def test_page_and_report_of_a_data_set_on_the_hub(data_set, tmp_path):
         folder, hidden = str(data_set[0] / "built"), [".build/*"]
         push += f"a.upload_folder(repo_id='org/clips', repo_type='dataset', folder_path={folder!r}, "
         assert run_in(["-c", push + f"ignore_patterns={hidden})"], env).returncode == 0
-        for program, page in (("preview_clips.py", "index.html"), ("report_dataset.py", "report.html")):
+        for program, page in (("preview_clips.py", "clips.html"), ("report_dataset.py", "report.html")):
             done = run_in([f"dataset_scripts/{program}", "--dataset", "org/clips", "--output", tmp_path / "out"], env)
             assert done.returncode == 0 and (tmp_path / "out" / page).is_file(), done.stderr[-2000:]
         told = json.loads((tmp_path / "out/clips.json").read_text())

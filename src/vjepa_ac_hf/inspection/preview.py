@@ -22,6 +22,7 @@ from .clip_picture import (
     motion_scale,
     signed,
 )
+from .labels import BACK, write_index
 
 
 def describe_input(clip: PreviewClip, action: int) -> str:
@@ -58,7 +59,7 @@ def clip_record(clip: PreviewClip, image: str) -> dict[str, Any]:
 
 
 def write_preview(directory: Path, facts: Mapping[str, Any], clips: Sequence[PreviewClip]) -> Path:
-    """Write one PNG a clip, `clips.json` and, with the pictures inside, `index.html`.
+    """Write one PNG a clip, `clips.json`, with the pictures inside `clips.html`, and the index of pages.
 
     Args:
         directory: an existing folder; pictures that an earlier `clips.json` names and this one does not are removed.
@@ -66,7 +67,7 @@ def write_preview(directory: Path, facts: Mapping[str, Any], clips: Sequence[Pre
         clips: what to show, at least one.
 
     Returns:
-        The path of `index.html`.
+        The path of `clips.html`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -79,8 +80,9 @@ def write_preview(directory: Path, facts: Mapping[str, Any], clips: Sequence[Pre
     _remove_stale(directory, set(pictures))
     records = [clip_record(clip, name) for clip, name in zip(clips, pictures, strict=True)]
     write_json(directory / "clips.json", {**facts, "clips": records})
-    page = directory / "index.html"
+    page = directory / "clips.html"
     write_file(page, render_page(facts, clips, list(pictures.values())).encode())
+    write_index(directory, str(facts.get("dataset", "")))
     return page
 
 
@@ -125,7 +127,7 @@ def render_page(facts: Mapping[str, Any], clips: Sequence[PreviewClip], pictures
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{PAGE_STYLE}{_STYLE}</style></head><body><main>
-<h1>{title}</h1><p class="facts">{about}</p>
+<h1>{title}</h1><p class="facts">{about}</p>{BACK}
 <section><h2>How to read</h2><p>Time runs to the right. Top: the frames of a clip, two or more to a tubelet. Below
 tubelet k, action k: everything done from the first frame of tubelet k until the first frame of tubelet k + 1. If
 actions and pictures belong together, then: a view arrow to the right goes with a picture that moves to the left; an

@@ -16,6 +16,7 @@ from ..pages import PAGE_STYLE, image_tag, new_figure
 from ..recordings.clips import ClipSpec
 from ..recordings.shards import Rejection
 from ..records import write_file, write_json
+from .labels import BACK, write_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -485,7 +486,8 @@ def write_dataset_report(
     summary: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write `summary.json`, `summary.md`, the figures as PNG and, with them inside, `report.html`.
+    """Write `summary.json`, `summary.md`, the figures as PNG and, with them inside, `report.html`; the index of
+    pages anew.
 
     Args:
         directory: an existing folder.
@@ -514,6 +516,7 @@ def write_dataset_report(
     write_file(directory / "summary.md", f"{quoted}\n{tables_markdown(tables)}".lstrip().encode())
     path = directory / "report.html"
     write_file(path, _render_html(name, tables, images, notes).encode())
+    write_index(directory, name)
     return path
 
 
@@ -533,7 +536,7 @@ def _render_html(name: str, tables: Sequence[Table], images: Mapping[str, bytes]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{PAGE_STYLE} th:first-child {{ text-align: left; }}</style></head><body><main>
-<h1>{title}</h1>{warnings}
+<h1>{title}</h1>{BACK}{warnings}
 {summary_sections}{figures}{histogram_sections}
 <p class="facts">"{NOT_RECORDED}": the data set was built by a version that did not record it. Repairs are ticks of
 accepted recordings. Bins: the lower end is in, exact zeros are a bin of their own, negative bins mirror positive ones.
