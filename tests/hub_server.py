@@ -198,9 +198,11 @@ class HubServer:
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
+        if match := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/(batch|verify)", path):
             return self.large_files(match[3], json.loads(body))
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+))?(?:/(.*))?)?", path):
+        if match := re.fullmatch(
+            r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+))?(?:/(.*))?)?", path
+        ):
             kind, name, call, _, rest = match.groups()
             files = self.repositories.get((kind[:-1], name))
             if files is None:

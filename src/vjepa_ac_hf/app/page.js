@@ -3,19 +3,15 @@ const $ = (id) => element.querySelector("#vx-" + id);
 const KEYS = {w: "key.w", a: "key.a", s: "key.s", d: "key.d", " ": "key.space", Shift: "key.left.shift",
               Control: "key.left.control", q: "key.q", f: "key.f"};
 const LOOKS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
-const held = new Set(), looking = new Set(), log = {timings: [], steps: 0};
-let token = sessionStorage.getItem("vjepa-token") || "", about = {}, story = null, acting = false, planning = false;
+const held = new Set(), looking = new Set(), log = {timings: []};
+let token = sessionStorage.getItem("vjepa-token") || "", about = {}, story = null, acting = false, planning = false, next = null;
 window.vjepa = log;  // for tests: what has been measured
 
 async function ask(name, request = {}) {
-  let answer;
-  try {
-    answer = await server[name]({token, ...request});
-  } catch (error) {
-    lost(true);
-    return null;
-  }
-  lost(false);
+  // Gradio says failures on the console, and answers undefined.
+  const answer = await server[name]({token, ...request}).catch(() => undefined);
+  lost(!answer);
+  if (!answer) return null;
   if (answer.error) {
     say(answer.error);
     if (answer.ended) ended(answer.error);
@@ -105,14 +101,22 @@ async function add(step) {
 
 // ---------------------------------------------------------------------------------------------- acting
 async function act(request, pressed = performance.now()) {
-  if (!story || acting) return;
-  acting = true; planning = false;
-  const answer = await ask("act", request);
+  if (!story) return;
+  planning = false;
+  next = {request, pressed};  // of what is pressed while a step is imagined, the last counts
+  if (acting) return;
+  acting = true;
+  while (next) {
+    const {request, pressed} = next;
+    next = null;
+    const answer = await ask("act", request);
+    if (!answer) break;
+    say("");
+    await add(answer.step);
+    requestAnimationFrame(() => log.timings.push(performance.now() - pressed));
+  }
+  next = null;
   acting = false;
-  if (!answer) return;
-  say("");
-  await add(answer.step);
-  requestAnimationFrame(() => { log.timings.push(performance.now() - pressed); log.steps = story.steps.length; });
 }
 function step(pressed) {
   const turn = number("degrees") || 15;
@@ -122,6 +126,7 @@ function step(pressed) {
 }
 function down(event) {
   if (!element.isConnected || event.altKey || event.metaKey || /INPUT|SELECT|TEXTAREA/.test(event.target.tagName)) return;
+  if (event.repeat && acting) return event.preventDefault();
   const pressed = performance.now(), key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   planning = false;
   if (key in LOOKS) { looking.add(key); step(pressed); }

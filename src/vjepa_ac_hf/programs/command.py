@@ -41,6 +41,7 @@ PROGRAMS = {
     "explore": ("examples/explore.py", "play in what a world model imagines, in a browser"),
     "train-rl": ("examples/train_rl.py", "train agents in ViZDoom on features"),
     "push": ("examples/push.py", "push what a training run has left to the Hub"),
+    "push-space": ("examples/push_space.py", "put the page of explore on the Hub, as a Space"),
     "convert": (str(HERE.parent / "convert_vjepa2_ac_to_hf.py"), "convert official V-JEPA 2 checkpoints"),
 }
 IN_PROCESSES = ("train", "train-head")
