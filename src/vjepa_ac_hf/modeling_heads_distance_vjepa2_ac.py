@@ -61,7 +61,7 @@ class VJEPA2ACForTemporalDistance(VJEPA2ACHeadPreTrainedModel):
 
     def distance(self, one: Tensor, other: Tensor) -> Tensor:
         """Steps `(P,)` between views `(P, N, D)`: the mean of both orders."""
-        dtype = self.head.fc1.weight.dtype
+        dtype = next(self.head.parameters()).dtype
         one, other = one.to(dtype), other.to(dtype)
         return (self.head(one, other) + self.head(other, one)) / 2
 

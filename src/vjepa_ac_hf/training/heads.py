@@ -203,9 +203,9 @@ def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
     return {k: [str(x) for x in v] if isinstance(v, list) else [str(v)] for k, v in zip(keys, values, strict=True)}
 
 
-def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, Tensor]:
+def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, Any]:
     """A loader's batch as arguments of a head's `forward`."""
-    inputs: dict[str, Tensor] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
+    inputs: dict[str, Any] = {k: batch[k] for k in ("pixel_values_videos", "features") if k in batch}
     if isinstance(model, VJEPA2ACForFrameDecoding):
         return inputs | {"labels": batch["frames"]}
     if isinstance(model, VJEPA2ACForTemporalDistance):
