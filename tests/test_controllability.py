@@ -381,6 +381,7 @@ def test_perfect_rollouts_are_read_perfectly_and_floors_lie_below():
         assert means["imagined"] == means["true_features"] == means["other_actions_obeyed"] == 1
         assert means["persistence"] == 0 < means["other_actions"] < 0.6
         assert at["kinds"]["persistence"]["camera"]["yaw_delta"]["r2"]["mean"] <= 0
+        assert "key.q" in at["reasons"] and not [name for name in at["reasons"] if "obeyed" in name]
     first = found["horizons"][0]["kinds"]["repeat_last"]
     assert first["macro_onset_f1"]["mean"] == 0 and first["macro_f1"]["mean"] > 0.2
 
