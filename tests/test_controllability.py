@@ -591,7 +591,7 @@ def test_figures_are_on_the_card_of_the_very_weights(evaluate, workspace, tmp_pa
     """The table of an evaluation of these weights, and the head's name without its folder; none of other weights."""
     parts = small_parts()
     metrics = evaluate(tmp_path / "evaluation", "--inverse_dynamics", workspace / "head")
-    texts = parts[2].texts(tmp_path, 40, metrics["weights_sha256"], 0)
+    texts = parts[2].texts(tmp_path, 40, metrics["weights_sha256"])
     rows = {(r["horizon"], r["figure"]): r for r in headline_figures(metrics["controllability"])}
     cells = []
     for horizon in (1, 6):
@@ -606,4 +606,4 @@ def test_figures_are_on_the_card_of_the_very_weights(evaluate, workspace, tmp_pa
     assert "|---:|---|---:|---:|---:|---:|\n| 1 | keys, macro F1 |" in card and "\n\n## Limits\n" in card
     assert json.loads(texts["evaluation/metrics.json"])["inverse_dynamics"] == "head"
     assert str(workspace) not in "".join(text.decode() for text in texts.values())
-    assert "Controllability" not in parts[2].texts(tmp_path, 40, "0" * 64, 0)["README.md"].decode()
+    assert "Controllability" not in parts[2].texts(tmp_path, 40, "0" * 64)["README.md"].decode()
