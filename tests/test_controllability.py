@@ -381,6 +381,7 @@ def test_perfect_rollouts_are_read_perfectly_and_floors_lie_below():
         assert means["imagined"] == means["true_features"] == means["other_actions_obeyed"] == 1
         assert means["persistence"] == 0 < means["other_actions"] < 0.6
         assert at["kinds"]["persistence"]["camera"]["yaw_delta"]["r2"]["mean"] <= 0
+        assert "key.q" in at["reasons"] and not [name for name in at["reasons"] if "obeyed" in name]
     first = found["horizons"][0]["kinds"]["repeat_last"]
     assert first["macro_onset_f1"]["mean"] == 0 and first["macro_f1"]["mean"] > 0.2
 
@@ -590,7 +591,7 @@ def test_figures_are_on_the_card_of_the_very_weights(evaluate, workspace, tmp_pa
     """The table of an evaluation of these weights, and the head's name without its folder; none of other weights."""
     parts = small_parts()
     metrics = evaluate(tmp_path / "evaluation", "--inverse_dynamics", workspace / "head")
-    texts = parts[2].texts(tmp_path, 40, metrics["weights_sha256"], 0)
+    texts = parts[2].texts(tmp_path, 40, metrics["weights_sha256"])
     rows = {(r["horizon"], r["figure"]): r for r in headline_figures(metrics["controllability"])}
     cells = []
     for horizon in (1, 6):
@@ -605,4 +606,4 @@ def test_figures_are_on_the_card_of_the_very_weights(evaluate, workspace, tmp_pa
     assert "|---:|---|---:|---:|---:|---:|\n| 1 | keys, macro F1 |" in card and "\n\n## Limits\n" in card
     assert json.loads(texts["evaluation/metrics.json"])["inverse_dynamics"] == "head"
     assert str(workspace) not in "".join(text.decode() for text in texts.values())
-    assert "Controllability" not in parts[2].texts(tmp_path, 40, "0" * 64, 0)["README.md"].decode()
+    assert "Controllability" not in parts[2].texts(tmp_path, 40, "0" * 64)["README.md"].decode()

@@ -157,8 +157,11 @@ class ControllabilityTally:
                     kinds[kind], reasons[kind] = None, "no action before the imagined ones is known (context_steps 1)"
                     continue
                 kinds[kind] = self._of_kind(sums, weights)
-                prefix = f"{kind}: " if kind == KINDS[-1] else ""  # all others are compared with the same actions
-                reasons |= {prefix + name: why for name, why in self._reasons(sums).items()}
+                # All but the last kind are compared with the same actions; of that one, what differs.
+                why = self._reasons(sums)
+                if kind == KINDS[-1]:
+                    why = {f"{kind}: {name}": text for name, text in why.items() if reasons.get(name) != text}
+                reasons |= why
             clips = max(int(s["rows"].sum()) for (h, _), s in self._sums.items() if h == horizon)
             found.append({"horizon": horizon, "clips": clips, "kinds": kinds, "reasons": reasons})
         return found
