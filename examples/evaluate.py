@@ -235,6 +235,8 @@ def main() -> None:
         )
     if head is not None:
         metrics |= read_imagined(args, model, head, processor, dataset, records, table, integrate_states)
+    for stale in args.output.glob("clip-*"):  # pictures here are always of the figures here
+        stale.unlink()
     write_metrics(args.output / "metrics.json", metrics)
     shown = make_pictures(args, model, processor, dataset, records, inputs, table, integrate_states, decoder)
     report = write_report(args.output, metrics, table, *shown)

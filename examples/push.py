@@ -42,7 +42,7 @@ if __name__ == "__main__":
     parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
 
 from vjepa_ac_hf.evaluation.runs import folder_of
-from vjepa_ac_hf.hub.cards import RunDescription
+from vjepa_ac_hf.hub.cards import PICTURE, RunDescription
 from vjepa_ac_hf.hub.push import HUB_FOLDER, HubPusher, prepare_repository, repository_folder
 from vjepa_ac_hf.hub.upload import look, read_json
 from vjepa_ac_hf.records import write_file, write_json
@@ -77,7 +77,8 @@ def find_model(arguments: argparse.Namespace) -> tuple[dict, bool]:
 
 
 def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
-    """Put the report's figures into OUT/evaluation/metrics.json, and those over runs beside it.
+    """Put the report's figures into OUT/evaluation/metrics.json, and beside it those over runs, and the report's first
+    picture if a decoder drew it.
 
     Raises:
         ValueError: no report there, or one of other weights; runs that these weights are none of.
@@ -100,6 +101,11 @@ def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
             raise ValueError(f"{arguments.runs}: weights_sha256 {runs['weights_sha256']}, expected {expected[1]} there")
         public = {k: v for k, v in runs.items() if k != "programs"}  # which names folders
         write_json(arguments.output_dir / "evaluation" / "runs.json", public)
+    drawn, picture = arguments.evaluation / PICTURE, arguments.output_dir / "evaluation" / PICTURE
+    if "frames" in evaluation and drawn.is_file():
+        write_file(picture, drawn.read_bytes())
+    else:
+        picture.unlink(missing_ok=True)
 
 
 def push(arguments: argparse.Namespace) -> str:

@@ -35,6 +35,7 @@ from transformers import VJEPA2Config
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACProcessor
 from vjepa_ac_hf.configuration_encoder_vjepa2_ac import parse_resolution
 from vjepa_ac_hf.evaluation.clips import spread
+from vjepa_ac_hf.evaluation.decoding import load_decoder
 from vjepa_ac_hf.hub.cards import RunDescription
 from vjepa_ac_hf.hub.push import HubPusher, prepare_repository, save_final_model, save_last_weights
 from vjepa_ac_hf.loading.clip_rules import choose_clips
@@ -182,7 +183,7 @@ def build_loaders(arguments, accelerator, model, processor, train, validation):
     return batches, validation
 
 
-def start_run(arguments, accelerator, model, processor, splits, stop, identity, start) -> Run:
+def start_run(arguments, accelerator, model, processor, splits, stop, identity, start, decoder=None) -> Run:
     """Everything a step needs, with what the checkpoint holds that the run continues from."""
     optimizer = build_optimizer(model.predictor, arguments.learning_rate, arguments.weight_decay)
     scheduler = build_scheduler(
@@ -205,7 +206,7 @@ def start_run(arguments, accelerator, model, processor, splits, stop, identity, 
 
     def picture(step: int) -> None:
         with whole_parameters(model):
-            log_pictures(model, validation, accelerator, arguments.output_dir, step)
+            log_pictures(model, validation, accelerator, arguments.output_dir, step, decoder)
 
     if validation is not None:
         run.validate, run.picture = run_validation, picture if arguments.log_pictures else None
@@ -284,6 +285,8 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.to(accelerator.device)
+    has_decoder = arguments.decoder is not None and arguments.log_pictures
+    decoder = load_decoder(arguments.decoder, model) if has_decoder else None
     accelerator.print(startup_summary(arguments, model, encoder, splits, accelerator.num_processes))
     description, pusher = None, None
     if accelerator.is_main_process:  # of a model that is not sharded yet
@@ -291,7 +294,7 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
         pusher = HubPusher.of_run(arguments, model, processor, description) if arguments.push_to_hub else None
     with pusher or contextlib.nullcontext():
         with closing_trackers(accelerator):
-            run = start_run(arguments, accelerator, model, processor, splits, stop, identity, start)
+            run = start_run(arguments, accelerator, model, processor, splits, stop, identity, start, decoder)
             if pusher is not None:
                 pusher.begin(run.step)
                 run.publish = pusher.submit

@@ -653,6 +653,13 @@ def test_an_evaluation_of_other_weights_is_refused_and_an_old_one_left_out(
     assert on_hub(server, "README.md") == (out / "README.md").read_bytes() and b"0.8000" in on_hub(server, "README.md")
     assert [commit_is_of_one_step(summary, files) for _, summary, files in server.commits] == [40, 40]
     assert json.loads(on_hub(server, "evaluation/metrics.json"))["step"] == 40
+    # A picture goes with it where a decoder drew it, and goes where it did not.
+    (report / "clip-0.png").write_bytes(b"drawn")
+    for figures, shown in (({"frames": {}}, True), ({}, False)):
+        (report / "metrics.json").write_text(json.dumps(EVALUATION | figures | {"step": 40, "weights_sha256": weights}))
+        assert run_push(monkeypatch, "--output_dir", out, "--evaluation", report) == 0
+        assert (b"](evaluation/clip-0.png)" in on_hub(server, "README.md")) == shown
+        assert server.repositories[KEY].get("evaluation/clip-0.png") == (b"drawn" if shown else None)
 
 
 def test_figures_over_runs_are_on_the_card_of_one_of_them(server, parts, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,9 @@ from helpers_training import command, metrics, write_workspace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_validation import folder, make_model, validation_set  # noqa: F401 (a fixture)
 
+from vjepa_ac_hf import VJEPA2ACForFrameDecoding
+from vjepa_ac_hf.loading.clips import decode_clip
+from vjepa_ac_hf.pages import new_figure
 from vjepa_ac_hf.training import pictures, trackers
 from vjepa_ac_hf.training.validation import validate
 
@@ -156,6 +159,21 @@ def test_pictures_show_the_first_and_last_clip_and_disturb_nothing(folder, tmp_p
         assert clip.frames.shape == (8, 3, 32, 32) and len(clip.rows["prediction"]) == clips.horizon
         same = torch.equal(clip.colours["prediction"], clip.colours["prediction, other clip's actions"])
         assert not same and clip.colours["persistence"][0].equal(clip.colours["true features"][1])
+
+
+def test_pictures_are_drawn_by_the_decoder_that_is_given(folder, tmp_path, monkeypatch):  # noqa: F811
+    accelerator, model = Accelerator(cpu=True), make_model()
+    small = {"head_hidden_size": 16, "head_num_hidden_layers": 1, "head_num_attention_heads": 2}
+    decoder = VJEPA2ACForFrameDecoding.from_world_model(model, **small).eval()
+    clips, shown = validation_set(folder, accelerator), []
+    validate(model, clips, accelerator)
+    monkeypatch.setattr(pictures, "clip_figure", lambda clip, *colours: (shown.append(clip), new_figure(1, 1))[1])
+    pictures.log_pictures(model, clips, accelerator, tmp_path, 7, decoder)
+    video = decode_clip(clips.source[0]["video"], "clip", 16)
+    with torch.no_grad():
+        features = model.encode(clips.processor(videos=[video])["pixel_values_videos"])
+        expected = decoder(features=features).frames[0, ::2].permute(0, 2, 3, 1)
+    torch.testing.assert_close(shown[0].rows["true features"], expected)
 
 
 def test_pictures_without_matplotlib(monkeypatch, caplog):

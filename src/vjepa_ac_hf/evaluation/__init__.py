@@ -2,9 +2,9 @@
 
 `rollouts` measures clips, `figures` turns their errors into figures with intervals, `probes` asks which columns of the
 actions matter and whether predictions are specific, `metrics` offers all of it as metrics of the library `evaluate`,
-`clips` reads a data set, `decoding` draws frames from features and `frame_figures` measures them, `pictures`, `plots`
-and `report` show the result, `controllability` has an inverse dynamics head read what was imagined. Open `rollouts.py`
-first.
+`clips` reads a data set, `decoding` draws frames from features and `frame_figures` measures them, `pictures`, `plots`,
+`films` and `report` show the result, `controllability` has an inverse dynamics head read what was imagined. Open
+`rollouts.py` first.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -30,6 +30,7 @@ _FIGURES = (
 )
 # What figures were measured on, as metrics.json names it (metrics.jsonl: with validation_ before).
 _COUNTS = ("clips", "sessions", "players", "interval_unit")
+PICTURE = "clip-0.png"  # of an evaluation with a decoder: its first clip as frames
 _ERROR = re.compile(r"validation_error_h(\d+)")
 _SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
 # Arguments of training that others need to train the same; the rest is the machine's, and may name its folders.
@@ -148,8 +149,10 @@ class RunDescription:
         evaluation, runs = read_evaluation(output_dir, weights), read_runs(output_dir, weights)
         training = {**self.training, "step": step, "weights_sha256": weights}
         training.pop("made", None)
+        picture = output_dir / "evaluation" / PICTURE
+        has_picture = "frames" in (evaluation or {}) and picture.is_file()
         texts = {
-            "README.md": str(self.card(step, weights, rows, evaluation, runs)),
+            "README.md": str(self.card(step, weights, rows, evaluation, runs, has_picture)),
             "training_args.json": json.dumps(training, indent=2) + "\n",
         }
         if lines:
@@ -162,7 +165,8 @@ class RunDescription:
             texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
         if runs is not None:
             texts["evaluation/runs.json"] = json.dumps(runs, indent=2, allow_nan=False) + "\n"
-        return {name: text.encode() for name, text in texts.items()}
+        pictures = {f"evaluation/{PICTURE}": picture.read_bytes()} if has_picture else {}
+        return {name: text.encode() for name, text in texts.items()} | pictures
 
     def card(
         self,
@@ -171,6 +175,7 @@ class RunDescription:
         rows: Sequence[Mapping[str, Any]],
         evaluation: Mapping[str, Any] | None = None,
         runs: Mapping[str, Any] | None = None,
+        has_picture: bool = False,
     ) -> ModelCard:
         """The card of the model of a step.
 
@@ -181,6 +186,7 @@ class RunDescription:
                 where there is no evaluation.
             evaluation: metrics.json of `examples/evaluate.py`, of these weights.
             runs: runs.json of `examples/run_seeds.py`, of which these weights are one run's.
+            has_picture: whether evaluation/clip-0.png goes with it.
 
         Raises:
             ValueError: an evaluation without figures.
@@ -231,6 +237,7 @@ class RunDescription:
             is_evaluated=evaluation is not None,
             runs=None if runs is None else card_rows(runs, weights, [key for key, *_ in _FIGURES]),
             runs_count=count(1 if runs is None else runs["runs"]),
+            picture=f"evaluation/{PICTURE}" if has_picture else None,
             controllability=card_figures((evaluation or {}).get("controllability")),
             figures=figures,
             arguments=json.dumps(arguments, indent=2),

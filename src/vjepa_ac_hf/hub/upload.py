@@ -38,6 +38,7 @@ MODEL_FILES = (
     "README.md",
     "config.json",
     "evaluation/*.json",
+    "evaluation/*.png",
     "metrics.jsonl",
     "model.safetensors",
     "model-*-of-*.safetensors",

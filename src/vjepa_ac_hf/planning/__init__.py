@@ -3,8 +3,8 @@
 `actions` says what may be searched and makes whole actions of it, `search` holds the methods, `planner` joins them with
 the model, `proposals` has an inverse dynamics head say where to begin, `distance` another the steps to a
 goal, `headings` turns until a goal is seen, `control` replans as frames come in,
-`environments` turns actions into MineRL's and VPT's form, `landscape` looks at the energy over two columns. Open
-`planner.py` first.
+`environments` turns actions into MineRL's and VPT's form, `landscape` looks at the energy over two columns, `report`
+shows what plans expected beside what happened. Open `planner.py` first.
 """
 
 from .actions import DEFAULT_FIXED, Distribution, SearchSpace, integrate_view, vary_columns

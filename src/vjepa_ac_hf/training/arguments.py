@@ -160,6 +160,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="pictures of every validation, in OUTPUT_DIR/pictures and the trackers (default: with --report_to)",
     )
+    run.add_argument("--decoder", help="frame decoder for those pictures: a folder or a Hub repository")
     _switch(run, "push_to_hub", "keep the model on the Hub (docs/training.md)")
     run.add_argument("--hub_model_id", help="ORG/NAME")
     _switch(run, "hub_private", "create the repository as private")

@@ -1,4 +1,4 @@
-"""Pictures of a validation: errors by horizon, and feature maps of a few clips, predicted against true.
+"""Pictures of a validation: errors by horizon, and frames and features of a few clips, predicted against true.
 
 They are the report's (docs/evaluation.md). Matplotlib is optional: without it a run has no pictures, and says so.
 """
@@ -16,6 +16,7 @@ from ..evaluation.clips import spread
 from ..evaluation.pictures import ClipPictures, picture_clips
 from ..evaluation.plots import clip_figure, curves_figure
 from ..loading.clips import decode_clip
+from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..records import write_file
 from .trackers import log_images
@@ -44,15 +45,21 @@ def check_pictures(wanted: bool | None, report_to: str) -> bool:
 
 
 def log_pictures(
-    model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator, output_dir: Path, step: int
+    model: VJEPA2ACModel,
+    clips: ValidationSet,
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    decoder: VJEPA2ACForFrameDecoding | None = None,
 ) -> None:
     """Write `pictures/step-XXXXXXXX.png` of the last validation (`clips.horizons`), and log its parts as images.
 
-    The main process does; a sharded model must be whole meanwhile (`whole_parameters`).
+    Frames are drawn by the decoder (`load_decoder`), or the nearest real ones stand in. The main process does all; a
+    sharded model must be whole meanwhile (`whole_parameters`).
     """
     if not accelerator.is_main_process:
         return
-    shown = _picture_clips(model, clips, accelerator)
+    shown = _picture_clips(model, clips, accelerator, decoder)
     seconds_per_step = clips.processor.tubelet_size / clips.processor.fps
     images = {"pictures/errors_by_horizon": _render(curves_figure(clips.horizons, seconds_per_step))}
     for number, pictures in enumerate(shown):
@@ -66,7 +73,9 @@ def log_pictures(
     log_images(accelerator, images, step)
 
 
-def _picture_clips(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator) -> list[ClipPictures]:
+def _picture_clips(
+    model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerator, decoder: VJEPA2ACForFrameDecoding | None
+) -> list[ClipPictures]:
     """The first and the last clip, and evenly spaced ones between them."""
     shown = spread(len(clips), PICTURED_CLIPS)
     processor, names = clips.processor, clips.records.names
@@ -88,6 +97,7 @@ def _picture_clips(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Acce
             context_steps=clips.context_steps,
             horizon=clips.horizon,
             integrate_states=clips.integrate_states,
+            decoder=decoder,
         )
 
 
