@@ -236,6 +236,8 @@ def test_a_plan_finds_the_way(tmp_path):
     while not answers[-1].get("done") and len(answers) < 5:
         answers.append(explorer.answer("plan", {"token": token, "goal": 3}))
     assert answers[-1].get("done"), answers[-1]
+    words = {word for a in answers if "step" in a for word in a["step"]["action"][2].split()}
+    assert words <= {"w", "a", "s", "d", "space", "no", "keys"}
     reached = [a["distance"] for a in answers if not a.get("done")]
     assert reached and reached[-1] < 1e-6
     assert "no plan comes closer to the goal than 0.000" in answers[-1]["message"]

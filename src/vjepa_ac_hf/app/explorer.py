@@ -19,6 +19,7 @@ from torch import Tensor
 from ..evaluation.decoding import mirror_actions
 from ..evaluation.pictures import describe_action
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..planning.actions import SearchSpace
 from ..planning.environments import to_vpt_lines
 from ..planning.planner import GoalCost, Plan, check_planning, encode_context, plan, ticks_per_step
 from ..planning.search import CEM
@@ -30,6 +31,7 @@ from .story import HELD, MOST_STEPS, Scene, Step, Story, feature_error, make_act
 Answer = dict[str, Any]
 MOST_LANES = 4
 PLAN_HORIZON = 2
+PLANNED = ("key.w", "key.a", "key.s", "key.d", "key.space")  # beside the view: what moves it
 MOST_REAL = 24  # clips whose frames stand in for decoded ones
 LOAD_SECONDS = 10.0  # to wait for others' clips
 PLAN_SECONDS = 3.0  # a step of a plan may take, by what steps have taken
@@ -108,6 +110,9 @@ class Explorer:
         self.errors, self.limits, self.uploads, self.clock = list(errors), limits or Limits(), uploads, clock
         self.seconds_per_step = processor.tubelet_size / processor.fps
         self.sessions: dict[str, Session] = {}
+        others = [c for c in processor.action_space if c in HELD and c not in PLANNED]
+        statistics = processor.action_statistics
+        self._space = SearchSpace(processor.action_space, fixed=dict.fromkeys(others, 0.0), statistics=statistics)
         self._step_seconds = 0.05
         self._lock = threading.Lock()  # of `sessions`
         self._compute = threading.Lock()
@@ -450,6 +455,7 @@ class Explorer:
             GoalCost(wanted),
             horizon=horizon,
             generator=generator,
+            space=self._space,
             method=method,
             warm_start=session.plan,
         )
