@@ -1,5 +1,5 @@
-"""The whole job on a laptop, with no network: record play, build clips, train a small world model and a decoder that
-shows what it imagines, evaluate them.
+"""The whole job on a laptop, with no network: record play, build clips, train a small world model, a decoder that
+shows what it imagines and a head that reads actions from it, evaluate them.
 
     python examples/demo.py --output demo
 
@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ticks", type=int, default=1200, help="ticks a recording")
     parser.add_argument("--max_steps", type=int, default=2500, help="training steps")
     parser.add_argument("--decoder_steps", type=int, default=600, help="training steps of the frame decoder")
+    parser.add_argument("--head_steps", type=int, default=800, help="training steps of the inverse dynamics head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--seeds", type=int, default=1, help="models to train on the same play, of as many seeds from --seed on"
@@ -70,28 +71,35 @@ def main() -> None:
     real = arguments.encoder != "random"
     size = 256 if real else 64
     run(
-        *("1/5 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
+        *("1/6 record first-person play", "dataset_scripts/record_vizdoom.py", "--output", out / "shards"),
         *("--recordings", arguments.recordings, "--ticks", arguments.ticks, "--seed", arguments.seed),
         *("--resolution", "640x360" if real else "256x144", "--recordings_per_shard", 4, "--num_proc", 2),
         *("--pauses", 0.5),
     )
     run(
-        *("2/5 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
+        *("2/6 build clips", "dataset_scripts/build_vpt_tubelets.py", "--shards", out / "shards" / "*.tar"),
         *("--output", out / "clips", "--resolution", size, "--resize_mode", "squash"),
         *("--clip_stride", 64 if real else 20, "--validation_fraction", 0.2, "--num_proc", 2),
     )
     training = training_flags(arguments, out, out, arguments.seed)
-    run("3/5 train the predictor", "examples/train.py", *training, launcher=accelerate_launch())
+    run("3/6 train the predictor", "examples/train.py", *training, launcher=accelerate_launch())
     run(
-        *("4/5 train a decoder", "examples/train_head.py", "--task", "frame_decoding", "--model", out / "model"),
+        *("4/6 train a decoder", "examples/train_head.py", "--task", "frame_decoding", "--model", out / "model"),
         *("--dataset", out / "clips", "--output_dir", out / "decoder", "--cache_features", out / "features"),
         *("--max_steps", arguments.decoder_steps, "--per_device_batch_size", 8, "--head_hidden_size", 128),
         *("--eval_every", 0, "--num_workers", 0, "--seed", arguments.seed),
         launcher=accelerate_launch(),
     )
     run(
-        *("5/5 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
-        *("--decoder", out / "decoder", "--output", out / "report"),
+        *("5/6 train a head that reads actions", "examples/train_head.py", "--task", "inverse_dynamics"),
+        *("--model", out / "model", "--action_space", "vpt-38", "--dataset", out / "clips"),
+        *("--output_dir", out / "inverse_dynamics", "--cache_features", out / "features"),
+        *("--max_steps", arguments.head_steps, "--eval_every", 0, "--num_workers", 0, "--seed", arguments.seed),
+        launcher=accelerate_launch(),
+    )
+    run(
+        *("6/6 evaluate", "examples/evaluate.py", "--model", out / "model", "--dataset", out / "clips"),
+        *("--decoder", out / "decoder", "--inverse_dynamics", out / "inverse_dynamics", "--output", out / "report"),
     )
     if arguments.seeds > 1:
         train_other_seeds(arguments, out)

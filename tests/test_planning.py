@@ -9,6 +9,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1510,3 +1511,8 @@ def test_the_package_does_not_import_planning():
                 module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
                 found = [module, *(f"{module}.{name.name}" for name in node.names)]
             assert not any(name.startswith("vjepa_ac_hf.planning") for name in found), f"{file}: {found}"
+
+
+@pytest.mark.parametrize("fps, ticks", [(5, 8), (2.5, 16), (20, 2), (10.0, 4)])
+def test_a_step_lasts_as_many_ticks_as_its_rate_says(fps, ticks):
+    assert planner.ticks_per_step(SimpleNamespace(native_fps=20, fps=fps, tubelet_size=2)) == ticks

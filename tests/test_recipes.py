@@ -195,11 +195,16 @@ def test_what_the_demo_trains_with(monkeypatch, tmp_path, steps):
         *("--auto_steps=1", "--eval_every=500", "--checkpoint_every=500"),
     )
     assert {**vars(found), "config": None} == {**vars(before), "config": None}
-    # The decoder is of that model, and the evaluation shows what it draws.
-    programs = {program: dict(zip(flags[::2], flags[1::2], strict=True)) for program, flags in commands}
-    trained, shown = programs["examples/train_head.py"], programs["examples/evaluate.py"]
-    assert trained["--model"] == shown["--model"] == tmp_path / "model" and trained["--task"] == "frame_decoding"
-    assert trained["--output_dir"] == shown["--decoder"] and trained["--max_steps"] == 600
+    # Decoder and inverse dynamics head are of that model, and the evaluation shows what they tell.
+    found = [(program, dict(zip(flags[::2], flags[1::2], strict=True))) for program, flags in commands]
+    heads = {flags["--task"]: flags for program, flags in found if program == "examples/train_head.py"}
+    shown = dict(found)["examples/evaluate.py"]
+    assert {flags["--model"] for flags in heads.values()} == {shown["--model"]} == {tmp_path / "model"}
+    assert {f"--{name}": flags["--output_dir"] for name, flags in heads.items()} == {
+        "--frame_decoding": shown["--decoder"],
+        "--inverse_dynamics": shown["--inverse_dynamics"],
+    }
+    assert [heads[name]["--max_steps"] for name in ("frame_decoding", "inverse_dynamics")] == [600, 800]
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):

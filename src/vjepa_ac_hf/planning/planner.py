@@ -170,7 +170,7 @@ def ticks_per_step(processor: VJEPA2ACProcessor) -> int:
         )
     if NATIVE_FPS % processor.fps:
         raise ValueError(f"{NATIVE_FPS} ticks a second are not a multiple of the processor's fps {processor.fps}")
-    return processor.tubelet_size * NATIVE_FPS // int(processor.fps)
+    return processor.tubelet_size * int(NATIVE_FPS // processor.fps)
 
 
 def check_planning(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, space: SearchSpace | None = None) -> None:
