@@ -352,7 +352,7 @@ def commands() -> list[tuple[str, str, str]]:
             lines = re.findall(
                 r"^ *(?:\w+=\S+ )*(?:python|accelerate launch) ((?:.* )?)(\w+/\w+\.py)( .*)?$", text, re.M
             )
-            found += [(page.name, program, flags.partition("#")[0]) for _, program, flags in lines]
+            found += [(page.name, program, re.split("#| -- ", flags)[0]) for _, program, flags in lines]
     return [command for command in found if not command[1].startswith(("benchmarks/", "tests/"))]
 
 
