@@ -493,7 +493,8 @@ def test_labels_stand_beside_logs_and_one_page_leads_to_all(data_set, tmp_path):
 
 
 def test_names_of_recordings_are_not_read_as_html(tmp_path):
-    lines = [{"yaw": 0.0, "pitch": 0.0, "mouse": None, "keyboard": None, "confidence": None}] * 20
+    line = {"yaw": 0.0, "pitch": 0.0, "mouse": None, "keyboard": None, "isGuiOpen": False, "hotbar": 0}
+    lines = [{**line, "confidence": None}] * 20
     log = parse_recording(to_log(lines), "x")
     recording = LabelledRecording("<b>&amp;", log, log, read_confidence(to_log(lines), "x"), 20, 8)
     page = write_labels(tmp_path, "<i>data", [recording]).read_text()
