@@ -1,16 +1,20 @@
-"""Reinforcement learning towards goal views in ViZDoom: PPO on frozen features against PPO on pixels.
+"""Reinforcement learning towards goal views in ViZDoom: PPO on frozen features, on pixels, and in imagination.
 
     python examples/train_rl.py --model demo/model --output rl
+    python examples/train_rl.py --model demo/model --output rl --agents imagined --dataset demo/clips
 
-Both agents choose among five actions (turn by 20 or 5 degrees to either side, stay) until they have come within 5
+All agents choose among five actions (turn by 20 or 5 degrees to either side, stay) until they have come within 5
 degrees of the goal's view and ended a second step there; passing by is no success. Settings of PPO, size of the
-networks after the features, goals and number of steps are the same. One sees features of view and goal, encoded once a
-step for all environments; the other sees the frames themselves, through Stable-Baselines3's convolutional network.
+networks after the features, goals and number of steps are the same. `features` sees features of view and goal, encoded
+once a step for all environments; `pixels` sees the frames themselves, through Stable-Baselines3's convolutional
+network. `imagined` sees features too, but learns in the model alone: its episodes begin at views of --dataset and are
+rollouts, and the game is not started before it is evaluated there.
 
 OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
 every --save_every steps: a second run continues there, and comes to the same agent; with more --steps, to the one of a
 longer training. OUT/evaluation.jsonl has episodes of the trained agents, at their most likely action and (`_sampled`)
-with actions drawn as in training, of random choices, and of an oracle that knows the angles, on goals of their own.
+with actions drawn as in training, of random choices, of standing still, and of an oracle that knows the angles, on
+goals of their own.
 OUT/summary.json, OUT/success.png and OUT/report.html compare them
 (docs/environments.md, "Learning").
 """
@@ -22,14 +26,15 @@ import io
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vjepa_ac_hf.console import Parser, folder_or_repo, made
 
-TRAINED = ("features", "pixels")
+TRAINED = ("features", "pixels", "imagined")
 SAMPLED = "_sampled"  # a trained agent whose actions are drawn, as in training; without it, the most likely ones
-AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "oracle")
+AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "still", "oracle")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 GOAL_POOLINGS = ("similarity", "mean", "none")
@@ -41,8 +46,21 @@ def parse_arguments() -> argparse.Namespace:
         "--model", required=True, type=folder_or_repo, help="folder or Hub repository of model and processor"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for agents, episodes and report")
-    parser.add_argument("--agents", nargs="+", choices=TRAINED, default=list(TRAINED), help="default: both")
-    parser.add_argument("--steps", type=int, default=40960, help="steps of the model for each agent (default 40960)")
+    parser.add_argument(
+        "--agents", nargs="+", choices=TRAINED, default=["features", "pixels"], help="default: features pixels"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_steps,
+        default=40960,
+        help="steps of the model in the game for each agent (default 40960); 'data': as many as --dataset holds",
+    )
+    parser.add_argument(
+        "--dataset", type=folder_or_repo, help="folder or Hub repository of clips: where imagined episodes begin"
+    )
+    parser.add_argument("--imagined_steps", type=int, default=40960, help="steps in imagination (default 40960)")
+    parser.add_argument("--imagined_max_steps", type=int, default=4, help="of an imagined episode (default 4)")
+    parser.add_argument("--max_doubt", type=float, help="of the model's, 0 to 1, ends such an episode (default: none)")
     parser.add_argument("--num_envs", type=int, default=8, help="games at a time (default 8)")
     parser.add_argument("--rollout", type=int, default=128, help="steps of each game between updates (default 128)")
     parser.add_argument("--batch_size", type=int, default=256, help="of PPO; divides a rollout (default 256)")
@@ -56,21 +74,38 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="256x144", help="as the model's recordings were")
     parser.add_argument("--device", default="cpu", help="for model and agents (default cpu)")
     arguments = parser.parse_args()
-    for name in ("num_envs", "eval_episodes", "steps"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
+    mistake = _mistake(arguments)
+    if mistake:
+        parser.error(mistake)
+    return arguments
+
+
+def _steps(value: str) -> int | str:
+    return value if value == "data" else int(value)
+
+
+def _mistake(arguments: argparse.Namespace) -> str:
+    """What contradicts itself; empty where nothing does."""
+    for name in ("num_envs", "eval_episodes", "steps", "imagined_steps"):
+        if getattr(arguments, name) != "data" and getattr(arguments, name) < 1:
+            return f"--{name} must be at least 1, found {getattr(arguments, name)}"
     update = arguments.num_envs * arguments.rollout
     if arguments.rollout < 2 or arguments.batch_size < 2 or update % arguments.batch_size:
-        parser.error(
+        return (
             f"--num_envs * --rollout must be a multiple of --batch_size, and the two latter at least 2, found "
             f"{arguments.num_envs} * {arguments.rollout} and {arguments.batch_size}"
         )
-    if arguments.save_every < 1 or arguments.save_every % update or arguments.steps % arguments.save_every:
-        parser.error(
-            f"--steps must be a multiple of --save_every, and that of --num_envs * --rollout, found {arguments.steps}, "
-            f"{arguments.save_every} and {update}"
-        )
-    return arguments
+    steps = [arguments.imagined_steps] if "imagined" in arguments.agents else []
+    steps += [arguments.steps] if arguments.steps != "data" and set(arguments.agents) != {"imagined"} else []
+    for count in steps:
+        if arguments.save_every < 1 or arguments.save_every % update or count % arguments.save_every:
+            return (
+                f"--steps and --imagined_steps must be multiples of --save_every, and that of --num_envs * --rollout, "
+                f"found {count}, {arguments.save_every} and {update}"
+            )
+    if arguments.dataset is None and ("imagined" in arguments.agents or arguments.steps == "data"):
+        return "the agent 'imagined' and --steps data need --dataset: a folder or Hub repository of clips"
+    return ""
 
 
 if __name__ == "__main__":
@@ -89,7 +124,15 @@ from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
 from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
-from vjepa_ac_hf.envs import DiscreteActions, VJEPA2ACVectorFeatureWrapper, make_goals, raw_action, step_options
+from vjepa_ac_hf.envs import (
+    DiscreteActions,
+    ImaginedVPTVectorEnv,
+    RecordedGoals,
+    VJEPA2ACVectorFeatureWrapper,
+    make_goals,
+    raw_action,
+    step_options,
+)
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
@@ -114,13 +157,19 @@ PPO_SETTINGS: dict[str, Any] = {
     "ent_coef": 0.01,
 }
 HIDDEN_SIZES = [128, 128]
+ACTIONS = {f"turn {degrees:g}": raw_action(turn=degrees) for degrees in TURNS}
 KEPT = ("seed", "resolution", "pooling", "places", "max_steps", "tolerance_degrees", "num_envs", "rollout")
 KEPT += ("batch_size", "save_every")
 
 
-def claim_output(arguments: argparse.Namespace, model: Any, processor: Any) -> dict[str, Any]:
+def claim_output(
+    arguments: argparse.Namespace, model: Any, processor: Any, recorded: RecordedGoals | None
+) -> dict[str, Any]:
     """The settings; refuses a folder that has agents of others."""
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
+    if recorded is not None:
+        settings |= {name: getattr(arguments, name) for name in ("dataset", "imagined_max_steps", "max_doubt")}
+        settings |= {"predictor": weights_checksum(model.predictor), "recorded": recorded.checksum}
     settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
     settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
     step_options(model, processor)
@@ -151,9 +200,23 @@ class ViewAndGoalPixels(gymnasium.ObservationWrapper):
         return np.concatenate([view, goal], axis=-1)
 
 
+def make_worlds(arguments: argparse.Namespace, recorded: RecordedGoals) -> VecEnv:
+    """The game's task in the model, seen as the agent on features sees the game."""
+    worlds = ImaginedVPTVectorEnv(
+        recorded,
+        arguments.num_envs,
+        actions=ACTIONS,
+        max_steps=arguments.imagined_max_steps,
+        tolerance_degrees=arguments.tolerance_degrees,
+        max_doubt=arguments.max_doubt,
+        hold=2,
+        success_reward=5.0,
+    )
+    return GoalFeatures(SB3VectorEnv(worlds), arguments.pooling)
+
+
 def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: Any, num_envs: int) -> VecEnv:
     """Games in this process, as one environment of Stable-Baselines3."""
-    actions = {f"turn {degrees:g}": raw_action(turn=degrees) for degrees in TURNS}
 
     def make() -> gymnasium.Env:
         goals = make_goals(
@@ -165,7 +228,7 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
             success_reward=5.0,
             **step_options(model, processor),
         )
-        env = DiscreteActions(goals, actions)
+        env = DiscreteActions(goals, ACTIONS)
         return env if agent == "features" else ViewAndGoalPixels(env)
 
     games = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -216,7 +279,7 @@ def new_agent(agent: str, arguments: argparse.Namespace, env: VecEnv) -> PPO:
         device=arguments.device,
         **PPO_SETTINGS,
     )
-    if agent == "features":
+    if agent != "pixels":
         generator = agent_generator(arguments.seed, "standardize")
         seen = [env.reset()]
         while len(seen) * env.num_envs < 256:
@@ -225,8 +288,13 @@ def new_agent(agent: str, arguments: argparse.Namespace, env: VecEnv) -> PPO:
     return ppo
 
 
-def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any) -> PPO:
-    """Train one agent to --steps, from where it was saved."""
+def steps_of(agent: str, arguments: argparse.Namespace) -> int:
+    return arguments.imagined_steps if agent == "imagined" else arguments.steps
+
+
+def train(agent: str, arguments: argparse.Namespace, make: Callable[[], VecEnv]) -> PPO:
+    """Train one agent to the end, from where it was saved, in the environment that `make` makes."""
+    wanted = steps_of(agent, arguments)
     saved = arguments.output / f"{agent}.zip"
     # Saved agents know their steps: there is no second record that could contradict them.
     ppo = PPO.load(saved, device=arguments.device) if saved.is_file() else None
@@ -235,15 +303,16 @@ def train(agent: str, arguments: argparse.Namespace, model: Any, processor: Any)
         ResultLines(arguments.output / f"{name}.jsonl", counts=lambda line: line["step"] <= done)
         for name in (agent, f"{agent}_saves")
     )
-    if done > arguments.steps:
-        raise ValueError(f"{saved}: trained for {done} steps already, --steps is {arguments.steps}")
-    if ppo and done == arguments.steps:
+    if done > wanted:
+        flag = "--imagined_steps" if agent == "imagined" else "--steps"
+        raise ValueError(f"{saved}: trained for {done} steps already, {flag} is {wanted}")
+    if ppo and done == wanted:
         print(f"{saved}: trained already, {done} steps")
         return ppo
-    env = VecMonitor(make_env(agent, arguments, model, processor, arguments.num_envs))
+    env = VecMonitor(make())
     ppo = ppo or new_agent(agent, arguments, env)
-    with tqdm(total=arguments.steps, initial=done, unit="step", desc=agent) as progress, episodes, saves:
-        while done < arguments.steps:
+    with tqdm(total=wanted, initial=done, unit="step", desc=agent) as progress, episodes, saves:
+        while done < wanted:
             # All that is random begins anew, and new episodes begin: a run that was killed does the same from here on.
             ppo.set_env(env, force_reset=True)
             ppo.set_random_seed(int(np.random.SeedSequence([arguments.seed, done]).generate_state(1)[0]))
@@ -292,6 +361,8 @@ def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[An
         sampled = agent.endswith(SAMPLED)
         torch.manual_seed(int(generator.integers(2**63)))
         return lambda seen: int(ppo.predict(seen, deterministic=not sampled)[0][0])
+    if agent == "still":
+        return lambda _: TURNS.index(0.0)
     return oracle if agent == "oracle" else lambda _: int(generator.integers(len(TURNS)))
 
 
@@ -300,14 +371,14 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
     episodes = ResultLines(arguments.output / "evaluation.jsonl", key=("agent", "trained_steps", "seed"))
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
     policies = {agent: trained.get(agent.removesuffix(SAMPLED)) for agent in AGENTS}
-    agents = [a for a in AGENTS if policies[a] or a in ("random", "oracle")]
+    agents = [a for a in AGENTS if policies[a] or a in ("random", "still", "oracle")]
     wanted = [(a, policies[a].num_timesteps if policies[a] else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
     with episodes:
         for agent, steps, seed in tqdm(wanted, unit="episode", desc="evaluation"):
             if (agent, steps, seed) in episodes:
                 continue
-            sees = "features" if agent.startswith("features") else "pixels"
+            sees = "features" if agent.startswith(("features", "imagined")) else "pixels"
             if env is None or sees != current:
                 if env is not None:
                     env.close()
@@ -328,9 +399,9 @@ def add_training(arguments: argparse.Namespace, agents: dict[str, Any]) -> None:
         lines, saves = (ResultLines(arguments.output / f"{name}.jsonl").lines for name in (agent, f"{agent}_saves"))
         seconds = sum(s["seconds"] for s in saves)
         agents[agent]["training"] = {
-            "steps": arguments.steps,
+            "steps": steps_of(agent, arguments),
             "seconds": seconds,
-            "steps_per_second": arguments.steps / seconds,
+            "steps_per_second": steps_of(agent, arguments) / seconds,
             "curve": [
                 {
                     "step": s["step"],
@@ -345,10 +416,13 @@ def draw(agents: dict[str, Any]) -> bytes:
     """Success during the training (policies are sampled there), between what random choices and the oracle reach."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
-    for agent, colour in zip(TRAINED, ("#0072B2", "#D55E00"), strict=True):
-        curve = [p for p in agents.get(agent, {}).get("training", {}).get("curve", []) if p["episodes"]]
+    for agent, colour in zip(TRAINED, ("#0072B2", "#D55E00", "#CC79A7"), strict=True):
+        if agent not in agents:
+            continue
+        curve = [p for p in agents[agent]["training"]["curve"] if p["episodes"]]
         steps = [p["step"] for p in curve]
-        axes.plot(steps, [p["success_rate"] for p in curve], "o-", color=colour, label=agent)
+        label = f"{agent}, goals of its imagination" if agent == "imagined" else agent
+        axes.plot(steps, [p["success_rate"] for p in curve], "o-", color=colour, label=label)
         low, high = ([p["success_rate_ci95"][end] for p in curve] for end in (0, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     for agent, style in (("random", "--"), ("oracle", ":")):
@@ -384,8 +458,9 @@ def write_report(output: Path, summary: dict[str, Any], picture: bytes) -> None:
         "training steps a second",
     )
     settings = summary["settings"]
+    trained = [f"{agent} {f['training']['steps']:,} steps" for agent, f in summary["agents"].items() if "training" in f]
     about = (
-        f"PPO, {settings['steps']:,} steps; {settings['pooling']} of the features of {settings['model']}; a success is "
+        f"PPO: {', '.join(trained)}; {settings['pooling']} of the features of {settings['model']}; a success is "
         f"a view held within {settings['tolerance_degrees']:g} degrees of the goal's, in at most "
         f"{settings['max_steps']} steps"
     )
@@ -396,8 +471,8 @@ def write_report(output: Path, summary: dict[str, Any], picture: bytes) -> None:
 <h1>Reinforcement learning towards goal views</h1><p class="facts">{html.escape(about)}</p>
 <section><h2>Trained agents, on goals of their own</h2><div class="scroll"><table>
 <tr><th></th>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{rows}</table></div>
-<p class="facts">The same goals for all. Wilson's 95 % intervals, over goals: what another seed of the training
-would change is not in them.</p>
+<p class="facts">The same goals for all, in the game. Wilson's 95 % intervals, over goals: what another seed of the
+training would change is not in them.</p>
 </section><section><h2>Training</h2>{image_tag(base64.b64encode(picture).decode(), "success rate by step")}</section>
 <section><h2>How it was made</h2><p><code>{html.escape(summary["command"])}</code></p>
 <p class="facts">{html.escape(used)}. The numbers are in summary.json beside this page.</p></section>
@@ -406,15 +481,38 @@ would change is not in them.</p>
     write_file(output / "report.html", page.encode())
 
 
+def steps_of_data(arguments: argparse.Namespace, recorded: Any) -> int:
+    """As many steps in the game as the clips hold, down to a multiple of --save_every."""
+    steps = recorded.recorded_steps // arguments.save_every * arguments.save_every
+    if steps == 0:
+        raise ValueError(
+            f"{recorded.name}: holds {recorded.recorded_steps} steps, fewer than --save_every {arguments.save_every}"
+        )
+    print(f"{recorded.name}: holds {recorded.recorded_steps:,} steps of the game; --steps {steps}")
+    return steps
+
+
 def main() -> None:
     arguments = parse_arguments()
     model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    settings = claim_output(arguments, model, processor)
-    trained = {agent: train(agent, arguments, model, processor) for agent in TRAINED if agent in arguments.agents}
+    recorded = None
+    if arguments.dataset is not None:
+        recorded = RecordedGoals.from_dataset(arguments.dataset, model, processor)
+        make_worlds(arguments, recorded).close()  # what does not fit together is refused before there is a folder
+    if arguments.steps == "data":
+        arguments.steps = steps_of_data(arguments, recorded)
+    settings = claim_output(arguments, model, processor, recorded)
+    trained = {}
+    for agent in TRAINED:
+        if agent in arguments.agents:
+            make = partial(make_env, agent, arguments, model, processor, arguments.num_envs)
+            if agent == "imagined":
+                make = partial(make_worlds, arguments, recorded)
+            trained[agent] = train(agent, arguments, make)
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)
-    settings |= {"steps": arguments.steps}
+    settings |= {"steps": arguments.steps, "imagined_steps": arguments.imagined_steps}
     summary = {"settings": settings, "agents": agents, "command": command_line(), "versions": versions()}
     write_json(arguments.output / "summary.json", summary)
     picture = draw(agents)

@@ -1,5 +1,6 @@
 """The reinforcement learning program in the game: its figures, its second run, and what is killed."""
 
+import argparse
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_clips import write_clips
 from helpers_models import save_world
 from helpers_streams import largest_correlation
 
@@ -81,7 +83,7 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     summary = json.loads((tmp_path / "summary.json").read_text())
     evaluation = lines(tmp_path / "evaluation.jsonl")
     trained = ("features", "pixels")
-    agents = ("features", "features_sampled", "pixels", "pixels_sampled", "random", "oracle")
+    agents = ("features", "features_sampled", "pixels", "pixels_sampled", "random", "still", "oracle")
     assert {(e["agent"], e["trained_steps"], e["seed"] - 10**9) for e in evaluation} == {
         (agent, 32 * agent.startswith(trained), i) for agent in agents for i in range(2)
     }
@@ -97,6 +99,8 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
         check_rate(found, [e["success"] for e in own])
         for name in ("steps", "start_degrees", "final_degrees", "return"):
             assert found[name] == pytest.approx(sum(e[name] for e in own) / 2)
+    for e in (e for e in evaluation if e["agent"] == "still"):
+        assert not e["success"] and e["final_degrees"] == e["start_degrees"] >= 9.9
     # Turns of at most 20 degrees to come near enough, and a step to stay.
     for e in (e for e in evaluation if e["agent"] == "oracle"):
         least = math.ceil((e["start_degrees"] - 5) / 20) + 1
@@ -135,6 +139,61 @@ def test_figures_come_from_the_episodes_and_a_second_run_adds_nothing(model, fin
     processor.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"processor: found \w{8}, expected \w{8}"):
         run(monkeypatch, tmp_path / "other", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("clips") / "clips", validation=0)
+
+
+def test_an_agent_that_learns_in_imagination_meets_the_game_when_it_is_trained(model, clips, tmp_path, monkeypatch):
+    """Trained at once, or interrupted between two saves and continued: the same agent, and the same episodes."""
+    names, made = PROGRAM["main"].__globals__, []
+    make_goals, collect = names["make_goals"], PPO.collect_rollouts
+    more = ("--agents", "imagined", "--dataset", clips, "--imagined_steps", 32, "--eval_episodes", 1)
+    monkeypatch.setitem(
+        names, "make_goals", lambda **o: made.append((tmp_path / "whole/imagined.zip").is_file()) or make_goals(**o)
+    )
+    summary = run(monkeypatch, model, tmp_path / "whole", *more)
+    assert made and PPO.load(tmp_path / "whole/imagined.zip").num_timesteps == 32
+    assert set(summary["agents"]) == {"imagined", "imagined_sampled", "random", "still", "oracle"}
+    assert summary["agents"]["imagined"]["training"]["steps"] == 32
+    for e in lines(tmp_path / "whole/imagined.jsonl"):
+        assert (
+            e["steps"] <= 4
+            and e["ended"] == ""
+            and e["success"] == (e["return"] > 5 - 1e-3 and e["final_degrees"] <= 5)
+        )
+    assert summary["settings"].keys() >= {"dataset", "recorded", "predictor", "imagined_max_steps"}
+
+    def interrupted(*arguments, **options):
+        collect(*arguments, **options)
+        if arguments[0].num_timesteps > 16:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(PPO, "collect_rollouts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, model, tmp_path / "parts", *more)
+    monkeypatch.setattr(PPO, "collect_rollouts", collect)
+    assert PPO.load(tmp_path / "parts/imagined.zip").num_timesteps == 16
+    assert run(monkeypatch, model, tmp_path / "parts", *more)["agents"]["imagined"]["return"] == pytest.approx(
+        summary["agents"]["imagined"]["return"]
+    )
+    one, other = (weights(tmp_path / part / "imagined.zip") for part in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    with pytest.raises(ValueError, match="trained for 32 steps already, --imagined_steps is 16"):
+        run(monkeypatch, model, tmp_path / "parts", *more, "--imagined_steps", 16)
+    with pytest.raises(ValueError, match="max_steps must be 1 to 7, since the model knows clips of 8 steps.*found 8"):
+        run(monkeypatch, model, tmp_path / "no", *more, "--imagined_max_steps", 8)
+    assert not (tmp_path / "no").exists()
+
+
+def test_as_many_steps_as_the_data_hold():
+    recorded = argparse.Namespace(name="clips, split train", recorded_steps=7696)
+    assert PROGRAM["steps_of_data"](argparse.Namespace(save_every=1024), recorded) == 7168
+    with pytest.raises(ValueError, match="clips, split train: holds 7696 steps, fewer than --save_every 8192"):
+        PROGRAM["steps_of_data"](argparse.Namespace(save_every=8192), recorded)
 
 
 @pytest.mark.slow
@@ -207,6 +266,9 @@ def test_a_killed_training_is_continued(model, tmp_path):
         (["--save_every", 24], "found 32, 24 and 16"),
         (["--steps", 40], "found 40, 16 and 16"),
         (["--eval_episodes", 0], "--eval_episodes must be at least 1, found 0"),
+        (["--agents", "imagined"], "the agent 'imagined' and --steps data need --dataset"),
+        (["--steps", "data"], "the agent 'imagined' and --steps data need --dataset"),
+        (["--agents", "imagined", "--imagined_steps", 40], "found 40, 16 and 16"),
     ],
 )
 def test_arguments_that_contradict_each_other(model, tmp_path, monkeypatch, capsys, more, message):

@@ -4,9 +4,9 @@ Importing registers `vjepa_ac_hf/VizDoomVPT-v0`, `vjepa_ac_hf/VizDoomVPTSteps-v0
 with Gymnasium (extras "rl" and "vizdoom").
 
 `doom` starts the engine, `vizdoom_env` is the game tick by tick, `recording` writes play as recordings; `steps` makes
-one step of the model of eight ticks, `goals` a task of it; `features` puts the encoder's features in the frames' place,
-`sb3` hands them to Stable-Baselines3; `episodes` keeps what was played, by `agents`, towards the frozen goals of
-`manifests`. Open `vizdoom_env.py` first.
+one step of the model of eight ticks, `goals` a task of it, `imagined` the same task without the game; `features` puts
+the encoder's features in the frames' place, `sb3` hands them to Stable-Baselines3; `episodes` keeps what was played, by
+`agents`, towards the frozen goals of `manifests`. Open `vizdoom_env.py` first.
 """
 
 try:
@@ -16,6 +16,7 @@ except ImportError as error:
 
 from .features import VJEPA2ACFeatureWrapper, VJEPA2ACVectorFeatureWrapper, token_similarities
 from .goals import GoalEpisode, GoalViewWrapper, view_distance
+from .imagined import ImaginedVPTEnv, ImaginedVPTVectorEnv, RecordedGoals
 from .recording import RecordVPT, VPTWriter
 from .steps import DiscreteActions, ModelStepWrapper, raw_action, step_options
 from .vizdoom_env import VizDoomVPTEnv
@@ -49,8 +50,11 @@ __all__ = [
     "DiscreteActions",
     "GoalEpisode",
     "GoalViewWrapper",
+    "ImaginedVPTEnv",
+    "ImaginedVPTVectorEnv",
     "ModelStepWrapper",
     "RecordVPT",
+    "RecordedGoals",
     "VJEPA2ACFeatureWrapper",
     "VJEPA2ACVectorFeatureWrapper",
     "VPTWriter",

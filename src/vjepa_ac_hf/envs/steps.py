@@ -65,6 +65,14 @@ def step_options(model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> dict[str
     return options
 
 
+def raw_action_space(ticks_per_step: int) -> spaces.Box:
+    """Raw actions `(38,)` of a step of so many ticks."""
+    high = np.ones(len(ACTION_COLUMNS), dtype=np.float32)
+    high[:4] = [MOST_COUNTS * ticks_per_step] * 2 + [180, 180]
+    low = np.where(np.arange(len(high)) < 4, -high, 0).astype(np.float32)
+    return spaces.Box(low, high, dtype=np.float32)
+
+
 class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
     """One step is one step of the model: `tubelet_size * 20 / fps` ticks (8), as clips divide a recording.
 
@@ -105,10 +113,7 @@ class ModelStepWrapper(gymnasium.Wrapper, RecordConstructorArgs):
         tubelet = spaces.Box(0, 255, (tubelet_size, *self.game.frame_shape), np.uint8)
         self.views = {"tubelet": tubelet, **self.game.observation_space.spaces}
         self.observation_space = spaces.Dict(self.views)
-        high = np.ones(len(ACTION_COLUMNS), dtype=np.float32)
-        high[:4] = [MOST_COUNTS * self.ticks_per_step] * 2 + [180, 180]
-        low = np.where(np.arange(len(high)) < 4, -high, 0).astype(np.float32)
-        self.action_space = spaces.Box(low, high, dtype=np.float32)
+        self.action_space = raw_action_space(self.ticks_per_step)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         seen, info = self.env.reset(seed=seed, options=options)
