@@ -28,7 +28,7 @@ def make_page(explorer: Explorer, title: str) -> Any:
     """The page as Gradio's `Blocks`. Nothing in it comes from elsewhere: no fonts, no analytics."""
     import gradio as gr
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         gr.HTML(
             html_template=(HERE / "page.html").read_text(),
             css_template=(HERE / "page.css").read_text(),
