@@ -30,7 +30,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(served):
-    with httpx2.Client(base_url=served[0], timeout=30) as client:
+    with httpx2.Client(base_url=served[0], timeout=120) as client:
         yield client
 
 
