@@ -38,6 +38,9 @@ MISTAKES = {
     "landscape": ("--model=empty --dataset=empty --output=out", "empty"),
     "train-rl": ("--model=empty --output=out", "empty"),
     "push": ("--output_dir=empty", "empty: neither a final model nor a checkpoint that waits for a repository"),
+    "seeds": ("--output=video.mp4 -- train --seed={seed} --output_dir={run}", "video.mp4"),
+    "explore": ("--model=empty --dataset=empty", "empty"),
+    "push-space": ("--model=empty --dataset=empty --output=full", "full"),
     "convert": ("--checkpoint=none.pt --output=out", "No such file or directory: 'none.pt'"),
 }
 

@@ -83,7 +83,8 @@ def test_a_continued_run_is_one_run_without_repeated_steps(tracked):
     for name in ("loss", "learning_rate", "validation_error_over_persistence", "validation_shuffled_ratio_h6"):
         logged = [(e.step, e.value) for e in events.Scalars(name)]
         assert logged == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in rows if name in r], name
-    tags = ["pictures/clip_0", "pictures/clip_1", "pictures/errors_by_horizon"]
+    tags = [f"pictures/clip_{number}{colours}" for number in (0, 1) for colours in ("", "_colours")]
+    tags.append("pictures/errors_by_horizon")
     assert sorted(events.Tags()["images"]) == tags
     assert [e.step for e in events.Images(tags[0])] == [2, 4, 6]
 
@@ -95,7 +96,7 @@ def test_the_file_shows_what_the_tracker_shows(tracked):
     events = EventAccumulator(str(tracked / "tensorboard" / "vjepa-ac"), size_guidance={"images": 0})
     events.Reload()
     top = 0
-    for name in ("errors_by_horizon", "clip_0", "clip_1"):
+    for name in ("errors_by_horizon", "clip_0", "clip_0_colours", "clip_1", "clip_1_colours"):
         logged = events.Images(f"pictures/{name}")[-1]
         assert logged.step == 6
         path = tracked / "logged.png"
