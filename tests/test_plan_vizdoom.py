@@ -276,7 +276,7 @@ def test_a_time_limit_in_the_middle_of_a_plan(model):
     env = GoalViewWrapper(ModelStepWrapper(game), steps=(1, 1), tolerance_degrees=0.01)
     loaded = (AutoModel.from_pretrained(model).eval(), AutoProcessor.from_pretrained(model))
     arguments = argparse.Namespace(
-        iterations=1, candidates=8, horizon=3, method="cem", gradient_steps=0, propose="mean"
+        iterations=1, candidates=8, horizon=3, method="cem", gradient_steps=0, propose="mean", doubt=0.0
     )
     planner = PROGRAM["Planner"](arguments, *loaded)
     played = play(env, "planner", planner, 1, env.reset(seed=1))

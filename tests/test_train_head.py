@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from vjepa_ac_hf import (
     ACTION_COLUMNS,
     VJEPA2ACForFrameDecoding,
     VJEPA2ACForInverseDynamics,
+    VJEPA2ACForTemporalDistance,
     VJEPA2ACModel,
     VJEPA2ACProcessor,
 )
@@ -339,6 +341,32 @@ def test_classification_from_command_to_loaded_model(train_head, workspace, tmp_
     with pytest.raises(ValueError, match=f"3 of 6 clips have no label, {validation}@0 first"):
         train_head("video_classification", tmp_path / "out2", labels=tmp_path / "labels.json")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_distance_from_command_to_loaded_model(train_head, workspace, tmp_path):
+    metrics = train_head("temporal_distance", tmp_path, max_steps=40, learning_rate=5e-3, eval_every=40)
+    logged = rows(tmp_path)
+    assert np.mean([row["loss"] for row in logged[-5:]]) < 0.7 * logged[0]["loss"]
+    figures = metrics["distance"]
+    assert logged[-1]["validation_rank_correlation"] == figures["rank_correlation"]
+
+    # The figures again, from the saved folder and the data set alone, a pair at a time.
+    model, processor = AutoModel.from_pretrained(tmp_path).eval(), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model) is VJEPA2ACForTemporalDistance and model.config.training_clips == 24
+    told, plain, true = [], [], []
+    for row in load_clips(str(workspace / "clips"), "validation"):
+        pixels = processor(videos=decode_clip(row["video"], "clip", 16))["pixel_values_videos"]
+        with torch.no_grad():
+            views = model.vjepa2_ac.encode(pixels)[0]
+            for i, j in itertools.combinations(range(len(views)), 2):
+                told.append(float(model.distance(views[i : i + 1], views[j : j + 1])))
+                plain.append(float((views[i] - views[j]).abs().mean()))
+                true.append(j - i)
+    assert figures["pairs"] == len(true) == 6 * 28
+    assert figures["mae"] == pytest.approx(np.abs(np.array(told) - true).mean(), rel=1e-3)
+    ranks = [np.array([(np.sum(np.array(v) < x) + np.sum(np.array(v) <= x)) / 2 for x in v]) for v in (plain, true)]
+    assert figures["rank_correlation_features"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-3)
+    assert "rank" in (tmp_path / "report.html").read_text()
 
 
 def test_a_decoder_from_command_to_loaded_model(train_head, workspace, tmp_path):
