@@ -300,10 +300,10 @@ def run_program(arguments: argparse.Namespace, stop: StopSignals) -> int:
                 run.publish = pusher.submit
             with stop.deferred():
                 train(run)
+                last = None if run.average is None else whole_model(model)
+                if accelerator.is_main_process:
+                    save_last_weights(arguments.output_dir, last, processor)
                 if run.average is not None:
-                    last = whole_model(model)
-                    if accelerator.is_main_process:
-                        save_last_weights(arguments.output_dir, last, processor)
                     run.average.exchange()
                 model = whole_model(model)
                 if description is not None:

@@ -129,6 +129,17 @@ def test_what_is_pushed_is_the_average_and_says_so(plain, averaged, pushed):
     assert json.loads((averaged / "training_args.json").read_text())["arguments"]["ema_decay"] == DECAY
 
 
+def test_the_last_weights_of_another_run_do_not_stay_beside_a_model_without_an_average(
+    workspace, plain, averaged, train_here, tmp_path
+):
+    output = tmp_path / "again"
+    shutil.copytree(averaged, output, ignore=shutil.ignore_patterns("checkpoints", ".hub"))
+    shutil.copytree(plain / "checkpoints", output / "checkpoints")
+    train_here(command(workspace, output, *FLAGS))
+    assert_same_weights(output, plain)
+    assert not (output / "raw").exists()
+
+
 @pytest.mark.parametrize("step", [1, 4])
 def test_continued_is_the_same_bit_for_bit(workspace, averaged, train_here, tmp_path, step):
     output = tmp_path / "continued"

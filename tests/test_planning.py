@@ -1008,7 +1008,7 @@ def test_heads_that_do_not_fit(model, processor):
     with pytest.raises(ValueError, match=r"other weights than the model's: checksums (\w{8}) and (?!\1)\w{8}"):
         InverseDynamicsProposals(make_head(other, ["yaw_delta"]), model)
     InverseDynamicsProposals(make_head(make_model(), ["yaw_delta"]), model)  # the same weights, another copy
-    with pytest.raises(ValueError, match="normalize_features of the head is False, the model's is True"):
+    with pytest.raises(ValueError, match="the head's normalize_features is False, the model's True"):
         InverseDynamicsProposals(make_head(make_model(normalize_features=False), ["yaw_delta"]), model)
     with pytest.raises(ValueError, match="the head's config.action_statistics is None"):
         InverseDynamicsProposals(make_head(model, ["yaw_delta"], action_statistics=None), model)

@@ -124,6 +124,21 @@ def test_runs_of_other_recipes_have_no_mean(tmp_path, change, message):
     assert message in str(error.value)
 
 
+def test_models_of_the_runs_themselves_are_no_other_recipe(tmp_path):
+    """As plan_vizdoom.py and train_rl.py tell what they read: names in the run's folder, and checksums."""
+    runs = {}
+    for name in ("seed-0", "seed-1"):
+        plan = {"distance": f"{tmp_path / name}/head", "ensemble": [f"{tmp_path / name}/model", "org/world"]}
+        plan |= {"distance_weights": f"d-{name}", "ensemble_weights": [f"e-{name}", "w"], "weights": f"w-{name}"}
+        learnt = {"encoder": f"e-{name}", "predictor": f"p-{name}", "pooling": "mean"}
+        files = {"plan": {"rate": 0.5, "settings": plan}, "rl": {"rate": 0.5, "settings": learnt}}
+        runs[name] = read_run(write(tmp_path / name, **files, model={"arguments": {"encoder": "org/encoder"}}))
+    assert aggregate(runs)["runs"] == 2
+    other = {**runs["seed-1"], "settings": {**runs["seed-1"]["settings"], "model/training_args.json, encoder": "x"}}
+    with pytest.raises(ValueError, match="encoder: 'org/encoder' in seed-0, 'x' in seed-1"):
+        aggregate({"seed-0": runs["seed-0"], "seed-1": other})
+
+
 @pytest.fixture
 def seeds(tmp_path, monkeypatch):
     """The program with a fake in place of `vjepa-ac`; takes what the fake does, and flags."""

@@ -33,7 +33,9 @@ def parts(tmp_path_factory):
     (model / "run.json").write_text("{}")
     (folder / "report").mkdir()
     rows = [{"horizon": 1, "error": 0.5, "persistence": 0.75}]
-    (folder / "report" / "metrics.json").write_text(json.dumps({"horizons": rows}))
+    report = {"horizons": rows, "command": f"python evaluate.py --model {model}", "model": str(model)}
+    report |= {"dataset": "org/clips", "decoder": str(folder / "decoder")}
+    (folder / "report" / "metrics.json").write_text(json.dumps(report))
     return folder
 
 
@@ -43,7 +45,8 @@ def write(parts, folder, **options):
 
 
 def test_the_folder_has_what_a_space_needs(parts, tmp_path):
-    files = write(parts, tmp_path / "space", evaluation=parts / "report")
+    command = f"python examples/push_space.py --model {parts}/model --dataset org/clips --output out"
+    files = write(parts, tmp_path / "space", evaluation=parts / "report", command=command)
     header = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
     assert header["title"] == 'A "world"' and header["sdk"] == "gradio" and header["sdk_version"] == GRADIO
     assert (tmp_path / "space" / header["app_file"]).is_file() and "models" not in header
@@ -54,7 +57,14 @@ def test_the_folder_has_what_a_space_needs(parts, tmp_path):
     assert len(clips) == 3 and clips[2]["recording_id"].startswith("toy-")
     app = (tmp_path / "space" / "app.py").read_text()
     compile(app, "app.py", "exec")
-    assert str(parts) not in app  # nothing of this machine
+    metrics = json.loads((tmp_path / "space" / "evaluation" / "metrics.json").read_text())
+    assert metrics == {
+        "horizons": [{"horizon": 1, "error": 0.5, "persistence": 0.75}],
+        **{"model": "model", "dataset": "org/clips", "decoder": "decoder"},
+    }
+    card = (tmp_path / "space" / "README.md").read_text()
+    assert "push_space.py --model model --dataset org/clips --output out" in card
+    assert str(parts) not in app + card  # nothing of this machine
     with pytest.raises(ValueError, match="is not empty: choose another --output"):
         write(parts, tmp_path / "space")
     with pytest.raises(ValueError, match=r"no model.safetensors: a folder of train.py"):

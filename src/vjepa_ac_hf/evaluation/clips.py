@@ -11,8 +11,10 @@ from torch import Tensor
 from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..loading.clip_rules import choose_clips
 from ..loading.clips import COLUMNS, clip_name, decode_clip
+from ..modeling_heads_vjepa2_ac import VJEPA2ACHeadPreTrainedModel
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
+from ..records import weights_checksum
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ def check_model_and_processor(model: VJEPA2ACModel, processor: VJEPA2ACProcessor
     for ours, expected, theirs, found in pairs:
         if expected != found:
             raise ValueError(f"the model's {ours} is {expected}, but the processor's {theirs} is {found}")
+
+
+def check_head_fits(head: VJEPA2ACHeadPreTrainedModel, model: VJEPA2ACModel, what: str = "the head") -> None:
+    """Raise a ValueError, with both values, where a head (`what`) is over other features than the world model's."""
+    for field in ("grid", "feature_size", "encoding", "normalize_features", "frame_shape"):
+        found, expected = getattr(head.config, field), getattr(model.config, field)
+        if found != expected:
+            raise ValueError(f"{what}'s {field} is {found}, the model's {expected}")
+    if head.vjepa2_ac.encoder is not model.encoder:
+        found, expected = (weights_checksum(encoder) for encoder in (head.vjepa2_ac.encoder, model.encoder))
+        if found != expected:
+            raise ValueError(f"{what} was trained on another encoder, checksum {found}, the model's {expected}")
 
 
 def check_columns(dataset: Any) -> None:

@@ -17,8 +17,7 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..modeling_heads_vjepa2_ac import VJEPA2ACForInverseDynamics
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import weights_checksum
-from .clips import ClipRecords
+from .clips import ClipRecords, check_head_fits
 from .controllability_figures import BOOTSTRAP_DRAWS, ControllabilityTally
 from .rollouts import StateIntegrator, roll_out, with_future
 
@@ -38,10 +37,7 @@ def load_inverse_dynamics(name: str, model: VJEPA2ACModel, processor: VJEPA2ACPr
     if kind != expected:
         raise ValueError(f"{name}: expected a trained inverse dynamics head ({expected}), found {kind}")
     head = VJEPA2ACForInverseDynamics.from_pretrained(name)
-    for field in ("grid", "feature_size", "encoding", "normalize_features", "frame_shape"):
-        ours, its = getattr(model.config, field), getattr(head.config, field)
-        if ours != its:
-            raise ValueError(f"{name}: the head's {field} is {its}, the model's {ours}")
+    check_head_fits(head, model, f"{name}: the head")
     if head.config.action_space != processor.action_space:
         raise ValueError(
             f"{name}: the head's action_space is {head.config.action_space}, the model's {processor.action_space}; "
@@ -54,9 +50,6 @@ def load_inverse_dynamics(name: str, model: VJEPA2ACModel, processor: VJEPA2ACPr
         )
     if head.config.action_statistics is None and head.config.continuous_columns:
         raise ValueError(f"{name}: the head's action_statistics is None: what it tells has no degrees")
-    ours, its = (weights_checksum(m) for m in (model.encoder, head.vjepa2_ac.encoder))
-    if ours != its:
-        raise ValueError(f"{name}: the head was trained on another encoder, checksum {its}, the model's {ours}")
     head.vjepa2_ac.encoder = model.encoder
     return head.to(model.device).eval()
 

@@ -14,8 +14,7 @@ from ..loading.clips import decode_clip
 from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import weights_checksum
-from .clips import ClipRecords
+from .clips import ClipRecords, check_head_fits
 from .figures import LARGE_TURN_DEGREES
 from .frame_figures import FRAME_FIGURES, aggregate_frames, require_torchmetrics
 from .pictures import LAST_FRAME, MEAN_FRAME, MIRRORED, OTHER, PERSISTENCE, PREDICTION, TRUE
@@ -118,15 +117,7 @@ def load_decoder(name: str, model: VJEPA2ACModel) -> VJEPA2ACForFrameDecoding:
     """
     require_torchmetrics()
     decoder = VJEPA2ACForFrameDecoding.from_pretrained(name)
-    for field in ("grid", "feature_size", "normalize_features", "frame_shape"):
-        found, expected = getattr(decoder.config, field), getattr(model.config, field)
-        if found != expected:
-            raise ValueError(f"{name}: the decoder's {field} is {found}, the model's {expected}")
-    found, expected = (weights_checksum(m) for m in (decoder.vjepa2_ac.encoder, model.encoder))
-    if found != expected:
-        raise ValueError(
-            f"{name}: the decoder was trained on another encoder, checksum {found}, the model's {expected}"
-        )
+    check_head_fits(decoder, model, f"{name}: the decoder")
     decoder.vjepa2_ac.encoder = model.encoder
     return decoder.to(model.device).eval()
 

@@ -6,6 +6,7 @@ hold the figures, the `training_args.json` of a model says how it was trained.
 
 import html
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from ..records import versions, write_file, write_json
 
 FILES = ("metrics.json", "summary.json")
 _NO_FIGURES = frozenset({"settings", "versions", "arguments", "seed"})
-# Of a run's own: they differ between runs of one recipe.
+# Of a run's own: they differ between runs of one recipe, as do checksums of the models that a program's settings name.
 _OWN = frozenset(
-    {"seed", "command", "model", "weights", "weights_sha256", "processor", "world_model", "hub_model_id", "hub_private"}
+    {"seed", "command", "model", "weights_sha256", "processor", "world_model", "hub_model_id", "hub_private"}
 )
+_CHECKSUM = re.compile(r".*weights|encoder|predictor")
 
 Interval = tuple[float, float] | None
 
@@ -28,8 +30,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, Interval]]
     """Every figure in what a program left, as (name, value, 95 % interval or None).
 
     A figure is a number with a fraction in JSON (1.0, not the count 1); of a list, its place or `horizon` is in the
-    name.
-    Its interval stands beside it as `NAME_ci95`, in a `ci95` by name, or as a `ci95` right after it.
+    name. Its interval stands beside it as `NAME_ci95`, in a `ci95` by name, or as a `ci95` right after it.
     """
     if isinstance(value, list):
         for number, entry in enumerate(value):
@@ -63,13 +64,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         if path.name in FILES:
             figures |= {f"{path.parent.name}: {name}": (value, of) for name, value, of in flatten(content)}
             weights |= {path.parent.name: content["weights_sha256"]} if "weights_sha256" in content else {}
-            shared = {k: v for k, v in content.items() if isinstance(v, str)} | content.get("settings", {})
+            shared = {k: v for k, v in content.get("settings", {}).items() if not _CHECKSUM.fullmatch(k)}
+            shared |= {k: v for k, v in content.items() if isinstance(v, str)}
         else:
             shared = content["arguments"]
-        shared = {k: v for k, v in shared.items() if k not in _OWN}
-        settings |= {
-            f"{place}, {k}": v.replace(str(folder), "{run}") if isinstance(v, str) else v for k, v in shared.items()
-        }
+        shared = {f"{place}, {k}": v for k, v in shared.items() if k not in _OWN}
+        settings |= json.loads(json.dumps(shared).replace(json.dumps(str(folder))[1:-1], "{run}"))
     return {"figures": figures, "settings": settings, "weights": weights}
 
 

@@ -158,10 +158,7 @@ class RunDescription:
         if lines:
             texts["metrics.jsonl"] = "".join(lines)
         if evaluation is not None:
-            public = {k: v for k, v in evaluation.items() if k != "command"}
-            public |= {"model": self.repo_id, "dataset": public_name(str(evaluation.get("dataset")))}
-            heads = [name for name in ("decoder", "inverse_dynamics") if name in public]
-            public |= {name: public_name(str(public[name])) for name in heads}
+            public = public_evaluation(evaluation, self.repo_id)
             texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
         if runs is not None:
             texts["evaluation/runs.json"] = json.dumps(runs, indent=2, allow_nan=False) + "\n"
@@ -252,6 +249,13 @@ def is_repository_name(name: str) -> bool:
 def public_name(name: str) -> str:
     """A repository's name as it is; of a path the last part."""
     return name if is_repository_name(name) else Path(name).name
+
+
+def public_evaluation(evaluation: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """What others may see of a `metrics.json`: no command, names for paths, and `model` as the model's name."""
+    public = {k: v for k, v in evaluation.items() if k != "command"} | {"model": model}
+    heads = [name for name in ("dataset", "decoder", "inverse_dynamics") if name in public]
+    return public | {name: public_name(str(public[name])) for name in heads}
 
 
 def published_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

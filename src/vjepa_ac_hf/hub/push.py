@@ -91,13 +91,19 @@ def save_final_model(
     flush(folder)
 
 
-def save_last_weights(folder: Path, model: VJEPA2ACModel, processor: VJEPA2ACProcessor) -> None:
-    """Write the model with the weights of the last step, `folder/raw`, beside that with their average."""
-    temporary = folder / ".raw.tmp"
-    for path in (temporary, folder / "raw"):
-        shutil.rmtree(path, ignore_errors=True)
-    save_model(temporary, model, processor)
-    os.replace(temporary, folder / "raw")
+def save_last_weights(folder: Path, model: VJEPA2ACModel | None, processor: VJEPA2ACProcessor) -> None:
+    """Write the model with the weights of the last step, `folder/raw`, beside that with their average.
+
+    None: there is no average, and what another run has left there goes, as its model does.
+    """
+    raw, temporary = folder / "raw", folder / ".raw.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if model is not None:
+        save_model(temporary, model, processor)
+    if model is not None or (raw / "model.safetensors").is_file():
+        shutil.rmtree(raw, ignore_errors=True)
+    if model is not None:
+        os.replace(temporary, raw)
 
 
 def add_snapshot(

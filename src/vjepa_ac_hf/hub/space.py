@@ -16,7 +16,8 @@ from huggingface_hub import HfApi
 
 from ..evaluation.clips import spread
 from ..loading.clips import load_clips
-from ..records import write_file
+from ..records import write_file, write_json
+from .cards import public_evaluation, public_name
 from .upload import MODEL_FILES, use_time_outs
 
 GRADIO = "6.31.0"  # what the Space's own installation takes
@@ -114,7 +115,7 @@ def write_space(
         evaluation: folder with `metrics.json`, copied in; None: the model's own figures, where it has some.
         split: whose clips.
         clips: how many, evenly spaced.
-        command: that made it, for the card.
+        command: that made it, for the card, which has of absolute paths the last part.
 
     Returns:
         The files, relative to the folder.
@@ -138,7 +139,8 @@ def write_space(
             links.setdefault("models", []).append(name)
     if evaluation is not None:
         (folder / "evaluation").mkdir()
-        shutil.copyfile(evaluation / "metrics.json", folder / "evaluation" / "metrics.json")
+        figures = public_evaluation(json.loads((evaluation / "metrics.json").read_text()), public_name(model))
+        write_json(folder / "evaluation" / "metrics.json", figures)
         settings["evaluation"] = "evaluation"
     copy_clips(dataset, split, clips, folder / "clips")
     if not Path(dataset).is_dir():
@@ -157,7 +159,7 @@ def write_space(
         heading=title,
         gradio=GRADIO,
         links=listed,
-        command=command,
+        command=" ".join(public_name(word) if Path(word).is_absolute() else word for word in command.split(" ")),
         clips=source,
     )
     write_file(folder / "README.md", card.encode())

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from ..evaluation.clips import check_head_fits
 from ..modeling_heads_distance_vjepa2_ac import VJEPA2ACForTemporalDistance
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from .planner import GoalCost
-from .proposals import check_head_fits
 
 
 class DistanceCost(GoalCost):

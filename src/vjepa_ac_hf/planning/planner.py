@@ -518,6 +518,24 @@ def _begin(
     return around, torch.cat([proposed[1:], space.mode(initial)[None], first])
 
 
+def _members(
+    judges: "Sequence[tuple[VJEPA2ACModel, VJEPA2ACProcessor, Context, Any]]",
+    space: SearchSpace,
+    horizon: int,
+    max_batch_tokens: int,
+    chosen: dict[str, Any],
+) -> list[tuple[Imagination, Cost]]:
+    """What each judge imagines, and its cost (`make_cost`'s options are `chosen`); checked against space and steps."""
+    members = []
+    for model, processor, context, goal in judges:
+        check_same_steps(judges[0][1], processor)
+        check_planning(model, processor, space)
+        check_horizon(model, len(context.features), horizon)
+        cost = make_cost(model, processor, goal, horizon, **chosen)
+        members.append((Imagination(model, processor, context, max_batch_tokens=max_batch_tokens), cost))
+    return members
+
+
 def plan(
     model: VJEPA2ACModel,
     processor: VJEPA2ACProcessor,
@@ -571,18 +589,10 @@ def plan(
     """
     if space is None:
         space = SearchSpace(processor.action_space, statistics=processor.action_statistics)
-    check_planning(model, processor, space)
-    check_horizon(model, len(context.features), horizon)
     chosen: dict[str, Any] = {"steps": goal_steps, "discount": discount, "as_pictures": goal_as_pictures}
-    cost = make_cost(model, processor, goal, horizon, **chosen)
-    members = [(Imagination(model, processor, context, max_batch_tokens=max_batch_tokens), cost)]
-    for other, its_processor, its_context, its_goal in others:
-        check_same_steps(processor, its_processor)
-        check_planning(other, its_processor, space)
-        check_horizon(other, len(its_context.features), horizon)
-        its_cost = make_cost(other, its_processor, its_goal, horizon, **chosen)
-        members.append((Imagination(other, its_processor, its_context, max_batch_tokens=max_batch_tokens), its_cost))
-    joint = JointCost(members, check_doubt(doubt))
+    judges = [(model, processor, context, goal), *others]
+    joint = JointCost(_members(judges, space, horizon, max_batch_tokens, chosen), check_doubt(doubt))
+    imagination, cost = joint.members[0]
     method = CEM() if method is None else method
     complete = partial(space.complete, pitch=float(context.states[-1, 1]), slot=context.slot)
 
@@ -599,7 +609,7 @@ def plan(
     return Plan(
         actions=actions[0],
         states=integrate_view(context.states[-1], actions[0]),
-        features=members[0][0].rollout(actions)[0],
+        features=imagination.rollout(actions)[0],
         cost=result.cost,
         costs=result.costs,
         decisions=result.decisions,

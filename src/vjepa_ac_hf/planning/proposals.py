@@ -4,23 +4,11 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import CONTINUOUS_COLUMNS, DEGREES_PER_PIXEL
-from ..modeling_heads_vjepa2_ac import VJEPA2ACForInverseDynamics, VJEPA2ACHeadPreTrainedModel
+from ..evaluation.clips import check_head_fits
+from ..modeling_heads_vjepa2_ac import VJEPA2ACForInverseDynamics
 from ..modeling_vjepa2_ac import VJEPA2ACModel
-from ..records import weights_checksum
 from .actions import MOUSE_OF_VIEW, NUMBER_KEYS, VIEW_OF_MOUSE, SearchSpace
 from .planner import Context
-
-
-def check_head_fits(head: VJEPA2ACHeadPreTrainedModel, model: VJEPA2ACModel) -> None:
-    """Raise a ValueError where a head is over features of another encoder than the world model's."""
-    for name in ("encoding", "normalize_features"):
-        ours, its = getattr(model.config, name), getattr(head.config, name)
-        if ours != its:
-            raise ValueError(f"{name} of the head is {its!r}, the model's is {ours!r}")
-    if head.vjepa2_ac.encoder is not model.encoder:
-        known, other = (weights_checksum(encoder) for encoder in (model.encoder, head.vjepa2_ac.encoder))
-        if known != other:
-            raise ValueError(f"the head's encoder has other weights than the model's: checksums {other} and {known}")
 
 
 class InverseDynamicsProposals:
