@@ -344,7 +344,7 @@ def test_classification_from_command_to_loaded_model(train_head, workspace, tmp_
 
 
 def test_a_distance_from_command_to_loaded_model(train_head, workspace, tmp_path):
-    metrics = train_head("temporal_distance", tmp_path, max_steps=40, learning_rate=5e-3, eval_every=40)
+    metrics = train_head("temporal_distance", tmp_path, max_steps=15, learning_rate=5e-3, eval_every=15)
     logged = rows(tmp_path)
     assert np.mean([row["loss"] for row in logged[-5:]]) < 0.7 * logged[0]["loss"]
     figures = metrics["distance"]
