@@ -88,7 +88,8 @@ def waiting(folder: Path) -> Snapshot | None:
 
 
 def snapshots(folder: Path) -> list[int]:
-    return sorted(int(p.name.split("-")[-1]) for p in repository_folder(folder, "org/world").glob("*-step-*"))
+    found = repository_folder(folder, "org/world").glob("[0-9]*-step-*")  # not what a killed program left unfinished
+    return sorted(int(p.name.split("-")[-1]) for p in found)
 
 
 def push_final(pusher: HubPusher, run: RunDescription, wait: float) -> bool:
