@@ -14,14 +14,14 @@ help:  ## show this list
 setup: $(VENV)/.installed  ## virtual environment, the package with all extras, FFmpeg's shared libraries
 
 # What comes after the set-up, for who waits for it.
-demo: NEXT := the demo: 9 minutes on 2 idle cores
-test: NEXT := the tests: 5 minutes on 2 cores
+demo: NEXT := the demo: 13 minutes on 2 idle cores
+test: NEXT := the tests: 7 minutes on 2 cores
 test-all: NEXT := all tests: half an hour on 2 cores
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@sh .ci/set_up.sh $(PYTHON) $(VENV) $(CONSTRAINTS) "$(NEXT)"
 
-demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (9 minutes on 2 idle cores)
+demo: setup  ## record ViZDoom play, build, train and evaluate a small world model (13 minutes on 2 idle cores)
 	@echo "== $(NEXT); everything goes to $(DEMO_DIR)/, and a second run continues"
 	$(BIN)/python examples/demo.py --output $(DEMO_DIR) $(DEMO_ARGS)
 
@@ -38,7 +38,7 @@ play: demo-model setup  ## a page to play in what the demo's model imagines, in 
 # A process a core; tests of a file stay together, since they share what its fixtures have built.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --timeout 900
 
-test: setup  ## the tests: 5 minutes on 2 cores
+test: setup  ## the tests: 7 minutes on 2 cores
 	@echo "== $(NEXT)"
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
