@@ -107,6 +107,21 @@ def test_who_imagines_rightly_goes_straight_to_the_goal_and_stays(goal):
     assert controller.seen == [] and controller.plan is None
 
 
+@pytest.mark.parametrize("less, turn", [(0.03, 37.5), (0.08, 45.0)])
+def test_what_is_far_must_be_expected_nearer_by_its_price(less, turn):
+    """37.5 and 90 degrees away: a tenth of the usual distance for 90 makes 0.058 of it between them."""
+    model, processor = make()
+    world = RoundWorld()
+    controller = HeadingController(model, processor, world.view(171.0))
+
+    def imagine(joint, turns):
+        expected = {37.5: 0.5, 90.0: 0.5 - less}
+        return [controller.usual * expected.get(round(turn, 3), 2.0) for turn in turns]
+
+    controller._imagine = imagine
+    assert float(controller.act(world.view(0.0)[None], (0.0, 0.0))[YAW]) == pytest.approx(turn)
+
+
 def test_a_wrong_valley_is_left():
     """The goal is imagined where it is not; once seen, that heading is ruled out, and so it is not gone back to."""
     model, processor = make()
