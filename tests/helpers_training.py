@@ -82,3 +82,17 @@ def assert_same_weights(first: Path, second: Path) -> None:
     weights = predictor_weights(second)
     for name, tensor in predictor_weights(first).items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0, msg=name)
+
+
+def evaluation_program(monkeypatch, workspace: Path, pictures: int):
+    """`examples/evaluate.py` on `world` and `clips` of a folder: (output, *flags) -> what its metrics.json has."""
+    program = load_program("examples/evaluate.py")
+
+    def main(output: Path, *flags: object) -> dict:
+        arguments = ["--model", workspace / "world", "--dataset", workspace / "clips", "--output", output, *flags]
+        arguments += ["--num_pictures", pictures, "--shuffles", 2, "--device", "cpu", "--batch_size", 4]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        program.main()
+        return json.loads((output / "metrics.json").read_text())
+
+    return main

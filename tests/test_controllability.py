@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
-from helpers_training import load_program
+from helpers_training import evaluation_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hub_push import small_parts
@@ -499,16 +498,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(monkeypatch, workspace):
-    program = load_program("examples/evaluate.py")
-
-    def main(output, *flags) -> dict:
-        arguments = ["--model", workspace / "world", "--dataset", workspace / "clips", "--output", output, *flags]
-        arguments += ["--num_pictures", 0, "--shuffles", 2, "--device", "cpu", "--batch_size", 4]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        program.main()
-        return json.loads((output / "metrics.json").read_text())
-
-    return main
+    return evaluation_program(monkeypatch, workspace, 0)
 
 
 def test_program_reads_what_loops_over_clips_read(evaluate, workspace, tmp_path):

@@ -1,13 +1,10 @@
 """evaluate.py --decoder: PSNR of decoded rollouts against loops over clips, rows of frames, other encoders."""
 
-import json
-import sys
-
 import numpy as np
 import pytest
 import torch
 from helpers_clips import write_clips
-from helpers_training import load_program
+from helpers_training import evaluation_program
 from test_modeling import tiny_model
 from transformers import AutoModel
 
@@ -34,16 +31,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(monkeypatch, workspace):
-    program = load_program("examples/evaluate.py")
-
-    def main(output, *flags) -> dict:
-        arguments = ["--model", workspace / "world", "--dataset", workspace / "clips", "--output", output, *flags]
-        arguments += ["--num_pictures", 2, "--shuffles", 2, "--device", "cpu", "--batch_size", 4]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        program.main()
-        return json.loads((output / "metrics.json").read_text())
-
-    return main
+    return evaluation_program(monkeypatch, workspace, 2)
 
 
 def decibels(told, true):
