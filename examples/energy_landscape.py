@@ -95,7 +95,7 @@ from vjepa_ac_hf.planning.landscape import check_columns, search_landscape
 from vjepa_ac_hf.planning.planner import check_horizon, check_planning, encode_goal
 from vjepa_ac_hf.records import command_line, versions, write_file, write_json
 
-RECORDED = ("model", "dataset", "split", "context_steps", "horizon", "min_change", "goal", "seed")
+RECORDED = ("split", "context_steps", "horizon", "columns", "min_change", "recordings", "goal", "plan", "seed")
 
 
 def choose_rows(args: argparse.Namespace, dataset: Any) -> list[int]:
@@ -216,7 +216,9 @@ def main() -> None:
         "clip_set": describe_clips(dataset, args.clip_rule),
         "command": command_line(),
         "versions": versions(),
-        **{name: getattr(args, name) for name in RECORDED},
+        "model": args.model,
+        "dataset": args.dataset,
+        "settings": {**{name: getattr(args, name) for name in RECORDED}, "values": [v.tolist() for v in values]},
         "landscapes": [{"clip": name, **land.to_dict()} for name, land in zip(names, landscapes, strict=True)],
     }
     write_json(args.output / "landscapes.json", record)

@@ -63,12 +63,19 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import cached_file
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.evaluation import aggregate_rows, evaluate_features, state_integrator, table_rows
+from vjepa_ac_hf.evaluation import (
+    aggregate_retrieval,
+    aggregate_rows,
+    evaluate_features,
+    state_integrator,
+    table_rows,
+)
 from vjepa_ac_hf.evaluation import clips as clip_data
 from vjepa_ac_hf.evaluation.controllability import evaluate_controllability, load_inverse_dynamics
 from vjepa_ac_hf.evaluation.decoding import evaluate_frames, load_decoder, mirror_actions
 from vjepa_ac_hf.evaluation.figures import unit_counts
 from vjepa_ac_hf.evaluation.pictures import picture_clips, turning_clips
+from vjepa_ac_hf.evaluation.probes import RETRIEVAL_GROUP, Retrieval, retrieval_groups
 from vjepa_ac_hf.evaluation.report import write_metrics, write_report
 from vjepa_ac_hf.evaluation.rollouts import check_protocol
 from vjepa_ac_hf.loading.clip_rules import describe_clips
@@ -186,6 +193,7 @@ def main() -> None:
 
     # --- errors of every clip at every horizon ----------------------------------------------------------------
     batches = clip_data.encoded_batches(model, processor, dataset, records.names, args.batch_size)
+    retrieval = Retrieval(retrieval_groups(len(dataset), RETRIEVAL_GROUP), args.context_steps)
     table = evaluate_features(
         model,
         tqdm(batches, total=-(-len(dataset) // args.batch_size), desc="evaluating", unit="batch"),
@@ -199,7 +207,9 @@ def main() -> None:
         horizon=args.horizon,
         shuffles=args.shuffles,
         seed=args.seed,
+        watch=retrieval.add,
     )
+    units = {"session_id": records.sessions, "player_id": records.players}
 
     # --- figures and report -----------------------------------------------------------------------------------
     metrics = {
@@ -220,6 +230,7 @@ def main() -> None:
         "dataset": args.dataset,
         "split": args.split,
         "horizons": aggregate_rows(table_rows(table), seed=args.seed),
+        "retrieval": {"group": RETRIEVAL_GROUP, **aggregate_retrieval({**retrieval.rows, **units}, seed=args.seed)},
     }
     if decoder is not None:
         metrics["decoder"] = args.decoder

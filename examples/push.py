@@ -81,7 +81,7 @@ def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
     picture if a decoder drew it.
 
     Raises:
-        ValueError: no report there, or one of other weights; runs that these weights are none of.
+        ValueError: no report there, or one of other weights; runs that these weights are none of, or of other clips.
     """
     source = arguments.evaluation / "metrics.json"
     if not source.is_file():
@@ -97,8 +97,12 @@ def take_evaluation(arguments: argparse.Namespace, run: RunDescription) -> None:
     write_json(arguments.output_dir / "evaluation" / "metrics.json", evaluation)
     if arguments.runs is not None:
         runs = json.loads(arguments.runs.read_text())
-        if folder_of(runs, expected[1]) is None:
+        folder = folder_of(runs, expected[1])
+        if folder is None:
             raise ValueError(f"{arguments.runs}: weights_sha256 {runs['weights_sha256']}, expected {expected[1]} there")
+        of, ours = runs.get("clip_sets", {}).get(folder), evaluation.get("clip_set")
+        if of != ours:
+            raise ValueError(f"{arguments.runs}: of the clips {of}, but {source} of {ours}: a card is of one set")
         public = {k: v for k, v in runs.items() if k != "programs"}  # which names folders
         write_json(arguments.output_dir / "evaluation" / "runs.json", public)
     drawn, picture = arguments.evaluation / PICTURE, arguments.output_dir / "evaluation" / PICTURE

@@ -535,6 +535,11 @@ def test_a_script_that_hides_the_library_evaluate(tmp_path):
 def make_metrics(table, **kwargs):
     return {
         "clips": len(table.error),
+        "clip_set": {"rule": "clips-v1", "clips": len(table.error), "digest": "ab" * 32},
+        "retrieval": {
+            **{"group": 8, "top1": 0.625, "persistence_top1": 0.25, "chance": 0.125},
+            "ci95": {"top1": [0.5, 0.75], "persistence_top1": None},
+        },
         **figures.unit_counts(table.sessions, table.players),
         "loss_type": "mse",
         "encoding": "tubelet",
@@ -597,6 +602,8 @@ def test_report_holds_its_pictures(tmp_path):
     assert "a &amp; b" in page and not re.search(r'(src|href)="(?!data:)', page)
     first = aggregate_rows(table_rows(table), draws=50)[0]
     assert f"{first['win_rate']:.4f}" in page and f"{first['ci95']['win_rate'][0]:.4f}" in page
+    assert f"chosen by clips-v1, set {'ab' * 32}" in page
+    assert "in 0.625 (95 % interval 0.500 to 0.750) of the cases" in page and "in 0.250, chance in 0.125." in page
 
 
 def test_histogram_counts_every_pair_of_horizon_1():

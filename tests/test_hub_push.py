@@ -556,6 +556,8 @@ EVALUATION = {
     "loss_type": "l1",
     "dataset": "org/clips",
     "split": "validation",
+    "clip_set": {"rule": "clips-v1", "clips": 60, "digest": "ab" * 32},
+    "retrieval": {"group": 8, "top1": 0.625, "persistence_top1": 0.5, "chance": 0.125, "clips": 60},
     "horizons": [
         {"horizon": 1, "error": 0.2, "error_over_persistence": 0.8, "shuffled_over_error": 1.5, "win_rate": 0.75},
         {"horizon": 2, "error": 0.4, "error_over_persistence": None, "shuffled_over_error": 1.0, "win_rate": 0.5},
@@ -574,7 +576,10 @@ def test_figures_of_an_evaluation_are_on_the_card(parts, tmp_path):
         "error with shuffled actions over error, horizon 1": 1.5,
         "mean absolute difference, horizon 2": 0.4,
         "error with shuffled actions over error, horizon 2": 1.0,
+        "retrieval top-1": 0.625,
     }
+    assert all(r.metric_args["clip_rule"] == "clips-v1" for r in card.data.eval_results)
+    assert {r.metric_args["clip_digest"] for r in card.data.eval_results} == {"ab" * 32}
     assert {result.dataset_type for result in card.data.eval_results} == {"org/clips"}
     assert card.data.license == "apache-2.0" and card.data.datasets == ["org/clips"]
     assert "| 1 | 0.2000 | 0.8000 | 1.5000 |\n| 2 | 0.4000 | - | 1.0000 |\n" in card.text
@@ -682,9 +687,17 @@ def test_figures_over_runs_are_on_the_card_of_one_of_them(server, parts, tmp_pat
     flags = ("--output_dir", out, "--evaluation", report, "--runs", tmp_path / "runs.json")
     assert run_push(monkeypatch, *flags) == 1 and f"expected {weights} there" in capsys.readouterr().err
     runs["weights_sha256"]["seed-1"] = {"raw": "y", "report": weights}
+    runs["clip_sets"] = {"report": EVALUATION["clip_set"] | {"digest": "cd" * 32}, "raw": EVALUATION["clip_set"]}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    assert run_push(monkeypatch, *flags) == 1
+    said = capsys.readouterr().err
+    assert f"runs.json: of the clips {runs['clip_sets']['report']}, but" in said
+    assert f"metrics.json of {EVALUATION['clip_set']}" in said
+    runs["clip_sets"]["report"] = EVALUATION["clip_set"]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     assert run_push(monkeypatch, *flags) == 0
     card = on_hub(server, "README.md").decode()
+    assert "(clips by clips-v1, set abababababababab)" in card and "\n- retrieval top-1: 0.6250\n" in card
     assert "Over 2 runs of this recipe" in card and "\n| 2 | 0.2500 ± 0.0312 (0.2000 to 0.3000) | - | - |\n" in card
     assert "0.5000 ±" not in card and "one run" not in card
     pushed = json.loads(on_hub(server, "evaluation/runs.json"))

@@ -1459,7 +1459,8 @@ def test_landscape_program(program, tmp_path, monkeypatch, capsys):
     for goal in ("tubelet", "frame"):
         program(*common, *plane, "--plan", "--goal", goal)
         found[goal] = json.loads((tmp_path / "out" / "landscapes.json").read_text())
-    assert found["frame"]["goal"] == "frame"
+    assert found["frame"]["settings"]["goal"] == "frame"
+    assert found["frame"]["settings"]["values"] == [[-30, 0, 30], [-5, 0, 5]]
     for here, there in zip(found["frame"]["landscapes"], found["tubelet"]["landscapes"], strict=True):
         # Both frames of these clips' tubelets are the same: that one is shown twice changes nothing.
         np.testing.assert_allclose(here["energies"], there["energies"], rtol=0.05)

@@ -124,6 +124,43 @@ def test_runs_of_other_recipes_have_no_mean(tmp_path, change, message):
     assert message in str(error.value)
 
 
+def test_one_table_is_of_one_set_of_clips(tmp_path):
+    """Another rule, or other clips by the same rule: both values are named; landscapes have settings of their own."""
+
+    def run(name, rule, digest, cells=9):
+        clips = {"rule": rule, "clips": 63, "digest": digest}
+        folder = write(tmp_path / name, report={"ratio": 0.5, "clip_set": clips, "clips": 63})
+        land = {"summary": {"clips": 63, "within_one_cell": 0.25, "ci95": [0.125, 0.5], "chance": 0.0625}}
+        land |= {"clip_set": clips, "settings": {"cells": cells, "goal": "frame", "min_change": 5.5}}
+        land["landscapes"] = [{"clip": "a@0", "energies": [[0.5, 0.25]], "distance": 1.5}]
+        (folder / "landscape").mkdir()
+        (folder / "landscape" / "landscapes.json").write_text(json.dumps(land))
+        return read_run(folder)
+
+    runs = {"seed-0": run("seed-0", "clips-v1", "ab" * 32), "seed-1": run("seed-1", "clips-v1", "ab" * 32)}
+    summary = aggregate(runs)
+    landscape = summary["figures"]["landscape: summary.within_one_cell"]
+    assert landscape["mean"] == 0.25 and landscape["ci95"]["seed-1"] == (0.125, 0.5)
+    assert summary["figures"].keys() == {
+        "report: ratio",
+        "landscape: summary.within_one_cell",
+        "landscape: summary.chance",
+    }
+    expected = {"rule": "clips-v1", "clips": 63, "digest": "ab" * 32}
+    assert summary["clip_sets"] == {"landscape": expected, "report": expected}
+    write_runs(tmp_path, summary, {})
+    assert f"report: 63 clips by clips-v1, {'ab' * 32}" in (tmp_path / "report.html").read_text()
+    for changed, message in (
+        ({"rule": None}, "report/metrics.json, clip_set.rule: 'clips-v1' in seed-0, None in seed-2"),
+        ({"digest": "cd" * 32}, f"clip_set.digest: '{'ab' * 32}' in seed-0, '{'cd' * 32}' in seed-2"),
+        ({"cells": 21}, "landscape/landscapes.json, cells: 9 in seed-0, 21 in seed-2"),
+    ):
+        other = run(f"{len(message)}", **{"rule": "clips-v1", "digest": "ab" * 32, **changed})
+        with pytest.raises(ValueError, match="seed-2 is no run of the recipe of seed-0") as error:
+            aggregate({"seed-0": runs["seed-0"], "seed-2": other})
+        assert message in str(error.value)
+
+
 def test_models_of_the_runs_themselves_are_no_other_recipe(tmp_path):
     """As plan_vizdoom.py and train_rl.py tell what they read: names in the run's folder, and checksums."""
     runs = {}

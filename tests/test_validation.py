@@ -237,8 +237,12 @@ def test_agrees_with_the_evaluation_program_to_the_digit(folder, accelerator, tm
     flags = ["--batch_size=4", "--max_clips=10", "--shuffles=1", "--num_pictures=0", "--device=cpu"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *paths, *flags])
     program["evaluate"].main()
-    expected = json.loads((tmp_path / "metrics.json").read_text())["horizons"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    retrieval, expected = metrics["retrieval"], metrics["horizons"]
     assert clips.horizons == expected
+    for name in ("top1", "persistence_top1", "chance"):
+        assert found[f"validation_retrieval_{name}"] == retrieval[name]
+    assert (retrieval["clips"], retrieval["group"]) == (10, 8) and len(retrieval["ci95"]["top1"]) == 2
     for h in expected:
         assert found[f"validation_error_h{h['horizon']}"] == h["error"]
         assert found[f"validation_persistence_ratio_h{h['horizon']}"] == h["error_over_persistence"]
@@ -388,3 +392,28 @@ def test_rows_that_do_not_fit_are_named():
 
 if __name__ == "__main__":
     one_of_two_processes(*map(Path, sys.argv[1:]))
+
+
+def test_intervals_of_retrieval_are_over_players():
+    """Twelve players of four clips each, a quarter of whom is always found: quantiles of a binomial share."""
+    rng = np.random.default_rng(0)
+    players = np.repeat([f"player {i}" for i in range(12)], 4)
+    rows = {
+        "hit": np.repeat(np.arange(12) % 4 == 0, 4).astype(float),
+        "persistence_hit": np.full(48, 0.5),
+        "candidates": np.full(48, 8.0),
+        "player_id": players,
+        "session_id": [f"day {i}" for i in range(48)],
+    }
+    found = probes.aggregate_retrieval(rows)
+    expected = np.percentile(rng.binomial(12, 0.25, 100_000) / 12, [2.5, 97.5])
+    assert found["top1"] == 0.25 and found["ci95"]["top1"] == pytest.approx(expected, abs=1e-9)
+    assert found["ci95"]["persistence_top1"] == [0.5, 0.5]
+    over_clips = probes.aggregate_retrieval({**rows, "player_id": ["one"] * 48})["ci95"]["top1"]
+    assert over_clips[1] - over_clips[0] < 0.6 * (expected[1] - expected[0])
+    assert probes.aggregate_retrieval({**rows, "hit": [np.nan] * 48})["ci95"] == {
+        "top1": None,
+        "persistence_top1": None,
+    }
+    few = {name: values[:4] for name, values in rows.items()}
+    assert probes.aggregate_retrieval({**few, "session_id": ["a"] * 4})["ci95"]["top1"] is None

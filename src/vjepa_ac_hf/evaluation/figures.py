@@ -142,6 +142,27 @@ def resample_weights(units: int, draws: int, generator: torch.Generator) -> np.n
     )
 
 
+def mean_intervals(
+    values: np.ndarray,
+    sessions: Sequence[str],
+    players: Sequence[str],
+    *,
+    draws: int = BOOTSTRAP_DRAWS,
+    seed: int = 0,
+) -> list[list[float] | None]:
+    """95 % intervals of the means of `values` `(clips, columns)`, over resampled players or sessions (`interval_unit`).
+
+    None where there are fewer than two of them, or no draws.
+    """
+    units, unit_of = np.unique(players if interval_unit(players) == "player" else sessions, return_inverse=True)
+    if len(units) < 2 or not draws:
+        return [None] * values.shape[1]
+    weights = resample_weights(len(units), draws, torch.Generator().manual_seed(seed))
+    counts = weights @ np.bincount(unit_of)
+    drawn = (weights @ np.bincount(unit_of, column) / counts for column in values.T)
+    return [[float(end) for end in np.percentile(means, [2.5, 97.5])] for means in drawn]
+
+
 def _check_rows(rows: Mapping[str, Sequence | np.ndarray]) -> dict[str, np.ndarray]:
     missing = [c for c in ROW_COLUMNS if c not in rows]
     if missing:

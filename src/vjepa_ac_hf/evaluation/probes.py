@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from .figures import BOOTSTRAP_DRAWS, mean_intervals
 from .rollouts import StateIntegrator, distances, roll_out
 
 COLUMN_GROUPS: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ COLUMN_GROUPS: dict[str, tuple[str, ...]] = {
 }
 SENSITIVITY_COLUMNS = ("differs", "change", "exchanged_error", "error", "persistence")
 RETRIEVAL_COLUMNS = ("hit", "persistence_hit", "candidates")
+RETRIEVAL_GROUP = 8
 
 
 # --- sensitivity --------------------------------------------------------------------------------------------------
@@ -141,24 +143,64 @@ def retrieval_hits(predictions: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(hits)
 
 
-def aggregate_retrieval(rows: Mapping[str, Sequence | np.ndarray]) -> dict[str, Any]:
+class Retrieval:
+    """Retrieval of clips that come batch by batch, in order. Held are one step of the clips of a group and a batch.
+
+    Args:
+        groups: of `retrieval_groups`, all of them or one process's.
+        context_steps: C.
+
+    Attributes:
+        rows: columns `RETRIEVAL_COLUMNS` of the groups that are complete, for `aggregate_retrieval`.
+    """
+
+    def __init__(self, groups: Sequence[range], context_steps: int):
+        self.rows: dict[str, list[float]] = {name: [] for name in RETRIEVAL_COLUMNS}
+        self._sizes, self._at = [len(group) for group in groups], context_steps
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, features: Tensor, predictions: Tensor) -> None:
+        """The next clips: `(B, C + 1 or more, N, D)` and what a rollout from the context gave, `(B, H, N, D)`."""
+        steps = predictions[:, 0], features[:, self._at], features[:, self._at - 1]
+        # Copies: the other steps need not stay in memory.
+        self._waiting += zip(*(step.to(predictions.device).float().clone() for step in steps), strict=True)
+        while self._sizes and len(self._waiting) >= self._sizes[0]:
+            size = self._sizes.pop(0)
+            found, targets, latest = (torch.stack(step) for step in zip(*self._waiting[:size], strict=True))
+            del self._waiting[:size]
+            self.rows["hit"] += retrieval_hits(found, targets).tolist()
+            self.rows["persistence_hit"] += retrieval_hits(latest, targets).tolist()
+            self.rows["candidates"] += [size] * size
+
+
+def aggregate_retrieval(
+    rows: Mapping[str, Sequence | np.ndarray], *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
+) -> dict[str, Any]:
     """Top-1 retrieval accuracy (docs/evaluation.md, "Retrieval").
 
     Args:
-        rows: columns `RETRIEVAL_COLUMNS` of equal length, one row a clip.
+        rows: columns `RETRIEVAL_COLUMNS` of equal length, one row a clip; for intervals `session_id` and `player_id`.
+        draws: bootstrap draws of players or sessions; 0 for no intervals.
+        seed: of the bootstrap.
 
     Returns:
         `top1`, `persistence_top1` (both None where a value is not finite), `chance` (mean of one over the number of
-        candidates) and `clips`.
+        candidates), `clips` and, of rows with sessions and players, `ci95` of the first two.
     """
     columns = _check_columns(rows, RETRIEVAL_COLUMNS)
     count = len(columns["hit"])
-    return {
+    figures = {
         "top1": _ratio(columns["hit"].sum(), count),
         "persistence_top1": _ratio(columns["persistence_hit"].sum(), count),
         "chance": float((1 / columns["candidates"]).mean()),
         "clips": count,
     }
+    if "player_id" not in rows:
+        return figures
+    hits = np.stack([columns["hit"], columns["persistence_hit"]], axis=1)
+    units = ([str(name) for name in rows[f"{unit}_id"]] for unit in ("session", "player"))
+    found = mean_intervals(hits, *units, draws=draws, seed=seed) if np.isfinite(hits).all() else [None, None]
+    return figures | {"ci95": dict(zip(("top1", "persistence_top1"), found, strict=True))}
 
 
 def _check_columns(rows: Mapping[str, Sequence | np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -103,7 +103,8 @@ def render_html(
         f"{metrics['clips']} clips of {metrics['sessions']} sessions of {metrics['players']} players (intervals: by "
         f"{metrics['interval_unit']}), split {metrics['split']} of "
         f"{metrics['dataset']}; rollouts from {metrics['context_steps']} true steps of "
-        f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, seed {metrics['seed']}"
+        f"{metrics['seconds_per_step']:g} s; {metrics['shuffles']} shuffles, seed {metrics['seed']}; chosen by "
+        f"{metrics['clip_set']['rule'] or 'no rule'}, set {metrics['clip_set']['digest']}"
     )
     verdict_html = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(metrics))
     notes_html = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(metrics))
@@ -115,7 +116,8 @@ def render_html(
 <h1>{escape(f"Evaluation of {metrics['model']}")}</h1><p class="facts">{escape(facts)}</p>
 <section class="verdict"><h2>Verdict</h2>{verdict_html}{notes_html}</section>
 <section><h2>By horizon</h2>{image_tag(images["curves.png"], "errors and win rates by horizon")}
-<div class="scroll">{_table(metrics["horizons"])}</div></section>
+<div class="scroll">{_table(metrics["horizons"])}</div>
+<p>{escape(retrieval_sentence(metrics["retrieval"]))}</p></section>
 <section><h2>Pair by pair</h2>{image_tag(images["pairs.png"], "histogram of error differences at horizon 1")}</section>
 {_frames_section(metrics, images)}
 {controllability_section(metrics)}
@@ -297,6 +299,15 @@ def _quote(figures: Mapping[str, Any], name: str) -> str:
     interval = _interval(figures, name)
     bounds = "" if interval is None else f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
     return f"{figures[name]:.3f}{bounds}"
+
+
+def retrieval_sentence(retrieval: Mapping[str, Any]) -> str:
+    """How specific predictions one step ahead are (docs/evaluation.md, "Retrieval")."""
+    return (
+        f"Retrieval: among some {retrieval['group']} clips a prediction is nearest to its own clip's target in "
+        f"{_quote(retrieval, 'top1')} of the cases, the last features of the context in "
+        f"{_quote(retrieval, 'persistence_top1')}, chance in {retrieval['chance']:.3f}."
+    )
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:

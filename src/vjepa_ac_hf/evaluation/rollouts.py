@@ -160,6 +160,7 @@ def evaluate_features(
     shuffles: int = 8,
     seed: int = 0,
     batch_size: int = 16,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> RolloutTable:
     """Errors of true, shuffled and no actions for clips whose features are known (docs/evaluation.md, "Errors").
 
@@ -178,6 +179,7 @@ def evaluate_features(
         shuffles: other clips whose actions each clip is given.
         seed: of the shuffles.
         batch_size: clips in a batch, where `features` is one tensor.
+        watch: called with every batch's features and its prediction `(B, H, N, D)` from the true actions.
 
     Raises:
         ValueError: shapes or numbers that do not fit together, or predictions that are not finite.
@@ -202,10 +204,12 @@ def evaluate_features(
                     f"features must be of {clips} clips of {steps} steps, found {tuple(batch.shape)} up to clip {start}"
                 )
             choices = action_choices(actions, at, partners, context_steps, horizon)
-            errors, _ = batch_errors(
+            errors, prediction = batch_errors(
                 *(model, batch, choices, states[at]), context_steps=context_steps, integrate_states=integrate_states
             )
             _check_finite(errors, at.start)
+            if watch is not None:
+                watch(batch, prediction)
             parts.append(errors)
     finally:
         model.train(was_training)

@@ -1,7 +1,7 @@
 """Figures of several runs of one recipe: mean, spread between runs, and each run's own interval (docs/evaluation.md).
 
-A run is a folder `RUNS/seed-K` with what its programs left, one folder each: their `metrics.json` or `summary.json`
-hold the figures, the `training_args.json` of a model says how it was trained.
+A run is a folder `RUNS/seed-K` with what its programs left, one folder each: their `metrics.json`, `summary.json`
+and `landscapes.json` hold the figures, the `training_args.json` of a model says how it was trained.
 """
 
 import html
@@ -15,8 +15,8 @@ from typing import Any
 from ..pages import PAGE_STYLE
 from ..records import versions, write_file, write_json
 
-FILES = ("metrics.json", "summary.json")
-_NO_FIGURES = frozenset({"settings", "versions", "arguments", "seed"})
+FILES = ("metrics.json", "summary.json", "landscapes.json")
+_NO_FIGURES = frozenset({"settings", "versions", "arguments", "seed", "landscapes"})
 # Of a run's own: they differ between runs of one recipe, as do checksums of the models that a program's settings name.
 _OWN = frozenset(
     {"seed", "command", "model", "weights_sha256", "processor", "world_model", "hub_model_id", "hub_private"}
@@ -53,10 +53,12 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, float, Interval]]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run's programs left: `figures` by name, `settings` that runs share, evaluated `weights` by folder."""
+    """What a run's programs left: `figures` by name, `settings` that runs share, and by folder the evaluated `weights`
+    and the `clip_sets` that figures are of (`describe_clips`)."""
     figures: dict[str, tuple[float, Interval]] = {}
     settings: dict[str, Any] = {}
     weights: dict[str, str] = {}
+    clip_sets: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/*.json")):
         if path.name not in (*FILES, "training_args.json"):
             continue
@@ -66,22 +68,26 @@ def read_run(folder: Path) -> dict[str, Any]:
             weights |= {path.parent.name: content["weights_sha256"]} if "weights_sha256" in content else {}
             shared = {k: v for k, v in content.get("settings", {}).items() if not _CHECKSUM.fullmatch(k)}
             shared |= {k: v for k, v in content.items() if isinstance(v, str)}
+            if "clip_set" in content:
+                clip_sets[path.parent.name] = content["clip_set"]
+                shared |= {f"clip_set.{k}": v for k, v in content["clip_set"].items()}
         else:
             shared = content["arguments"]
         shared = {f"{place}, {k}": v for k, v in shared.items() if k not in _OWN}
         settings |= json.loads(json.dumps(shared).replace(json.dumps(str(folder))[1:-1], "{run}"))
-    return {"figures": figures, "settings": settings, "weights": weights}
+    return {"figures": figures, "settings": settings, "weights": weights, "clip_sets": clip_sets}
 
 
 def aggregate(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Figures over runs (`read_run`, by the run's name), JSON.
 
     Returns:
-        `runs`, their number; `weights_sha256` by run and folder; `figures` by name: `runs` that have it, `mean`, `std`
-        (sample standard deviation between runs, n - 1; None of one run), `min`, `max`, `values` and `ci95` by run.
+        `runs`, their number; `weights_sha256` by run and folder; `clip_sets` by folder; `figures` by name: `runs` that
+        have it, `mean`, `std` (sample standard deviation between runs, n - 1; None of one run), `min`, `max`, `values`
+        and `ci95` by run.
 
     Raises:
-        ValueError: no figures, or runs of different recipes (the message has both values).
+        ValueError: no figures, or runs of different recipes or clips (the message has both values).
     """
     first, *others = runs
     for name in others:
@@ -108,6 +114,7 @@ def aggregate(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "runs": len(runs),
         "weights_sha256": {name: run["weights"] for name, run in runs.items()},
+        "clip_sets": runs[first]["clip_sets"],
         "figures": figures,
         "versions": versions(),
     }
@@ -183,6 +190,10 @@ def write_runs(output: Path, summary: Mapping[str, Any], programs: Mapping[str, 
         body = tagged(rows[0], "th") + "".join(tagged(row, "td") for row in rows[1:])
         tables.append(f"<section><h2>{title}</h2><div class='scroll'><table>{body}</table></div></section>")
     ran = "".join(f"<p><code>{html.escape(f'{name} {flags}')}</code></p>" for name, flags in programs.items())
+    clips = "; ".join(
+        f"{folder}: {of['clips']} clips by {of['rule'] or 'no rule'}, {of['digest']}"
+        for folder, of in summary["clip_sets"].items()
+    )
     title, used = f"Figures of {count(summary['runs'])}", ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -190,7 +201,8 @@ def write_runs(output: Path, summary: Mapping[str, Any], programs: Mapping[str, 
 <p class="facts">The standard deviation, least and largest value are between runs, which differ in their seed; an
 interval is within a run, over the players, sessions or episodes that it was measured on.</p>
 {"".join(tables)}
-<section><h2>How it was made</h2>{ran}<p class="facts">{html.escape(used)}. The numbers are in runs.json.</p></section>
+<section><h2>How it was made</h2>{ran}<p class="facts">{html.escape(clips)}</p>
+<p class="facts">{html.escape(used)}. The numbers are in runs.json.</p></section>
 </main></body></html>
 """
     write_file(output / "report.html", page.encode())

@@ -30,6 +30,7 @@ _FIGURES = (
 )
 # What figures were measured on, as metrics.json names it (metrics.jsonl: with validation_ before).
 _COUNTS = ("clips", "sessions", "players", "interval_unit")
+RETRIEVAL = "retrieval top-1"
 PICTURE = "clip-0.png"  # of an evaluation with a decoder: its first clip as frames
 _ERROR = re.compile(r"validation_error_h(\d+)")
 _SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
@@ -204,7 +205,9 @@ class RunDescription:
             named = [
                 {"horizon": row["horizon"], **{k: row.get(k) for k, *_ in _FIGURES}} for row in evaluation["horizons"]
             ]
-            figures, headlines = {**evaluation, "dataset": public_name(evaluation["dataset"]), "horizons": named}, []
+            figures = {**evaluation, "dataset": public_name(evaluation["dataset"]), "horizons": named}
+            top = evaluation.get("retrieval", {}).get("top1")
+            headlines = [] if top is None else [("accuracy", RETRIEVAL, top)]
         figures |= {"step": step, "weights_sha256": weights}
         arguments, model_name = self.training["arguments"], self.repo_id.split("/")[-1]
         data = ModelCardData(
@@ -299,13 +302,14 @@ def validation_headlines(row: Mapping[str, Any]) -> list[tuple[str, str, float]]
     groups = [(match[1], numbers[match[0]]) for match in map(_SENSITIVITY.fullmatch, numbers) if match]
     found = [("ratio", f"sensitivity to actions, {group}", value) for group, value in groups]
     top = numbers.get("validation_retrieval_top1")
-    return found if top is None else [*found, ("accuracy", "retrieval top-1", top)]
+    return found if top is None else [*found, ("accuracy", RETRIEVAL, top)]
 
 
 def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, float]]) -> list[EvalResult]:
     """The figures of a card as the Hub lists them, by horizon, then `headlines`; without those that are None."""
     dataset, names = figures["dataset"], ("context_steps", *_COUNTS, "step", "weights_sha256")
     arguments = {k: figures[k] for k in names if figures.get(k) is not None}
+    arguments |= {f"clip_{k}": v for k, v in figures.get("clip_set", {}).items() if k != "clips" and v is not None}
     found = [(kind, name, value, arguments) for kind, name, value in headlines]
     for row in reversed(figures["horizons"]):
         h = {"horizon": row["horizon"]}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, CONTINUOUS_COLUMNS
-from ..evaluation.figures import resample_weights, unit_counts
+from ..evaluation.figures import mean_intervals, unit_counts
 from ..pages import new_figure
 from .actions import COLUMN, MOUSE_OF_VIEW, SLOTS, VIEW_OF_MOUSE, SearchSpace, vary_columns
 from .planner import Cost, Imagination
@@ -228,17 +228,11 @@ def summarize_landscapes(
         return {**figures, **dict.fromkeys(missing)}
     near = np.stack([land.distances() <= 1 for land in covered])
     hits = np.array([land.distance <= 1 for land in covered], dtype=np.float64)
-    units, unit_of = np.unique(players if figures["interval_unit"] == "player" else sessions, return_inverse=True)
-    interval = None
-    if len(units) > 1:
-        weights = resample_weights(len(units), BOOTSTRAP_DRAWS, torch.Generator().manual_seed(seed))
-        sums, counts = np.bincount(unit_of, hits), np.bincount(unit_of)
-        interval = [float(x) for x in np.percentile((weights @ sums) / (weights @ counts), [2.5, 97.5])]
     others = [a.rank_of(a.nearest_energy(b.true)) for a in covered for b in covered if a is not b]
     return {
         **figures,
         "within_one_cell": float(hits.mean()),
-        "ci95": interval,
+        "ci95": mean_intervals(hits[:, None], sessions, players, seed=seed)[0],
         "chance": float(near.mean()),
         "best_constant": float(near.mean(axis=0).max()),
         "median_distance_cells": float(np.median([land.distance for land in covered])),

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 CONTEXT_STEPS = 2
 SHUFFLES = 1
 SHUFFLE_SEED = 0
-RETRIEVAL_GROUP = 8
 
 _LOSSES = ("loss", "teacher_forcing_loss", "rollout_loss", "error", "persistence")
 _ERRORS = ("error", "persistence", "shuffled", "error_mse", "persistence_mse", "shuffled_mse")
@@ -90,7 +89,7 @@ class ValidationSet:
         self.integrate_states = rollouts.state_integrator(processor)
         self.partners = rollouts.derangements(len(self), SHUFFLES, torch.Generator().manual_seed(SHUFFLE_SEED))
         self.column_groups = probes.column_groups(processor.action_space)
-        self.groups = probes.retrieval_groups(len(self), RETRIEVAL_GROUP)
+        self.groups = probes.retrieval_groups(len(self), probes.RETRIEVAL_GROUP)
         self.horizons: list[dict[str, Any]] = []  # figures by horizon of the last validation, for pictures
         self.announced: set[str] = set()  # warnings that were given
 
@@ -165,30 +164,30 @@ def _measure(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
     shapes |= dict.fromkeys((*(_ROLLOUT + n for n in _ERRORS), *by_horizon), (clips.horizon,))
     shapes |= dict.fromkeys((_ROLLOUT + n for n in _ERRORS if "shuffled" in n), (SHUFFLES, clips.horizon))
     columns = {name: torch.zeros(len(clips), *shape) for name, shape in shapes.items()}
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-    groups = list(clips.share)
+    retrieval = probes.Retrieval(clips.share, clips.context_steps)
     total, quiet = len(clips.batches), not accelerator.is_main_process
     for rows, batch in tqdm(clips, total=total, desc="validating", unit="batch", leave=False, disable=quiet):
         with accelerator.autocast():
-            values, neighbours = _measure_batch(model, clips, rows, batch, accelerator.device)
+            values = _measure_batch(model, clips, rows, batch, accelerator.device, retrieval)
         for name, value in values.items():
             columns[name][rows] = value
         columns["seen"][rows] += 1
-        waiting += neighbours
-        while groups and len(waiting) >= len(groups[0]):
-            group = groups.pop(0)
-            predictions, targets, latest = (torch.stack(c) for c in zip(*waiting[: len(group)], strict=True))
-            del waiting[: len(group)]
-            columns["hit"][group] = probes.retrieval_hits(predictions, targets).cpu()
-            columns["persistence_hit"][group] = probes.retrieval_hits(latest, targets).cpu()
+    own = [row for group in clips.share for row in group]
+    for name in _RETRIEVAL:
+        columns[name][own] = torch.tensor(retrieval.rows[name])
     # Sums of one number and zeros are exact: the figures do not depend on the number of processes.
     return {name: accelerator.reduce(c.to(accelerator.device), reduction="sum").cpu() for name, c in columns.items()}
 
 
 def _measure_batch(
-    model: VJEPA2ACModel, clips: ValidationSet, rows: list[int], batch: dict[str, Any], device: torch.device
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """Columns of a batch, and for each clip `(N, D)` each: first prediction, its target, last features of the context.
+    model: VJEPA2ACModel,
+    clips: ValidationSet,
+    rows: list[int],
+    batch: dict[str, Any],
+    device: torch.device,
+    retrieval: probes.Retrieval,
+) -> dict[str, Tensor]:
+    """Columns of a batch; what is retrieved goes to `retrieval`.
 
     A clip is encoded once. The rollouts: its own actions, a partner's, and a partner's columns group by group.
     """
@@ -212,9 +211,8 @@ def _measure_batch(
             *(model, target, prediction, choices[0], choices[1], states, places), **rollout
         )
         values |= {f"{group}/{name}": value for name, value in changes.items()}
-    first, context = prediction[:, 0].clone(), clips.context_steps  # the steps after it need not stay in memory
-    neighbours = zip(first, target[:, context].clone(), target[:, context - 1].clone(), strict=True)
-    return values, list(neighbours)
+    retrieval.add(target, prediction)
+    return values
 
 
 def _horizon_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> dict[str, Any]:
