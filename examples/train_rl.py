@@ -8,7 +8,8 @@ degrees of the goal's view and ended a second step there; passing by is no succe
 networks after the features, goals and number of steps are the same. `features` sees features of view and goal, encoded
 once a step for all environments; `pixels` sees the frames themselves, through Stable-Baselines3's convolutional
 network. `imagined` sees features too, but learns in the model alone: its episodes begin at views of --dataset and are
-rollouts, and the game is not started before it is evaluated there.
+rollouts, and the game is not started before it is evaluated there. `planner` learns nothing: it turns where the model
+expects the goal (docs/planning.md, "Headings"), by the nearest of the five actions.
 
 OUT/<agent>.jsonl gets a line an episode of the training; OUT/<agent>.zip is the agent as Stable-Baselines3 saves it,
 every --save_every steps: a second run continues there, and comes to the same agent; with more --steps, to the one of a
@@ -34,7 +35,7 @@ from vjepa_ac_hf.console import Parser, folder_or_repo, made
 
 TRAINED = ("features", "pixels", "imagined")
 SAMPLED = "_sampled"  # a trained agent whose actions are drawn, as in training; without it, the most likely ones
-AGENTS = (*(agent + choice for agent in TRAINED for choice in ("", SAMPLED)), "random", "still", "oracle")
+AGENTS = (*(a + choice for a in TRAINED for choice in ("", SAMPLED)), "planner", "random", "still", "oracle")
 # What the package offers, without importing it (tests/test_programs.py holds both equal).
 RESOLUTIONS = ("160x120", "256x144", "320x180", "640x360", "640x480", "1280x720")
 GOAL_POOLINGS = ("similarity", "mean", "none")
@@ -47,7 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for agents, episodes and report")
     parser.add_argument(
-        "--agents", nargs="+", choices=TRAINED, default=["features", "pixels"], help="default: features pixels"
+        "--agents",
+        nargs="+",
+        choices=(*TRAINED, "planner"),
+        default=["features", "pixels"],
+        help="default: features pixels",
     )
     parser.add_argument(
         "--steps",
@@ -96,7 +101,8 @@ def _mistake(arguments: argparse.Namespace) -> str:
             f"{arguments.num_envs} * {arguments.rollout} and {arguments.batch_size}"
         )
     steps = [arguments.imagined_steps] if "imagined" in arguments.agents else []
-    steps += [arguments.steps] if arguments.steps != "data" and set(arguments.agents) != {"imagined"} else []
+    in_game = arguments.steps != "data" and {"features", "pixels"} & set(arguments.agents)
+    steps += [arguments.steps] if in_game else []
     for count in steps:
         if arguments.save_every < 1 or arguments.save_every % update or count % arguments.save_every:
             return (
@@ -123,7 +129,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import vjepa_ac_hf  # noqa: F401 (registers the model with AutoModel and AutoProcessor)
-from vjepa_ac_hf.actions_vjepa2_ac import wrap_degrees
+from vjepa_ac_hf.actions_vjepa2_ac import ACTION_COLUMNS, wrap_degrees
 from vjepa_ac_hf.envs import (
     DiscreteActions,
     ImaginedVPTVectorEnv,
@@ -136,6 +142,7 @@ from vjepa_ac_hf.envs import (
 from vjepa_ac_hf.envs.episodes import ResultLines, agent_generator, success_rate, summarize, table
 from vjepa_ac_hf.envs.sb3 import GoalFeatures, SB3VectorEnv, Standardize
 from vjepa_ac_hf.pages import PAGE_STYLE, image_tag, new_figure
+from vjepa_ac_hf.planning.headings import HeadingController
 from vjepa_ac_hf.records import (
     claim_folder,
     command_line,
@@ -147,6 +154,7 @@ from vjepa_ac_hf.records import (
 )
 
 TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)  # degrees to the right, one an action
+YAW = ACTION_COLUMNS.index("yaw_delta")
 EVALUATION_SEED = 1_000_000_000  # the training's are drawn from all of 32 bits
 # For both agents: Stable-Baselines3's, but a horizon for short episodes, some exploration, and half the epochs.
 PPO_SETTINGS: dict[str, Any] = {
@@ -169,7 +177,9 @@ def claim_output(
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
     if recorded is not None:
         settings |= {name: getattr(arguments, name) for name in ("dataset", "imagined_max_steps", "max_doubt")}
-        settings |= {"predictor": weights_checksum(model.predictor), "recorded": recorded.checksum}
+        settings |= {"recorded": recorded.checksum}
+    if recorded is not None or "planner" in arguments.agents:
+        settings |= {"predictor": weights_checksum(model.predictor)}
     settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
     settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
     step_options(model, processor)
@@ -229,7 +239,7 @@ def make_env(agent: str, arguments: argparse.Namespace, model: Any, processor: A
             **step_options(model, processor),
         )
         env = DiscreteActions(goals, ACTIONS)
-        return env if agent == "features" else ViewAndGoalPixels(env)
+        return env if agent in ("features", "planner") else ViewAndGoalPixels(env)
 
     games = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     if agent != "features":
@@ -331,13 +341,16 @@ def train(agent: str, arguments: argparse.Namespace, make: Callable[[], VecEnv])
 # --------------------------------------------------------------------------------------------------- evaluation
 
 
-def play(env: VecEnv, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]:
+Choice = Callable[[Any, dict], int]  # from what is seen, and `info`, to the number of an action
+
+
+def play(env: VecEnv, seed: int, choose: Choice) -> dict[str, Any]:
     """One episode, as a line of the results."""
     env.seed(seed)
-    seen = env.reset()
-    start, total, steps, done = env.reset_infos[0]["goal_degrees"], 0.0, 0, False
+    seen, info = env.reset(), env.reset_infos[0]
+    start, total, steps, done = info["goal_degrees"], 0.0, 0, False
     while not done:
-        seen, rewards, dones, infos = env.step(np.array([choose(seen)]))
+        seen, rewards, dones, infos = env.step(np.array([choose(seen, info)]))
         total, steps, done, info = total + float(rewards[0]), steps + 1, bool(dones[0]), infos[0]
     return {
         "success": bool(info["success"]),
@@ -349,21 +362,38 @@ def play(env: VecEnv, seed: int, choose: Callable[[Any], int]) -> dict[str, Any]
     }
 
 
-def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Callable[[Any], int]:
-    """From what is seen to the number of an action."""
+def planner(model: Any, processor: Any) -> Choice:
+    """For one episode: what is nearest to the turn that a `HeadingController` asks for, which sees what was done."""
+    controller: HeadingController | None = None
+
+    def choose(seen: Any, info: dict) -> int:
+        nonlocal controller
+        tubelet, frame, state, goal = (seen[name][0] for name in ("tubelet", "frame", "state", "goal"))
+        frames, executed = np.concatenate([tubelet[1:], frame[None]]), info["action"]
+        if controller is None:
+            controller = HeadingController(model, processor, np.moveaxis(goal, -1, 0))
+            frames, executed = frame[None], None
+        action = controller.act(frames, state, slot=max(int(info["hotbar"]), 0), executed=executed)
+        return int(np.argmin(np.abs(np.array(TURNS) - float(action[YAW]))))
+
+    return choose
+
+
+def chooser(agent: str, env: VecEnv, ppo: PPO | None, seed: int) -> Choice:
+    """Of an agent that needs no model, or was trained."""
     generator = agent_generator(seed, agent)
 
-    def oracle(_: Any) -> int:
+    def oracle(*_: Any) -> int:
         left = wrap_degrees(float(env.get_attr("goal")[0].state[0]) - env.get_attr("view")[0][0])
         return int(np.argmin(np.abs(np.array(TURNS) - left)))
 
     if ppo is not None:
         sampled = agent.endswith(SAMPLED)
         torch.manual_seed(int(generator.integers(2**63)))
-        return lambda seen: int(ppo.predict(seen, deterministic=not sampled)[0][0])
+        return lambda seen, _: int(ppo.predict(seen, deterministic=not sampled)[0][0])
     if agent == "still":
-        return lambda _: TURNS.index(0.0)
-    return oracle if agent == "oracle" else lambda _: int(generator.integers(len(TURNS)))
+        return lambda *_: TURNS.index(0.0)
+    return oracle if agent == "oracle" else lambda *_: int(generator.integers(len(TURNS)))
 
 
 def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any, processor: Any) -> list[dict]:
@@ -371,7 +401,7 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
     episodes = ResultLines(arguments.output / "evaluation.jsonl", key=("agent", "trained_steps", "seed"))
     seeds = range(EVALUATION_SEED, EVALUATION_SEED + arguments.eval_episodes)
     policies = {agent: trained.get(agent.removesuffix(SAMPLED)) for agent in AGENTS}
-    agents = [a for a in AGENTS if policies[a] or a in ("random", "still", "oracle")]
+    agents = [a for a in AGENTS if policies[a] or a in (*arguments.agents, "random", "still", "oracle")]
     wanted = [(a, policies[a].num_timesteps if policies[a] else 0, seed) for a in agents for seed in seeds]
     env, current = None, ""
     with episodes:
@@ -379,12 +409,14 @@ def evaluate(arguments: argparse.Namespace, trained: dict[str, PPO], model: Any,
             if (agent, steps, seed) in episodes:
                 continue
             sees = "features" if agent.startswith(("features", "imagined")) else "pixels"
+            sees = agent if agent == "planner" else sees
             if env is None or sees != current:
                 if env is not None:
                     env.close()
                 env, current = make_env(sees, arguments, model, processor, 1), sees
             line = {"agent": agent, "trained_steps": steps, "seed": seed}
-            episodes.add({**line, **play(env, seed, chooser(agent, env, policies[agent], seed))})
+            own = planner(model, processor) if agent == "planner" else chooser(agent, env, policies[agent], seed)
+            episodes.add({**line, **play(env, seed, own)})
     if env is not None:
         env.close()
     return episodes.select(wanted)
@@ -425,8 +457,9 @@ def draw(agents: dict[str, Any]) -> bytes:
         axes.plot(steps, [p["success_rate"] for p in curve], "o-", color=colour, label=label)
         low, high = ([p["success_rate_ci95"][end] for p in curve] for end in (0, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    for agent, style in (("random", "--"), ("oracle", ":")):
-        axes.axhline(agents[agent]["success_rate"], color="#7f7f7f", linestyle=style, label=agent)
+    for agent, style in (("random", "--"), ("oracle", ":"), ("planner", "-.")):
+        if agent in agents:
+            axes.axhline(agents[agent]["success_rate"], color="#7f7f7f", linestyle=style, label=agent)
     axes.set(
         xlabel="steps of the model", ylabel="success rate", ylim=(0, 1.02), title="Goals reached during the training"
     )
@@ -460,8 +493,8 @@ def write_report(output: Path, summary: dict[str, Any], picture: bytes) -> None:
     settings = summary["settings"]
     trained = [f"{agent} {f['training']['steps']:,} steps" for agent, f in summary["agents"].items() if "training" in f]
     about = (
-        f"PPO: {', '.join(trained)}; {settings['pooling']} of the features of {settings['model']}; a success is "
-        f"a view held within {settings['tolerance_degrees']:g} degrees of the goal's, in at most "
+        f"PPO: {', '.join(trained) or 'none'}; {settings['pooling']} of the features of {settings['model']}; a "
+        f"success is a view held within {settings['tolerance_degrees']:g} degrees of the goal's, in at most "
         f"{settings['max_steps']} steps"
     )
     used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())

@@ -189,6 +189,48 @@ def test_an_agent_that_learns_in_imagination_meets_the_game_when_it_is_trained(m
     assert not (tmp_path / "no").exists()
 
 
+def test_a_planner_plays_the_same_task_with_the_same_actions(model, tmp_path, monkeypatch):
+    summary = run(monkeypatch, model, tmp_path / "out", "--agents", "planner")
+    assert list(summary["agents"]) == ["planner", "random", "still", "oracle"]
+    assert not list((tmp_path / "out").glob("*.zip")) and summary["settings"]["predictor"]
+    episodes = lines(tmp_path / "out/evaluation.jsonl")
+    assert {(e["agent"], e["seed"] - 10**9) for e in episodes} == {
+        (agent, seed) for agent in summary["agents"] for seed in range(2)
+    }
+    for seed in (10**9, 10**9 + 1):
+        assert len({e["start_degrees"] for e in episodes if e["seed"] == seed}) == 1
+    assert "<th>planner</th>" in (tmp_path / "out/report.html").read_text()
+    # Where it would turn by 13 degrees, the nearest action that all agents have is 20; by -12, it is -5.
+    asked, calls = [13.0, -12.0, 2.0, 2.0], []
+
+    class Scripted:
+        def __init__(self, world, processor, goal):
+            calls.append(goal)
+
+        def act(self, frames, state, *, slot, executed):
+            calls.append((frames, state.copy(), slot, executed))
+            return torch.from_numpy(PROGRAM["raw_action"](turn=asked[len(calls) - 2]))
+
+    names = PROGRAM["main"].__globals__
+    monkeypatch.setitem(names, "HeadingController", Scripted)
+    monkeypatch.setattr(sys, "argv", ["train_rl.py", *flags(model, tmp_path / "no", "--max_steps", 4)])
+    world, processor = AutoModel.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    env = names["make_env"]("planner", PROGRAM["parse_arguments"](), world, processor, 1)
+    line = PROGRAM["play"](env, 7, PROGRAM["planner"](world, processor))
+    env.close()
+    [goal, *acts] = calls
+    assert line["steps"] == len(acts) == 4 and goal.shape == (3, 120, 160)
+    turns = np.diff([state[0] for _, state, _, _ in acts])
+    np.testing.assert_allclose((turns + 180) % 360 - 180, [20, -5, 0], atol=0.08)  # to a whole count of the mouse
+    assert acts[0][0].shape == (1, 120, 160, 3) and acts[0][3] is None
+    for before, (frames, _, slot, executed), turn in zip(acts, acts[1:], turns, strict=False):
+        assert frames.shape == (2, 120, 160, 3) and slot == 1 == np.argmax(executed[28:37])
+        assert executed[2] == pytest.approx((turn + 180) % 360 - 180, abs=1e-3)
+        # The tubelet's first frame was seen when the step began: only its second one is new, and the frame now.
+        if executed[2]:
+            assert not np.array_equal(frames[-1], before[0][-1]) and not np.array_equal(frames[0], before[0][-1])
+
+
 def test_as_many_steps_as_the_data_hold():
     recorded = argparse.Namespace(name="clips, split train", recorded_steps=7696)
     assert PROGRAM["steps_of_data"](argparse.Namespace(save_every=1024), recorded) == 7168
@@ -328,7 +370,7 @@ def test_trained_agents_act_as_in_training_and_at_their_most_likely_action():
 
     def choices(agent: str, seed: int) -> list[int]:
         choose = PROGRAM["chooser"](agent, env, ppo, seed)
-        return [choose(seen) for _ in range(40)]
+        return [choose(seen, {}) for _ in range(40)]
 
     drawn = [choices("features_sampled", seed) for seed in range(20)]
     assert np.mean(drawn) == pytest.approx(0.7, abs=0.06) and len({tuple(row) for row in drawn}) == 20
@@ -353,7 +395,7 @@ def test_random_choices_know_nothing_of_the_goal():
 
     def choices(seed: int) -> list[int]:
         choose = PROGRAM["chooser"]("random", None, None, seed)
-        return [choose(None) for _ in range(8)]
+        return [choose(None, {}) for _ in range(8)]
 
     assert largest_correlation(choices) < 0.35
     assert choices(3) == choices(3) != choices(4) and {*choices(3)} <= set(range(5))
