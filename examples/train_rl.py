@@ -66,6 +66,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--imagined_steps", type=int, default=40960, help="steps in imagination (default 40960)")
     parser.add_argument("--imagined_max_steps", type=int, default=4, help="of an imagined episode (default 4)")
     parser.add_argument("--max_doubt", type=float, help="of the model's, 0 to 1, ends such an episode (default: none)")
+    parser.add_argument(
+        "--ensemble",
+        nargs="+",
+        type=folder_or_repo,
+        default=[],
+        help="more models over the same encoder: their disagreement is the doubt",
+    )
     parser.add_argument("--num_envs", type=int, default=8, help="games at a time (default 8)")
     parser.add_argument("--rollout", type=int, default=128, help="steps of each game between updates (default 128)")
     parser.add_argument("--batch_size", type=int, default=256, help="of PPO; divides a rollout (default 256)")
@@ -111,6 +118,8 @@ def _mistake(arguments: argparse.Namespace) -> str:
             )
     if arguments.dataset is None and ("imagined" in arguments.agents or arguments.steps == "data"):
         return "the agent 'imagined' and --steps data need --dataset: a folder or Hub repository of clips"
+    if arguments.ensemble and "imagined" not in arguments.agents:
+        return f"--ensemble is for the agent 'imagined', found --agents {' '.join(arguments.agents)}"
     return ""
 
 
@@ -171,19 +180,20 @@ KEPT += ("batch_size", "save_every")
 
 
 def claim_output(
-    arguments: argparse.Namespace, model: Any, processor: Any, recorded: RecordedGoals | None
+    arguments: argparse.Namespace, model: Any, processor: Any, recorded: RecordedGoals | None, others: list[Any]
 ) -> dict[str, Any]:
     """The settings; refuses a folder that has agents of others."""
     settings = {name: getattr(arguments, name) for name in ("model", *KEPT)}
     if recorded is not None:
         settings |= {name: getattr(arguments, name) for name in ("dataset", "imagined_max_steps", "max_doubt")}
-        settings |= {"recorded": recorded.checksum}
+        settings |= {"recorded": recorded.checksum, "ensemble": arguments.ensemble}
+        settings |= {"ensemble_weights": [weights_checksum(other) for other, _ in others]}
     if recorded is not None or "planner" in arguments.agents:
         settings |= {"predictor": weights_checksum(model.predictor)}
     settings |= {"encoder": weights_checksum(model.encoder), "processor": json_checksum(processor.to_dict())}
     settings |= {"ppo": PPO_SETTINGS, "hidden_sizes": HIDDEN_SIZES}
     step_options(model, processor)
-    claim_folder(arguments.output, settings)
+    claim_folder(arguments.output, settings, defaults={"ensemble": [], "ensemble_weights": []})
     return settings
 
 
@@ -210,7 +220,7 @@ class ViewAndGoalPixels(gymnasium.ObservationWrapper):
         return np.concatenate([view, goal], axis=-1)
 
 
-def make_worlds(arguments: argparse.Namespace, recorded: RecordedGoals) -> VecEnv:
+def make_worlds(arguments: argparse.Namespace, recorded: RecordedGoals, others: list[Any]) -> VecEnv:
     """The game's task in the model, seen as the agent on features sees the game."""
     worlds = ImaginedVPTVectorEnv(
         recorded,
@@ -219,6 +229,7 @@ def make_worlds(arguments: argparse.Namespace, recorded: RecordedGoals) -> VecEn
         max_steps=arguments.imagined_max_steps,
         tolerance_degrees=arguments.tolerance_degrees,
         max_doubt=arguments.max_doubt,
+        others=others,
         hold=2,
         success_reward=5.0,
     )
@@ -529,19 +540,25 @@ def main() -> None:
     arguments = parse_arguments()
     model = AutoModel.from_pretrained(arguments.model).eval().to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
+    others = [
+        (AutoModel.from_pretrained(name).eval().to(arguments.device), AutoProcessor.from_pretrained(name))
+        for name in arguments.ensemble
+    ]
     recorded = None
     if arguments.dataset is not None:
         recorded = RecordedGoals.from_dataset(arguments.dataset, model, processor)
-        make_worlds(arguments, recorded).close()  # what does not fit together is refused before there is a folder
+        make_worlds(
+            arguments, recorded, others
+        ).close()  # what does not fit together is refused before there is a folder
     if arguments.steps == "data":
         arguments.steps = steps_of_data(arguments, recorded)
-    settings = claim_output(arguments, model, processor, recorded)
+    settings = claim_output(arguments, model, processor, recorded, others)
     trained = {}
     for agent in TRAINED:
         if agent in arguments.agents:
             make = partial(make_env, agent, arguments, model, processor, arguments.num_envs)
             if agent == "imagined":
-                make = partial(make_worlds, arguments, recorded)
+                make = partial(make_worlds, arguments, recorded, others)
             trained[agent] = train(agent, arguments, make)
     agents = summarize(evaluate(arguments, trained, model, processor), AGENTS)
     add_training(arguments, agents)

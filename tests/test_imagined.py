@@ -22,6 +22,7 @@ from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACProcessor
 from vjepa_ac_hf.envs import ImaginedVPTEnv, ImaginedVPTVectorEnv, RecordedGoals, raw_action
 from vjepa_ac_hf.envs.imagined import find_turns
 from vjepa_ac_hf.loading.clips import load_action_statistics
+from vjepa_ac_hf.records import weights_checksum
 
 TURNS = (-20.0, -5.0, 0.0, 5.0, 20.0)
 ACTIONS = {f"turn {degrees:g}": raw_action(turn=degrees) for degrees in TURNS}
@@ -53,11 +54,17 @@ def goals(clips, model, processor):
 
 
 class Compass:
-    """A model whose features are yaw / 180 in every number, and add up what the actions turn: linear and exact."""
+    """A model whose features are yaw / 180 in every number, and add up what the actions turn: linear and exact. Others
+    believe in `gain` times as much."""
 
-    def __init__(self, processor):
-        self.processor, self.device = processor, torch.device("cpu")
-        self.config = SimpleNamespace(num_steps=8, num_tokens=2, feature_size=3)
+    encoder = torch.nn.Identity()
+
+    def __init__(self, processor, gain=1.0):
+        self.processor, self.device, self.gain = processor, torch.device("cpu"), gain
+        sizes = {"num_steps": 8, "num_tokens": 2, "feature_size": 3, "frames_per_clip": 16, "action_dim": 38}
+        kinds = {"encoding": "tubelet", "normalize_features": False, "frame_shape": (32, 32), "grid": (1, 2)}
+        frames = {"frame_size": None, "resolution": 32, "encoder_config": SimpleNamespace(tubelet_size=2)}
+        self.config = SimpleNamespace(**sizes, **kinds, **frames, action_space=None)
 
     def encode(self, pixels):
         red = pixels[:, :1, 0].mean(dim=(-2, -1)) * self.processor.pixel_std[0] + self.processor.pixel_mean[0]
@@ -65,7 +72,7 @@ class Compass:
 
     def rollout(self, features, actions, states, past_key_values):
         turn = self.processor.denormalize_actions(actions)[..., COLUMN["yaw_delta"]]
-        return features + (turn / 180).float()[..., None, None]
+        return features + self.gain * (turn / 180).float()[..., None, None]
 
 
 def known_world(processor, **options):
@@ -251,7 +258,7 @@ def test_memory_is_flat_over_a_thousand_steps_and_closing_frees_it(goals):
     play(10)
     before = play(490)
     assert play(500) == before
-    past = weakref.ref(worlds._worlds._past[0][0])
+    past = weakref.ref(worlds._worlds.imaginations[0]._past[0][0])
     worlds.close()
     gc.collect()
     assert past() is None
@@ -357,6 +364,95 @@ def test_doubt_is_what_a_view_has_lost_of_what_tells_it_from_others(goals, model
             torch.from_numpy(seen["features"])
         )
         assert info["doubt"] == pytest.approx(lost[0], abs=1e-5)
+
+
+def another(model, seed):
+    """The same encoder, another predictor."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in other.predictor.parameters():
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+    return other
+
+
+def test_doubt_of_several_models_is_how_far_their_rollouts_lie_apart(goals, model, processor):
+    """Against whole rollouts of each, and a variance that is written out; what is seen stays the first one's."""
+    models = [model, another(model, 1), another(model, 2)]
+    options = {"max_steps": 5, "tolerance_degrees": 1e-9}
+    alone = ImaginedVPTVectorEnv(goals, 3, **options)
+    worlds = ImaginedVPTVectorEnv(goals, 3, **options, others=[(other, processor) for other in models[1:]])
+    views = model.encode(processor.normalize_pixels(goals.frames.flatten(0, 1)[:, None].expand(-1, 2, -1, -1, -1)))
+    variance = float(((views - views.mean(dim=0)) ** 2).mean())
+    seen, info = worlds.reset(seed=11)
+    alone.reset(seed=11)
+    assert not info["doubt"].any()
+    start, views, raw, doubts = seen["features"], [seen["state"]], [], []
+    rng = np.random.default_rng(1)
+    for step in range(5):
+        asked = np.stack([raw_action(turn=0.15 * int(turn)) for turn in rng.integers(-200, 200, 3)])
+        seen, _, _, truncated, info = worlds.step(asked)
+        first = alone.step(asked)[0]
+        final = step == 4
+        assert truncated.all() == final
+        doubts.append(info["final_info"]["doubt"] if final else info["doubt"])
+        if not final:
+            np.testing.assert_array_equal(seen["features"], first["features"])
+            views.append(seen["state"])
+        asked[np.arange(3), COLUMN["hotbar.0"]] = 0
+        asked[:, COLUMN["hotbar.0"] + int(goals.slots[0, 0])] = 1
+        raw.append(asked)
+    actions = processor.normalize_actions(np.stack(raw, axis=1))
+    states = processor.normalize_states(np.stack(views, axis=1))
+    with torch.no_grad():
+        a, b, c = (m.rollout(torch.from_numpy(start), actions, states).double() for m in models)
+    middle = (a + b + c) / 3
+    apart = ((a - middle) ** 2 + (b - middle) ** 2 + (c - middle) ** 2) / 3
+    expected = apart.mean(dim=(2, 3)) / variance
+    np.testing.assert_allclose(np.stack(doubts, axis=1), expected, rtol=0.05)
+    assert expected.min() > 1e-6 and expected[:, -1].mean() > 2 * expected[:, 0].mean()
+
+
+def test_an_episode_ends_where_models_disagree(processor):
+    """A second compass believes in 1.5 times the turn: after t degrees both are t / 720 from their mean."""
+    goals = known_world(processor)
+    variance = float(np.var(goals.states[..., 0].round() / 180))
+    options = {"actions": ACTIONS, "tolerance_degrees": 1e-9, "max_doubt": 0.02}
+    worlds = ImaginedVPTVectorEnv(goals, 8, **options, others=[(Compass(processor, 1.5), processor)])
+    worlds.reset(seed=0)
+    rng, turned, steps = np.random.default_rng(0), np.zeros(8), np.zeros(8)
+    ends = {"doubt": 0, "": 0}
+    for _ in range(60):
+        chosen = rng.integers(len(TURNS), size=8)
+        _, _, terminated, truncated, info = worlds.step(chosen)
+        turned += np.round(np.array(TURNS)[chosen] / 0.15) * 0.15
+        steps += 1
+        doubt, ended = (turned / 720) ** 2 / variance, terminated | truncated
+        for i in range(8):
+            said = info["final_info"] if ended[i] else info
+            assert said["doubt"][i] == pytest.approx(doubt[i], rel=0.05, abs=1e-6)
+            assert terminated[i] or truncated[i] == (doubt[i] > 0.02 or steps[i] == 7)
+            if truncated[i]:
+                ends[said["ended"][i]] += 1
+                assert (said["ended"][i] == "doubt") == (doubt[i] > 0.02)
+        turned[ended] = steps[ended] = 0
+    assert min(ends.values()) > 3
+
+
+def test_models_that_cannot_judge_together(goals, model, processor):
+    stranger = responsive_model(list(ACTION_COLUMNS), steps=8, width=16)
+    with torch.no_grad():
+        next(stranger.encoder.parameters()).add_(1.0)
+    ours, theirs = weights_checksum(model.encoder), weights_checksum(stranger.encoder)
+    with pytest.raises(ValueError, match=f"other model 2 was trained on another encoder, .* {theirs}, .* {ours}"):
+        ImaginedVPTEnv(goals, others=[(model, processor), (stranger, processor)])
+    statistics = processor.action_statistics
+    faster = VJEPA2ACProcessor(resolution=32, action_space="vpt-38", action_statistics=statistics, fps=10)
+    with pytest.raises(ValueError, match="need one fps: the first has 5.*, another 10"):
+        ImaginedVPTEnv(goals, others=[(model, faster)])
+    fewer = VJEPA2ACProcessor(resolution=32, action_statistics=statistics)
+    with pytest.raises(ValueError, match="action_dim is 38, but the processor's .* is 13"):
+        ImaginedVPTEnv(goals, others=[(model, fewer)])
 
 
 def test_steps_of_recordings_are_counted_once(clips, goals):

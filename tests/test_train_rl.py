@@ -182,6 +182,20 @@ def test_an_agent_that_learns_in_imagination_meets_the_game_when_it_is_trained(m
     )
     one, other = (weights(tmp_path / part / "imagined.zip") for part in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one | other)
+    # What several models disagree on ends episodes: here every step of every one.
+    apart = tmp_path / "apart"
+    other = AutoModel.from_pretrained(model)
+    with torch.no_grad():
+        for weight in other.predictor.parameters():
+            weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
+    other.save_pretrained(apart / "model")
+    AutoProcessor.from_pretrained(model).save_pretrained(apart / "model")
+    doubting = (*more, "--ensemble", apart / "model", "--max_doubt", 1e-9, "--imagined_steps", 16)
+    settings = run(monkeypatch, model, apart / "out", *doubting)["settings"]
+    assert {e["ended"] or e["success"] for e in lines(apart / "out/imagined.jsonl")} <= {"doubt", True}
+    assert settings["ensemble"] == [str(apart / "model")] and len(settings["ensemble_weights"]) == 1
+    with pytest.raises(ValueError, match=r"ensemble: found \['.*model'\], expected \[\]"):
+        run(monkeypatch, model, apart / "out", *more, "--max_doubt", 1e-9, "--imagined_steps", 16)
     with pytest.raises(ValueError, match="trained for 32 steps already, --imagined_steps is 16"):
         run(monkeypatch, model, tmp_path / "parts", *more, "--imagined_steps", 16)
     with pytest.raises(ValueError, match="max_steps must be 1 to 7, since the model knows clips of 8 steps.*found 8"):
@@ -310,6 +324,7 @@ def test_a_killed_training_is_continued(model, tmp_path):
         (["--eval_episodes", 0], "--eval_episodes must be at least 1, found 0"),
         (["--agents", "imagined"], "the agent 'imagined' and --steps data need --dataset"),
         (["--steps", "data"], "the agent 'imagined' and --steps data need --dataset"),
+        (["--ensemble", "org/other"], "--ensemble is for the agent 'imagined', found --agents features pixels"),
         (["--agents", "imagined", "--imagined_steps", 40], "found 40, 16 and 16"),
     ],
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS, DEGREES_PER_PIXEL, wrap_degrees
-from ..evaluation.clips import check_model_and_processor
+from ..evaluation.clips import check_head_fits, check_model_and_processor, check_same_steps
 from ..loading.clips import check_clips, check_geometry, clip_name, decode_clip, load_clips
 from ..modeling_vjepa2_ac import CONDITIONING_TOKENS, VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor, add_view_changes
@@ -30,6 +30,7 @@ _WALKS = [ACTION_COLUMNS.index(f"key.{key}") for key in ("w", "a", "s", "d", "sp
 _FIRST_SLOT, _GUI = ACTION_COLUMNS.index("hotbar.0"), ACTION_COLUMNS.index("gui_open")
 _NUMBER_KEYS = slice(ACTION_COLUMNS.index("key.1"), ACTION_COLUMNS.index("key.9") + 1)
 _ENCODED_AT_ONCE, _MEASURED_VIEWS = 64, 1024
+Judge = tuple[VJEPA2ACModel, VJEPA2ACProcessor]
 
 
 def find_turns(actions: np.ndarray, states: np.ndarray, most_degrees: float, most_look: float = 2.0) -> np.ndarray:
@@ -231,6 +232,11 @@ class RecordedGoals:
         own = (features - self._mean).square().mean(dim=(1, 2)) / self._variance
         return own.cpu().numpy()
 
+    def disagreement(self, imagined: Sequence[Tensor]) -> np.ndarray:
+        """Variance `(B,)` over what several models imagine of the same views, `(B, N, D)` each, in the same units."""
+        views = torch.stack([features.to(self._mean.device) for features in imagined])
+        return (views.var(dim=0, correction=0).mean(dim=(1, 2)) / self._variance).cpu().numpy()
+
     def _measure(self) -> None:
         """Mean view `(N, D)` and the variance about it."""
         clips, steps = np.unravel_index(
@@ -256,11 +262,50 @@ def _covered(recordings: Sequence[str], starts: Sequence[int], length: int) -> i
     return covered
 
 
-class _Worlds:
-    """B imagined episodes: what each has seen, is to reach, and its keys and values, in memory that does not grow.
+class _Imagination:
+    """What a model imagines of B worlds, with its keys and values, in memory that does not grow.
 
     Worlds that have gone equally far are advanced by one call of the predictor, which sees the new step alone.
     """
+
+    def __init__(self, model: VJEPA2ACModel, processor: VJEPA2ACProcessor, count: int, max_steps: int):
+        self.model, self.processor, self.max_steps = model, processor, max_steps
+        size = (count, model.config.num_tokens, model.config.feature_size)
+        self.features = torch.zeros(size, device=model.device)
+        self._past: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def step(self, raw: np.ndarray, view: np.ndarray, done: np.ndarray) -> None:
+        """Raw actions `(B, 38)` from views `(B, 2)`, degrees, that are `done` `(B,)` steps from their starts."""
+        actions = self.processor.normalize_actions(raw).to(self.model.device)
+        states = self.processor.normalize_states(view).to(self.model.device)
+        imagined = torch.empty_like(self.features)
+        for steps in np.unique(done):
+            at = torch.from_numpy(np.flatnonzero(done == steps))
+            cache = DynamicCache()
+            tokens = int(steps) * (self.model.config.num_tokens + CONDITIONING_TOKENS)
+            for layer, (keys, values) in enumerate(self._past if steps else ()):
+                cache.update(keys[at, :, :tokens], values[at, :, :tokens], layer)
+            step = (t[at].unsqueeze(1) for t in (self.features, actions, states))
+            imagined[at] = self.model.rollout(*step, past_key_values=cache)[:, 0].float()
+            self._remember(at, tokens, cache)
+        self.features = imagined
+
+    def _remember(self, at: Tensor, tokens: int, cache: DynamicCache) -> None:
+        """Keep the keys and values of the step that was done, behind those of the `tokens` before."""
+        for number, layer in enumerate(cache.layers):
+            assert layer.keys is not None and layer.values is not None
+            if number == len(self._past):
+                size = self.max_steps * (layer.keys.shape[2] - tokens)
+                count, (_, heads, _, width) = len(self.features), layer.keys.shape
+                made = layer.keys.new_zeros(2, count, heads, size, width)
+                self._past.append((made[0], made[1]))
+            for kept, new in zip(self._past[number], (layer.keys, layer.values), strict=True):
+                kept[at, :, tokens : new.shape[2]] = new[:, :, tokens:]
+
+
+class _Worlds:
+    """B imagined episodes: what each has seen and is to reach."""
 
     def __init__(
         self,
@@ -273,8 +318,14 @@ class _Worlds:
         hold: int = 1,
         success_reward: float = 0.0,
         max_doubt: float | None = None,
+        others: Sequence[Judge] = (),
     ):
-        config, known = goals.model.config, goals.model.config.num_steps - 1
+        for number, (model, processor) in enumerate(others, start=1):
+            check_model_and_processor(model, processor)
+            check_same_steps(goals.processor, processor)
+            check_head_fits(model, goals.model, f"other model {number}")
+        config = goals.model.config
+        known = min(model.config.num_steps for model in (goals.model, *[model for model, _ in others])) - 1
         self.max_steps = known if max_steps is None else max_steps
         if not 1 <= self.max_steps <= known:
             raise ValueError(
@@ -301,12 +352,17 @@ class _Worlds:
         shape = (1, config.num_tokens, config.feature_size)
         views = {key: spaces.Box(-np.inf, np.inf, shape, np.float32) for key in ("features", "goal")}
         self.observation_space = spaces.Dict({**views, "state": spaces.Box(-np.inf, np.inf, (2,), np.float32)})
-        self.features = torch.zeros(count, *shape[1:], device=goals.model.device)
+        judges = ((goals.model, goals.processor), *others)
+        self.imaginations = [_Imagination(*judge, count, self.max_steps) for judge in judges]
         self.goal = torch.zeros_like(self.features)
         self.state, self.goal_state = np.zeros((count, 2)), np.zeros((count, 2))
         self.done, self.held, self.slots = (np.zeros(count, dtype=int) for _ in range(3))
         self.structure = np.zeros(count)  # of each start
-        self._past: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def features(self) -> Tensor:
+        """The views `(B, N, D)`, as the first model imagines them."""
+        return self.imaginations[0].features
 
     def begin(self, worlds: np.ndarray, generators: Sequence[np.random.Generator]) -> None:
         """New episodes in these worlds, each drawn from its own generator."""
@@ -314,17 +370,20 @@ class _Worlds:
         clips, starts, ends = goals.pairs[[goals.draw(generator) for generator in generators]].T
         encoded = goals.encode(np.concatenate([clips, clips]), np.concatenate([starts, ends]))
         at = torch.from_numpy(worlds)
-        self.features[at], self.goal[at] = encoded.split(len(worlds))
+        start, self.goal[at] = encoded.split(len(worlds))
+        for imagination in self.imaginations:
+            imagination.features[at] = start.to(imagination.features.device)
         self.state[worlds], self.goal_state[worlds] = goals.states[clips, starts], goals.states[clips, ends]
         self.slots[worlds] = goals.slots[clips, np.minimum(starts, goals.slots.shape[1] - 1)]
-        self.structure[worlds] = goals.structure(self.features[at])
+        self.structure[worlds] = goals.structure(start)
         self.done[worlds] = self.held[worlds] = 0
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Rewards, terminated, truncated and info of all worlds, `(B,)` each."""
         raw = self._executed(actions)
         before = self.degrees()
-        self._imagine(raw)
+        for imagination in self.imaginations:
+            imagination.step(raw, self.state, self.done)
         self.state = self._turned(raw)
         self.done += 1
         degrees = self.degrees()
@@ -356,11 +415,14 @@ class _Worlds:
         }
 
     def doubt(self) -> np.ndarray:
-        """What the views have lost of their own since the start, `(B,)`, in units of the recorded views' variance.
+        """Of several models how far they disagree, of one alone what the views have lost of their own since the start;
+        `(B,)`, in units of the recorded views' variance.
 
         A predictor that is trained to be near predicts what is left open by its mean: what its predictions lack of the
         variance is their expected squared error (law of total variance). No second model is needed.
         """
+        if len(self.imaginations) > 1:
+            return self.goals.disagreement([imagination.features for imagination in self.imaginations])
         return self.structure - self.goals.structure(self.features)
 
     def degrees(self) -> np.ndarray:
@@ -394,35 +456,6 @@ class _Worlds:
         changes = torch.from_numpy(raw[:, None, 2:4])
         return add_view_changes(torch.from_numpy(self.state), changes)[:, 0].numpy()
 
-    @torch.no_grad()
-    def _imagine(self, raw: np.ndarray) -> None:
-        goals, device = self.goals, self.goals.model.device
-        actions = goals.processor.normalize_actions(raw).to(device)
-        states = goals.processor.normalize_states(self.state).to(device)
-        imagined = torch.empty_like(self.features)
-        for done in np.unique(self.done):
-            at = torch.from_numpy(np.flatnonzero(self.done == done))
-            cache = DynamicCache()
-            tokens = int(done) * (goals.model.config.num_tokens + CONDITIONING_TOKENS)
-            for layer, (keys, values) in enumerate(self._past if done else ()):
-                cache.update(keys[at, :, :tokens], values[at, :, :tokens], layer)
-            step = (t[at].unsqueeze(1) for t in (self.features, actions, states))
-            imagined[at] = goals.model.rollout(*step, past_key_values=cache)[:, 0].float()
-            self._remember(at, tokens, cache)
-        self.features = imagined
-
-    def _remember(self, at: Tensor, tokens: int, cache: DynamicCache) -> None:
-        """Keep the keys and values of the step that was done, behind those of the `tokens` before."""
-        for number, layer in enumerate(cache.layers):
-            assert layer.keys is not None and layer.values is not None
-            if number == len(self._past):
-                size = self.max_steps * (layer.keys.shape[2] - tokens)
-                count, (_, heads, _, width) = len(self.done), layer.keys.shape
-                made = layer.keys.new_zeros(2, count, heads, size, width)
-                self._past.append((made[0], made[1]))
-            for kept, new in zip(self._past[number], (layer.keys, layer.values), strict=True):
-                kept[at, :, tokens : new.shape[2]] = new[:, :, tokens:]
-
 
 class ImaginedVPTEnv(gymnasium.Env):
     """Turn until the view is the goal's, in a model's imagination: `GoalViewWrapper`'s task without a game.
@@ -434,8 +467,9 @@ class ImaginedVPTEnv(gymnasium.Env):
     integrated view and that of the goal's recorded state.
 
     `info` has `success`, `goal_degrees`, `goal_features` (mean absolute difference of imagined and goal features),
-    `doubt` (how much the view has lost since the start of what is its own: `RecordedGoals.structure`) and `ended`:
-    "doubt" where more than `max_doubt` truncates the episode.
+    `doubt` (how much the view has lost since the start of what is its own: `RecordedGoals.structure`; with `others` how
+    far the models disagree, `RecordedGoals.disagreement`) and `ended`: "doubt" where more than `max_doubt` truncates
+    the episode.
 
     Args:
         goals: starts and goals, and the model.
@@ -446,9 +480,12 @@ class ImaginedVPTEnv(gymnasium.Env):
         hold: steps in a row that must end so close.
         success_reward: for a success, beside the decrease of the distance in tolerances.
         max_doubt: more than this truncates an episode; None: no limit.
+        others: more models with their processors, over the same encoder: each imagines the same episode for itself,
+            from the same start, and their disagreement is the doubt. What is observed stays the first one's.
 
     Raises:
-        ValueError: more steps than the model's clips have; values that contradict each other.
+        ValueError: more steps than the models' clips have; values that contradict each other; other models of another
+            encoder, other actions or other steps (the message has both values).
     """
 
     metadata = {"render_modes": []}

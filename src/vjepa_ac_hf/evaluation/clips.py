@@ -58,14 +58,25 @@ def check_model_and_processor(model: VJEPA2ACModel, processor: VJEPA2ACProcessor
             raise ValueError(f"the model's {ours} is {expected}, but the processor's {theirs} is {found}")
 
 
-def check_head_fits(head: VJEPA2ACHeadPreTrainedModel, model: VJEPA2ACModel, what: str = "the head") -> None:
-    """Raise a ValueError, with both values, where a head (`what`) is over other features than the world model's."""
+def check_same_steps(ours: VJEPA2ACProcessor, other: VJEPA2ACProcessor) -> None:
+    """Raise a ValueError where steps or actions of two models are not the same."""
+    for name in ("action_space", "native_fps", "fps", "tubelet_size"):
+        one, two = getattr(ours, name), getattr(other, name)
+        if one != two:
+            raise ValueError(f"models that work together need one {name}: the first has {one}, another {two}")
+
+
+def check_head_fits(
+    head: VJEPA2ACHeadPreTrainedModel | VJEPA2ACModel, model: VJEPA2ACModel, what: str = "the head"
+) -> None:
+    """Raise a ValueError, with both values, where a head or another world model (`what`) is over other features."""
+    own = head.vjepa2_ac.encoder if isinstance(head, VJEPA2ACHeadPreTrainedModel) else head.encoder
     for field in ("grid", "feature_size", "encoding", "normalize_features", "frame_shape"):
         found, expected = getattr(head.config, field), getattr(model.config, field)
         if found != expected:
             raise ValueError(f"{what}'s {field} is {found}, the model's {expected}")
-    if head.vjepa2_ac.encoder is not model.encoder:
-        found, expected = (weights_checksum(encoder) for encoder in (head.vjepa2_ac.encoder, model.encoder))
+    if own is not model.encoder:
+        found, expected = (weights_checksum(encoder) for encoder in (own, model.encoder))
         if found != expected:
             raise ValueError(f"{what} was trained on another encoder, checksum {found}, the model's {expected}")
 

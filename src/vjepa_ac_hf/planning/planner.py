@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..actions_vjepa2_ac import ACTION_COLUMNS
-from ..evaluation.clips import check_model_and_processor
+from ..evaluation.clips import check_model_and_processor, check_same_steps
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import PITCH_SCALE, VJEPA2ACProcessor
 from .actions import COLUMN, NUM_SLOTS, NUMBER_KEYS, SLOTS, Distribution, SearchSpace, integrate_view
@@ -185,14 +185,6 @@ def check_planning(model: VJEPA2ACModel, processor: VJEPA2ACProcessor, space: Se
             f"the search space's action space is {space.columns}, but the processor's is {processor.action_space}"
         )
     ticks_per_step(processor)
-
-
-def check_same_steps(ours: VJEPA2ACProcessor, other: VJEPA2ACProcessor) -> None:
-    """Raise a ValueError where steps or actions of two models are not the same."""
-    for name in ("action_space", "native_fps", "fps", "tubelet_size"):
-        one, two = getattr(ours, name), getattr(other, name)
-        if one != two:
-            raise ValueError(f"models that plan together need one {name}: the first has {one}, another {two}")
 
 
 def check_doubt(doubt: float) -> float:
