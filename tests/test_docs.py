@@ -366,3 +366,24 @@ def test_commands_have_flags_that_exist(monkeypatch):
             assert flag in flags_of[program], (page, program, flag)
             used += 1
     assert len(flags_of) >= 12 and used >= 100
+
+
+def test_published_numbers_have_commands_that_choose_clips_by_rule(monkeypatch):
+    """The table of docs/evaluation.md: programs, flags and rules that exist, and numbers that the page explains."""
+    rows = table("evaluation.md", "The same clips")
+    assert [row[0] for row in rows] == [
+        *("errors, win rates", "retrieval", "controllability", "decoded frames"),
+        *("an inverse dynamics head by itself", "fine landscape", "plans in the game"),
+    ]
+    programs = {Path(file).name: name for name, (file, _) in PROGRAMS.items()}
+    for number, command, *_ in rows:
+        words = re.search(r"`([^`]*)`", command)
+        if words is None:
+            assert command == "the same"
+        elif words[1].startswith("--"):
+            assert words[1].split()[0] in parser_of("evaluate", monkeypatch)._option_string_actions, number
+        else:
+            file, *flags = shlex.split(words[1])
+            parsed = vars(parser_of(programs[file], monkeypatch).parse_args(flags))
+            assert parsed.get("clip_rule", "clips-v1") == "clips-v1", number
+            assert parsed.get("clip_rule") or parsed["manifest"] == "view-easy-v1"
