@@ -32,6 +32,7 @@ from vjepa_ac_hf.evaluation import (
 from vjepa_ac_hf.evaluation.clips import ClipRecords
 from vjepa_ac_hf.evaluation.controllability import headline_figures
 from vjepa_ac_hf.evaluation.controllability_figures import KINDS, camera_bins
+from vjepa_ac_hf.evaluation.runs import flatten
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
 
 PLACE = {column: i for i, column in enumerate(ACTION_COLUMNS)}
@@ -236,6 +237,10 @@ def test_intervals_are_those_of_resampled_players():
     )
     for i, interval in enumerate(intervals):
         assert interval == pytest.approx([low[i], high[i]]), i
+    # Over several runs (evaluation/runs.py) each figure keeps the interval that is its own.
+    own = {name: interval for name, _, interval in flatten({"kinds": kinds})}
+    assert own["kinds.groups.left_right.onset.f1"] == pytest.approx(intervals[1])
+    assert own["kinds.groups.left_right.onset.precision"] is None
 
 
 def test_what_is_never_pressed_is_null_with_a_reason():

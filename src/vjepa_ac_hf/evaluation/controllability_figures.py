@@ -287,13 +287,13 @@ def _rates(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _key_figures(counts: np.ndarray, weights: np.ndarray | None) -> dict[str, Any] | None:
-    """Of `(U, 3)` counts; None where nothing is pressed."""
+    """Of `(U, 3)` counts, the interval behind the F1 that it is of; None where nothing is pressed."""
     totals = counts.sum(axis=0)
     if not totals[2]:
         return None
     rates = {name: _number(value) for name, value in _rates(totals).items()}
     interval = _with_interval(lambda c: _rates(c)["f1"], counts, weights)["ci95"]
-    return {**rates, "pressed": int(totals[2]), "told": int(totals[1]), "ci95": interval}
+    return {"f1": rates.pop("f1"), "ci95": interval, **rates, "pressed": int(totals[2]), "told": int(totals[1])}
 
 
 def _with_interval(figure: Any, counts: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
