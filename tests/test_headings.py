@@ -21,6 +21,7 @@ from vjepa_ac_hf.planning import (
     minimize,
     plan,
 )
+from vjepa_ac_hf.planning.headings import passing_turn
 from vjepa_ac_hf.planning.planner import GoalCost, JointCost
 from vjepa_ac_hf.planning.search import refine
 
@@ -107,19 +108,57 @@ def test_who_imagines_rightly_goes_straight_to_the_goal_and_stays(goal):
     assert controller.seen == [] and controller.plan is None
 
 
-@pytest.mark.parametrize("less, turn", [(0.03, 37.5), (0.08, 45.0)])
-def test_what_is_far_must_be_expected_nearer_by_its_price(less, turn):
-    """37.5 and 90 degrees away: a tenth of the usual distance for 90 makes 0.058 of it between them."""
+def chance_of_missing(apart):
+    """That a view so many degrees from the goal has more than half of the usual distance; the table's own words."""
+    mean, deviation = 1 - 0.9 * math.exp(-apart / 6), 0.09 + 0.1 * (1 - math.exp(-apart / 6))
+    return 0.5 * math.erfc((0.5 - mean) / deviation / math.sqrt(2))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_of_two_turns_that_pass_most_of_the_belief(seed):
+    """By brute force: every pair of turns, every heading, one after the other."""
+    rng = np.random.default_rng(seed)
+    headings, now = rng.uniform(-180, 180) + np.arange(24) * 15.0, rng.uniform(-180, 180)
+    belief = rng.dirichlet(np.full(24, 0.2))
+    best, chosen = -1.0, None
+    for first in np.arange(-45, 46, 15.0):
+        for second in np.arange(-45, 46, 15.0):
+            value = 0.0
+            for heading, chance in zip(headings, belief, strict=True):
+                missed = [chance_of_missing(apart(heading, now + at)) for at in (first / 2, first)]
+                missed += [chance_of_missing(apart(heading, now + first + at)) for at in (second / 2, second)]
+                once, twice = math.prod(missed[:2]), math.prod(missed)
+                later = 2 + apart(heading, now + first + second) / 45
+                value += chance * ((1 - once) + 0.8 * (once - twice) + twice * 0.8**later)
+            if value > best + 1e-12:
+                best, chosen = value, first
+    found = passing_turn(torch.from_numpy(belief), torch.from_numpy(headings), now, 45.0, 15.0)
+    assert found == chosen
+
+
+def test_a_belief_is_what_bayes_makes_of_what_was_seen_and_imagined():
     model, processor = make()
     world = RoundWorld()
-    controller = HeadingController(model, processor, world.view(171.0))
-
-    def imagine(joint, turns):
-        expected = {37.5: 0.5, 90.0: 0.5 - less}
-        return [controller.usual * expected.get(round(turn, 3), 2.0) for turn in turns]
-
-    controller._imagine = imagine
-    assert float(controller.act(world.view(0.0)[None], (0.0, 0.0))[YAW]) == pytest.approx(turn)
+    controller = HeadingController(model, processor, world.view(100.0), sharpness=5.0, nearness=1.5)
+    act_on(controller, world, 2)
+    assert len(controller.seen) == 3  # the view at first, that in the middle of the first step, and the one after it
+    believed = []
+    controller._believe = lambda *given: believed.append(HeadingController._believe(controller, *given)) or believed[0]
+    frames, state = world.step(20.0)
+    controller.act(frames, state, executed=torch.tensor([0.0, 0.0, 20.0] + [0.0] * 35))
+    headings, belief = (part.tolist() for part in believed[0])
+    usual, imagined = controller.usual, sorted(controller._imagined.items())
+    places, costs = [h for h, _ in imagined], [c / usual for _, (c, _) in imagined]
+    assert len(places) == 48 and np.allclose(headings, np.arange(144) * 2.5) and len(controller.seen) == 5
+    expected = []
+    for heading in headings:
+        weight = -5.0 * np.interp(heading, [*places, 360.0], [*costs, costs[0]]) - 1.5 * apart(heading, 0.0) / 90
+        for seen, distance in controller.seen:
+            near = math.exp(-apart(heading, seen) / 6)
+            deviation = 0.09 + 0.1 * (1 - near)
+            weight -= (distance / usual - (1 - 0.9 * near)) ** 2 / (2 * deviation**2) + math.log(deviation)
+        expected.append(math.exp(weight))
+    assert belief == pytest.approx([e / sum(expected) for e in expected], rel=1e-6)
 
 
 def test_a_wrong_valley_is_left():
@@ -153,7 +192,8 @@ def test_a_plan_says_what_is_done():
     [
         ({"largest_turn": 180.0}, r"largest_turn must be within \(0, 180\).*found 180.0 and 7.5"),
         ({"spacing": 60.0}, "spacing within .* found 45.0 and 60.0"),
-        ({"near": 0.2}, "0 <= arrived <= near < 1.*found 0.35, 0.2, 10.0 and 0.1"),
+        ({"arrived": 1.0}, "0 <= arrived < 1 and .*found 1.0, 12.0 and 2.0"),
+        ({"sharpness": math.inf}, "finite sharpness and nearness.*found 0.35, inf and 2.0"),
         ({"doubt": -1.0}, "doubt must be a finite number, at least 0, found -1.0"),
         ({"context_steps": 5}, "horizon must be a whole number from 1 to 3 for a context of 5 steps"),
     ],

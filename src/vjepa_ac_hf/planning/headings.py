@@ -18,8 +18,44 @@ from .control import Controller
 from .planner import MAX_BATCH_TOKENS, GoalCost, Imagination, JointCost, Plan, encode_frames, ticks_per_step
 
 FAR = 90.0  # degrees that are imagined again at every step; the rest of the circle at the first one
-BESIDE = 10.0  # degrees, about the width of a valley
-TRIED = 5  # views beside each other after which a valley without arrival is a wrong one
+FINE = 3  # headings of the belief for one that is imagined
+FOUND = 0.5  # of the usual distance: a view as near shows where the goal is
+LATER = 0.8  # what a heading that is passed a step later counts
+
+
+def expected_distance(apart: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a view's distance to the goal, in parts of the usual one, by degrees apart.
+
+    Fitted to percentiles of distances that were measured in the game (docs/planning.md, "Headings").
+    """
+    near = torch.exp(-apart / 6.0)
+    return 1.0 - 0.9 * near, 0.19 - 0.1 * near
+
+
+def passing_turn(belief: Tensor, headings: Tensor, now: float, largest_turn: float, spacing: float) -> float:
+    """The first of two turns that pass, as soon as can be, the headings at which the goal is believed to be.
+
+    Args:
+        belief: `(K,)`, sums to 1.
+        headings: `(K,)`, degrees.
+        now: the heading.
+        largest_turn: of a step.
+        spacing: of the turns that are tried, which are its multiples.
+    """
+    most = int(largest_turn / spacing + 1e-9)
+    turns = torch.arange(-most, most + 1)  # in spacings; views, of which a turn has one in its middle, in halves of one
+    views = now + torch.arange(-4 * most, 4 * most + 1, dtype=torch.float64) * spacing / 2
+    apart = wrap_degrees(headings - views[:, None]).abs()  # (V, K)
+    mean, deviation = expected_distance(apart)
+    missed = 1 - torch.special.ndtr((FOUND - mean) / deviation)  # the goal is there, and the view does not tell
+    first = 4 * most + 2 * turns
+    once = belief * missed[first - turns] * missed[first]  # (T, K)
+    twice = once[:, None] * missed[first[:, None] + turns] * missed[first[:, None] + 2 * turns]  # (T, T, K)
+    passed = 1 - once.sum(-1)[:, None] + LATER * (once.sum(-1)[:, None] - twice.sum(-1))
+    # What two turns have not passed can be passed as many steps later as it is away from where they end.
+    later = LATER ** (2 + apart[first[:, None] + 2 * turns] / largest_turn)
+    value = passed + (twice * later).sum(-1)
+    return float(turns[int(value.max(dim=1).values.argmax())]) * spacing
 
 
 class HeadingController(Controller):
@@ -30,17 +66,15 @@ class HeadingController(Controller):
     encoded alike, the same view has distance 0, and any view that is not within some 10 degrees of the goal nearly the
     same, large distance. And the whole circle can be imagined: as few equal turns as lead to a heading.
 
-    At every step, with the distances of all views seen (those in the middle of steps too):
+    Both make a belief over the headings at which the goal may be. Of every view so far (those in the middle of steps
+    too), a normal density of its distance, whose mean and deviation depend on how far the goal would be from it
+    (`expected_distance`). Of every heading, its imagined distance, as imagined from the nearest heading so far, and how
+    far it is from the first view: `exp(-sharpness * distance - nearness * degrees / 90)`. A step is the first of two
+    turns that pass as much of that belief as two can, what is passed later counting less: a search as in the theory of
+    search (Koopman, 1956), by views that may miss what they pass. A view below `arrived`: go there and stay.
 
-    - one of them is below `arrived` times the usual distance: stay there.
-    - one is below `near` times: the headings within 10 degrees of it are imagined, a fine grid; go to the lowest. Five
-      views there of which none has arrived: it is a wrong valley.
-    - else go to the heading of the lowest imagined distance, each as imagined from the nearest heading so far, less
-      those that views of a large distance rule out: within `apart` degrees of one whose distance is usual, and less in
-      proportion down to `arrived`. What is imagined further away is blurred, and so less far from any goal, and takes
-      longer to reach: `price` is added.
-
-    The usual distance is the median of all that are at least three quarters of the largest. Nothing is random.
+    All distances are parts of the usual one: the median of those that are at least three quarters of the largest.
+    Nothing is random.
 
     Args:
         model: a `VJEPA2ACModel`.
@@ -50,9 +84,8 @@ class HeadingController(Controller):
         context_steps: steps to remember at most; None: as many as the model's clips leave room for.
         spacing: degrees between headings that are imagined.
         arrived: see above.
-        near: see above.
-        apart: see above.
-        price: share of the usual distance that is added for every 90 degrees of a turn.
+        sharpness: see above; 0 to imagine nothing.
+        nearness: see above; 0 for goals that are as likely behind as in front.
         others: as `Controller` takes them.
         doubt: likewise, of what is imagined and what is seen.
         max_batch_tokens: see `Imagination`.
@@ -75,9 +108,8 @@ class HeadingController(Controller):
         context_steps: int | None = None,
         spacing: float = 7.5,
         arrived: float = 0.35,
-        near: float = 0.75,
-        apart: float = 10.0,
-        price: float = 0.1,
+        sharpness: float = 12.0,
+        nearness: float = 2.0,
         others: Sequence[tuple[VJEPA2ACModel, VJEPA2ACProcessor]] = (),
         doubt: float = 0.0,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
@@ -87,10 +119,10 @@ class HeadingController(Controller):
                 f"largest_turn must be within (0, 180) and spacing within (0, largest_turn], found {largest_turn} and "
                 f"{spacing}"
             )
-        if not 0 <= arrived <= near < 1 or not apart >= 0 or not price >= 0:
+        if not 0 <= arrived < 1 or not 0 <= sharpness < float("inf") or not 0 <= nearness < float("inf"):
             raise ValueError(
-                "0 <= arrived <= near < 1, apart >= 0 and price >= 0 are needed, found "
-                f"{arrived}, {near}, {apart} and {price}"
+                "0 <= arrived < 1 and finite sharpness and nearness, at least 0, are needed, found "
+                f"{arrived}, {sharpness} and {nearness}"
             )
         keys = [c for c in processor.action_space if c.startswith(("key.", "mouse.l", "mouse.r", "mouse.m"))]
         turns = {"yaw_delta": (-largest_turn, largest_turn)}
@@ -110,8 +142,8 @@ class HeadingController(Controller):
         )
         if not isinstance(self._cost, GoalCost) or self._cost.goal.ndim != 2:
             raise ValueError("HeadingController needs one view as its goal, found a cost, or a goal for every step")
-        self.largest_turn, self.spacing, self.arrived, self.near = largest_turn, spacing, arrived, near
-        self.apart, self.price, self.max_batch_tokens = apart, price, max_batch_tokens
+        self.largest_turn, self.spacing, self.arrived = largest_turn, spacing, arrived
+        self.sharpness, self.nearness, self.max_batch_tokens = sharpness, nearness, max_batch_tokens
 
     def reset(self) -> None:
         super().reset()
@@ -158,44 +190,35 @@ class HeadingController(Controller):
         self._remember(joint)
         now, usual = float(self._context.states[-1, 0]), self.usual
         best, lowest = min(self.seen, key=lambda view: view[1])
-        tried = sum(abs(wrap_degrees(heading - best)) <= BESIDE for heading, _ in self.seen)
-        if lowest < self.arrived * usual or (lowest < self.near * usual and tried < TRIED):
-            turn, cost = self._approach(joint, now, float(wrap_degrees(best - now)), lowest, usual)
+        if lowest < self.arrived * usual:
+            turn, cost = float(wrap_degrees(best - now)), lowest
         else:
-            turn, cost = self._search(joint, now, usual)
+            headings, belief = self._believe(joint, now, usual)
+            turn = passing_turn(belief, headings, now, self.largest_turn, self.spacing / FINE)
+            nearest = min(self._imagined, key=lambda heading: abs(wrap_degrees(heading - now - turn)))
+            cost = self._imagined[nearest][0]
         return self._make_plan(members[0][0], turn, cost)
 
-    def _approach(self, joint: JointCost, now: float, turn: float, lowest: float, usual: float) -> tuple[float, float]:
-        """Turn to a view that is near the goal, or to a heading beside it that is expected to be nearer."""
-        if lowest < self.arrived * usual:
-            return turn, lowest
-        fine = [turn + step for step in (-10.0, -7.5, -5.0, -3.0, 3.0, 5.0, 7.5, 10.0)]
-        costs = self._imagine(joint, fine)
-        known = [(turn, lowest), *zip(fine, costs, strict=True)]
-        # Who was at a heading knows better than any imagination.
-        free = [
-            (t, c) for t, c in known if t == turn or all(abs(wrap_degrees(now + t - h)) > 2.0 for h, _ in self.seen)
-        ]
-        return min(free, key=lambda candidate: candidate[1])
-
-    def _search(self, joint: JointCost, now: float, usual: float) -> tuple[float, float]:
-        """Turn to where the goal is expected."""
+    def _believe(self, joint: JointCost, now: float, usual: float) -> tuple[Tensor, Tensor]:
+        """Headings `(K,)` of the circle, and how likely the goal is at each `(K,)`, which sums to 1."""
         start = self.seen[0][0]
-        headings = [start + i * self.spacing for i in range(round(360 / self.spacing))]
-        turns = {h: float(wrap_degrees(h - now)) for h in headings}
-        imagined = [h for h in headings if abs(turns[h]) <= FAR or h not in self._imagined]
-        costs = self._imagine(joint, [turns[h] for h in imagined])
-        for heading, cost in zip(imagined, costs, strict=True):
-            away = abs(turns[heading])
-            if heading not in self._imagined or away <= self._imagined[heading][1]:
-                cost += self.price * usual * away / 90
-                self._imagined[heading] = (cost, away)
-        ruled_out = [
-            (seen, self.apart * min((d / usual - self.arrived) / (1 - self.arrived), 1.0)) for seen, d in self.seen
-        ]
-        left = [h for h in headings if all(abs(wrap_degrees(h - seen)) > apart for seen, apart in ruled_out)]
-        heading = min(left or headings, key=lambda h: self._imagined[h][0])
-        return turns[heading], self._imagined[heading][0]
+        count = round(360 / self.spacing)
+        imagined = [start + i * self.spacing for i in range(count)]
+        away = {heading: abs(float(wrap_degrees(heading - now))) for heading in imagined}
+        again = [h for h in imagined if away[h] <= FAR or h not in self._imagined]
+        costs = self._imagine(joint, [float(wrap_degrees(h - now)) for h in again])
+        for heading, cost in zip(again, costs, strict=True):
+            if heading not in self._imagined or away[heading] <= self._imagined[heading][1]:
+                self._imagined[heading] = (cost, away[heading])
+        costs_K = torch.tensor([self._imagined[h][0] for h in imagined], dtype=torch.float64) / usual
+        between = torch.arange(FINE, dtype=torch.float64) / FINE
+        costs_K = (costs_K[:, None] * (1 - between) + costs_K.roll(-1)[:, None] * between).flatten()
+        headings = start + torch.arange(count * FINE, dtype=torch.float64) * self.spacing / FINE
+        log = -self.sharpness * costs_K - self.nearness * wrap_degrees(headings - start).abs() / 90
+        for heading, distance in self.seen:
+            mean, deviation = expected_distance(wrap_degrees(headings - heading).abs())
+            log = log - ((distance / usual - mean) / deviation).square() / 2 - deviation.log()
+        return headings, torch.softmax(log, dim=0)
 
     def _steps(self, turn: float) -> int:
         return max(1, math.ceil(abs(turn) / self.largest_turn - 1e-9))
