@@ -299,3 +299,11 @@ def test_random_encoders_of_a_seed_are_the_same_whatever_predicts_from_them(chan
     name = "layer.0.mlp.fc1.weight"
     assert not torch.equal(encoders[0][name], encoders[2][name])
     assert encoders[0][name].std().item() == pytest.approx(0.02, rel=0.2)  # and drawn as the rest is
+
+
+def test_a_model_is_made_of_a_state_dict_and_a_configuration():
+    """transformers' way without a folder: its own tests use it (slow: tests/test_common_model_tests.py)."""
+    model = tiny_model()
+    made = VJEPA2ACModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor), name

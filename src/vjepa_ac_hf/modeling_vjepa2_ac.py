@@ -453,7 +453,7 @@ class VJEPA2ACPreTrainedModel(PreTrainedModel):
             ValueError: `hierarchical_features` other than the saved model's; before weights are read.
         """
         asked = getattr(kwargs.get("config"), "hierarchical_features", kwargs.get("hierarchical_features"))
-        if asked is not None:
+        if asked is not None and pretrained_model_name_or_path is not None:  # None: of a `state_dict`
             saved, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
             trained = saved.get("hierarchical_features", False)
             if saved.get("model_type") == cls.config_class.model_type and asked != trained:
