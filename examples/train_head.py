@@ -155,14 +155,13 @@ from vjepa_ac_hf.loading.clips import (
     load_clips,
 )
 from vjepa_ac_hf.loading.feature_cache import cache_features
+from vjepa_ac_hf.loading.labels import ClipLabels, clips_with_label, read_labels
 from vjepa_ac_hf.loading.loader import ClipLoader, clips_identity, worker_options
 from vjepa_ac_hf.records import command_line, versions, write_json
 from vjepa_ac_hf.training.distributed import build_accelerator, end_processes, prepare
 from vjepa_ac_hf.training.heads import (
     CLIPS_FOR_FIT,
     TASKS,
-    ClipLabels,
-    clips_with_label,
     evaluate_head,
     fit_key_thresholds,
     fit_linear,
@@ -170,7 +169,6 @@ from vjepa_ac_hf.training.heads import (
     head_inputs,
     head_parameter_groups,
     headline,
-    read_labels,
     save_head,
 )
 from vjepa_ac_hf.training.health import Health

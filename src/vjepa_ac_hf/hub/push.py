@@ -29,7 +29,7 @@ from torch import Tensor
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, weights_digest, write_json
-from ..training.checkpoints import AVERAGE, flush
+from ..training.checkpoints import AVERAGE, flush, move_files
 from .cards import RunDescription
 from .upload import Snapshot, is_model_file, lock, look, read_json, remove_outdated
 
@@ -84,11 +84,7 @@ def save_final_model(
     (temporary / "README.md").write_bytes(texts["README.md"])
     training = json.loads(texts["training_args.json"]) | {"made": time_of_now(folder)}
     (temporary / "training_args.json").write_text(json.dumps(training, indent=2) + "\n")
-    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "training_args.json", path.name)):
-        flush(path)
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
-    flush(folder)
+    move_files(temporary, folder, last="training_args.json")
 
 
 def save_last_weights(folder: Path, model: VJEPA2ACModel | None, processor: VJEPA2ACProcessor) -> None:
