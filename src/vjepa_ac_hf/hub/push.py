@@ -31,7 +31,7 @@ from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, weights_digest, write_json
 from ..training.checkpoints import AVERAGE, flush, move_files
 from .cards import RunDescription
-from .upload import Snapshot, is_model_file, lock, look, read_json, remove_outdated
+from .upload import Snapshot, failed, is_model_file, lock, look, read_json, remove_outdated
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def add_snapshot(
     Args:
         folder: of the repository.
         made, added, step: see `upload.Snapshot`.
-        links: files that are never changed in place, by their names in the snapshot.
+        links: files that are never changed in place, by their names in the snapshot; copied where there are no links.
         texts: contents of the others.
     """
     snapshot = f"{made}-{added}-step-{step:08d}"
@@ -119,7 +119,10 @@ def add_snapshot(
         for name in (*links, *texts):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         for name, source in links.items():
-            link_or_copy(source, temporary / name)
+            try:
+                os.link(source, temporary / name)  # costs nothing, and outlives the source's removal
+            except OSError:
+                shutil.copyfile(source, temporary / name)
         for name, content in texts.items():
             (temporary / name).write_bytes(content)
         for path in (*temporary.rglob("*"), temporary):
@@ -136,41 +139,34 @@ def call_upload(
     """Run upload.py once and return its result; a process that dies, or takes longer than `limit`, is a failure."""
     # Nothing of the launcher's settings is for it, and it needs no accelerator.
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started, aborted = time.monotonic(), None
+    command, started, given_up = [sys.executable, "-P", str(_UPLOAD_PROGRAM)], time.monotonic(), None
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     try:
         with log.open("a+") if log else tempfile.TemporaryFile("a+") as errors:
             before = errors.tell()
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(_UPLOAD_PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for the training
-            )
-            with process:
+            # In a session of its own: Ctrl-C is for the training.
+            with subprocess.Popen(command, stderr=errors, start_new_session=True, **pipes) as process:
                 # Its input stays open: it ends when this process does, however that happens.
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
-                while process.poll() is None and aborted is None:
+                while process.poll() is None and given_up is None:
                     if stop is not None and stop.is_set():
-                        aborted = "given up for a newer model, or at the end"
+                        given_up = "given up for a newer model, or at the end"
                     elif time.monotonic() - started > limit:
-                        aborted = f"not done after {limit:.0f} s"
+                        given_up = f"not done after {limit:.0f} s"
                     time.sleep(0.1)
                 process.kill()
                 lines = process.stdout.read().splitlines()
             errors.seek(before)
             said = errors.read().strip().splitlines()
     except OSError as error:
-        aborted, lines = f"the upload's process: {error}", []
-    else:
-        ended = f"the upload's process ended with status {process.returncode}: {said[-1][:300] if said else 'no word'}"
-        aborted = aborted or (None if lines and lines[-1].startswith("{") else ended)
-    return (
-        {"ok": False, "reason": aborted, "permanent": False, "retry_after": None} if aborted else json.loads(lines[-1])
-    )
+        return failed(f"the upload's process: {error}")
+    if given_up is not None:
+        return failed(given_up)
+    if lines and lines[-1].startswith("{"):
+        return json.loads(lines[-1])
+    last_words = said[-1][:300] if said else "no word"
+    return failed(f"the upload's process ended with status {process.returncode}: {last_words}")
 
 
 def prepare_repository(repo_id: str, private: bool, timeout: float = 60.0, tries: int = 3) -> None:
@@ -417,11 +413,3 @@ class HubPusher:
             "%s: step %d is not pushed (attempt %d): %s; tried again %s",
             *(self.repo_id, snapshot.step, failures, result["reason"], again),
         )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, which costs nothing and outlives the source's removal; a copy where there are none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
