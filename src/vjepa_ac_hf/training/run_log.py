@@ -47,13 +47,11 @@ class MetricsLog:
         lines = path.read_text().splitlines() if path.is_file() and step > 0 else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                if json.loads(line)["step"] <= step:
+                    rows.append(line + "\n")
             except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break  # cut off when the run was killed; its step is done again
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if row["step"] <= step:
-                rows.append(line + "\n")
+                if number < len(lines):  # else it was cut off when the run was killed, and its step is done again
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         write_file(path, "".join(rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
@@ -81,21 +79,17 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write `run.json` with this start first and earlier ones of the same run under "earlier".
 
     All processes must call it; the main one writes.
     """
-    devices = gather_object([_device_name(accelerator.device)])
+    device = accelerator.device
+    name = f"{device.type} ({platform.processor() or platform.machine()})"
+    devices = gather_object([torch.cuda.get_device_name(device) if device.type == "cuda" else name])
     record: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.orig_argv if hasattr(sys, "orig_argv") else sys.argv,
+        "command": sys.orig_argv,
         "working_directory": str(Path.cwd()),
         "arguments": jsonable(vars(arguments)),
         "processes": accelerator.num_processes,
@@ -108,9 +102,7 @@ def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) ->
     }
     if accelerator.is_main_process:
         path = arguments.output_dir / "run.json"
-        earlier: list[dict[str, Any]] = []
-        if path.is_file():
-            before = json.loads(path.read_text())
-            earlier = [{k: v for k, v in before.items() if k != "earlier"}, *before.get("earlier", [])]
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        earlier = before.pop("earlier", [])
+        earlier = [before, *earlier] if before else []
         write_json(path, {**record, "earlier": earlier})
-    return record
