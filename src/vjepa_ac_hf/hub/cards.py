@@ -126,12 +126,8 @@ class RunDescription:
         """The files beside the model of a step, by their names in the repository.
 
         README.md, training_args.json, metrics.jsonl up to the step, and evaluation/metrics.json if that in `output_dir`
-        is of these weights. The same weights have the same files, whenever they were saved: the Hub takes them once.
-
-        Args:
-            output_dir: of the run.
-            step: optimizer steps done.
-            weights: digest of the model's (`weights_digest`).
+        is of these weights (`weights_digest`). The same weights have the same files, whenever they were saved: the Hub
+        takes them once. `step` counts optimizer steps done.
         """
         path = output_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
@@ -166,8 +162,7 @@ class RunDescription:
         """The card of the model of a step.
 
         Args:
-            step: optimizer steps done.
-            weights: digest of the model's.
+            step, weights: optimizer steps done, digest of the model's weights.
             rows: of metrics.jsonl up to the step; if the last validation was at this step, its figures are the results
                 where there is no evaluation.
             evaluation: metrics.json of `examples/evaluate.py`, of these weights.

@@ -105,13 +105,10 @@ def save_last_weights(folder: Path, model: VJEPA2ACModel | None, processor: VJEP
 def add_snapshot(
     folder: Path, made: int, added: int, step: int, links: Mapping[str, Path], texts: Mapping[str, bytes]
 ) -> None:
-    """Add a snapshot to a repository's folder: complete and on the disk, or not there.
+    """Add a snapshot (`upload.Snapshot`) to a repository's folder: complete and on the disk, or not there.
 
-    Args:
-        folder: of the repository.
-        made, added, step: see `upload.Snapshot`.
-        links: files that are never changed in place, by their names in the snapshot; copied where there are no links.
-        texts: contents of the others.
+    `links` are files that are never changed in place, by their names in the snapshot (copied where there are no hard
+    links), `texts` contents of the others.
     """
     snapshot = f"{made}-{added}-step-{step:08d}"
     temporary = folder / f".{snapshot}.{os.getpid()}.tmp"

@@ -124,16 +124,10 @@ def save_checkpoint(
     accelerator: Accelerator,
     average: WeightAverage | None = None,
 ) -> Path:
-    """Write `folder/step-<step>`; all processes must call it, the main one writes.
+    """Write `folder/step-<step>`, sharded or not; all processes must call it, the main one writes.
 
-    Args:
-        folder: of all checkpoints.
-        step: finished optimizer steps.
-        predictor: sharded or not.
-        optimizer: of the predictor.
-        random_state: of this process (`get_random_state`).
-        state: JSON (schedule, arguments, position of the loader).
-        average: of the predictor's weights; None: there is none.
+    `step` counts finished optimizer steps; `random_state` is this process's (`get_random_state`); `state` is JSON:
+    schedule, arguments, place in the data.
     """
     parts = {"predictor.safetensors": predictor.state_dict()}
     if average is not None:

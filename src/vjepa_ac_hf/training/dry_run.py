@@ -20,12 +20,7 @@ def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | 
     """One training step on the meta device (shapes alone: no data, no memory, no weights), then the estimates.
 
     The step has two layers of predictor and encoder (of this as many as it taps), since all layers are alike; what is
-    counted has them all.
-
-    Args:
-        arguments: the run's.
-        config: the model's, as the run would build it.
-        clips: of the training split, where the data set was given.
+    counted has them all. `clips` are those of the training split, where the data set was given.
 
     Returns:
         What to show; the same as JSON is in `--dry_run_json`.

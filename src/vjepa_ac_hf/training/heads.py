@@ -48,14 +48,8 @@ RIDGE = 1e-6  # of the features' variance, which is 1 where they are normalised:
 def head_parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, encoder_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: head and, where it is trained, world model; no weight decay on biases, norms, scales.
-
-    Args:
-        model: a head model (`head`, `vjepa2_ac`).
-        learning_rate: of the head.
-        weight_decay: of parameters with more than one dimension.
-        encoder_learning_rate: of the world model under it; None: a tenth of the head's.
-    """
+    """Groups for an optimizer: head and, where it is trained, the world model under it (by default at a tenth of the
+    head's learning rate); no weight decay on biases, norms and scales, which have one dimension at most."""
     if encoder_learning_rate is None:
         encoder_learning_rate = learning_rate / 10
     return [
@@ -84,7 +78,6 @@ def fit_linear(model: VJEPA2ACForFrameDecoding, batches: Iterable[dict[str, Any]
     Args:
         model: on the accelerator's device, not wrapped.
         batches: of this process, with `frames` beside pixels or features (`ClipCollator(frames=True)`).
-        accelerator: processes and device.
     """
     head, device = model.head, accelerator.device
     assert isinstance(head, VJEPA2ACFrameDecodingHead)
@@ -181,12 +174,8 @@ def evaluate_head(
 ) -> dict[str, Any]:
     """Loss and figures over the clips of all processes, on each of them (docs/applications.md, "Figures").
 
-    Args:
-        model: a head model, not wrapped.
-        batches: of this process; every clip once over all processes.
-        processor: gives raw units.
-        accelerator: processes, device and precision.
-        labels: for classification.
+    `model` is not wrapped; `batches` are this process's, every clip once over all processes; `labels` are for
+    classification.
     """
     if isinstance(model, VJEPA2ACForFrameDecoding):
         return evaluate_decoder(model, batches, processor, accelerator)

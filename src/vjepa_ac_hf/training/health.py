@@ -47,11 +47,8 @@ def peak_memory(device: torch.device) -> int:
 class Health:
     """Collects in the course of the steps what a row of the metrics says about them.
 
-    Args:
-        model: the run's model, unwrapped. Operations, tokens and features are told of world models alone.
-        arguments: the run's.
-        accelerator: of the run.
-        trained: the part of the model that is optimised; None: the world model's predictor.
+    Operations, tokens and features are told of world models alone. `model` is not wrapped, `trained` the part of it
+    that is optimised (None: the world model's predictor).
     """
 
     def __init__(

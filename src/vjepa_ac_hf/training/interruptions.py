@@ -87,13 +87,9 @@ class LoaderTimeout(TimeoutError):
 class BatchWatch:
     """An iterator that reports when its next item does not come.
 
-    A thread warns every `warn_seconds` and, after `fail_seconds`, stops the wait with `LoaderTimeout`. Where the wait
-    cannot be stopped, because it is in a library's code, the process ends with the stacks of its threads.
-
-    Args:
-        batches: the batches of a `ClipLoader`.
-        warn_seconds: of waiting for one batch before each warning.
-        fail_seconds: of waiting for one batch before the error.
+    A thread warns after every `warn_seconds` of waiting for one batch of a `ClipLoader` and, after `fail_seconds`,
+    stops the wait with `LoaderTimeout`. Where the wait cannot be stopped, because it is in a library's code, the
+    process ends with the stacks of its threads.
     """
 
     def __init__(self, batches: Iterator[dict[str, Any]], warn_seconds: float, fail_seconds: float):

@@ -122,8 +122,7 @@ def run_identity(
     Args:
         arguments: the program's; those of `ARGUMENTS` that it has.
         num_processes: it is part of the order of clips.
-        model: its configuration.
-        processor: its action statistics and the frames' geometry.
+        model, processor: their configuration, action statistics and the frames' geometry.
         clips: the training clips, not their cached features.
         frozen: by name, parts of the model whose weights a step reads from elsewhere than a checkpoint.
         more: of this program alone.
@@ -144,13 +143,8 @@ def check_same_run(
     """Refuse to continue a run that was another one.
 
     What a checkpoint of an earlier version does not name is not compared; a field that the model's configuration did
-    not have then counts as its default.
-
-    Args:
-        saved: `run_identity` as the checkpoint has it, or all arguments (before there was a list).
-        current: of this start.
-        checkpoint: named in the error.
-        config_class: of the model, for defaults.
+    not have then counts as its default (`config_class`). `saved` is `run_identity` as the checkpoint has it, or all
+    arguments (before there was a list), `current` that of this start.
 
     Raises:
         ValueError: the fields that differ, with both values.
@@ -207,12 +201,7 @@ def startup_summary(
 ) -> str:
     """Data, length, sizes and estimated memory of a run, for people.
 
-    Args:
-        arguments: the run's.
-        model: as it will be trained.
-        encoder: where its encoder comes from.
-        splits: training clips, and the validation clips used or None.
-        processes: number of them.
+    `encoder` says where the model's comes from, `splits` are the training clips, and the validation clips used or None.
     """
     config, sizes = model.config, model.config.encoder_config
     assert isinstance(config, VJEPA2ACConfig)
