@@ -39,6 +39,7 @@ HUB_FOLDER = ".hub"
 # One upload, whatever it does: the transfer of large files (hf_xet) has time-outs of its own making.
 ATTEMPT_LIMIT = 7200.0
 LONGEST_WAIT = 600.0  # between attempts
+POLL = 0.5  # seconds between two looks at what waits
 _UPLOAD_PROGRAM = Path(__file__).with_name("upload.py")
 
 
@@ -224,12 +225,10 @@ class HubPusher:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._request: dict[str, Any] = {"action": "push", "folder": str(self.folder), "repo_id": repo_id}
         self._request |= {"squash": squash, "timeout": timeout}
-        self._changed = threading.Condition()
-        self._added = 0  # snapshots
-        self._running = False  # an upload
         self._not_before = 0.0
-        self._asked_to_wait = self._refused = self._closing = False
-        self._stop = threading.Event()
+        self._running = self._asked_to_wait = False  # an upload; the Hub, until `_not_before`
+        self._refused: Snapshot | None = None
+        self._stop, self._closing = threading.Event(), threading.Event()  # this upload; all
         self._thread: threading.Thread | None = None
         # Python's own generator decides what training does.
         self._random = random.SystemRandom()
@@ -307,9 +306,8 @@ class HubPusher:
         except OSError as error:
             logger.warning("%s: the final model is not pushed, it cannot be prepared: %s", self.repo_id, error)
             return False
-        with self._changed:
-            if self._running:
-                self._stop.set()  # an older model: this one has all of it
+        if self._running:
+            self._stop.set()  # an older model: this one has all of it
         done = self.wait(wait)
         if done:
             shutil.rmtree(self.base, ignore_errors=True)  # a run that goes on writes it anew
@@ -318,24 +316,24 @@ class HubPusher:
     def wait(self, seconds: float) -> bool:
         """Wait until all is up, as often as that takes, and stop; False as for `finish`."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            # At the end everything is tried again, unless the Hub has named a time.
-            self._not_before = self._not_before if self._asked_to_wait else 0.0
-            self._changed.notify_all()
-            while self._thread is not None and look(self.folder)[0] is not None and not self._refused:
-                left = deadline - time.monotonic()
-                if left <= 0 or (self._asked_to_wait and self._not_before > deadline):
-                    break
-                self._changed.wait(min(left, 1.0))
+        if not self._asked_to_wait:
+            self._not_before = 0.0  # at the end everything is tried again, unless the Hub has named a time
+        while self._thread is not None and time.monotonic() < deadline:
+            snapshot = look(self.folder)[0]
+            if snapshot is None and not self._running:
+                break
+            if snapshot is not None and snapshot == self._refused:
+                break
+            if self._asked_to_wait and self._not_before > deadline:
+                break
+            time.sleep(POLL)
         self.close()
         return look(self.folder)[0] is None
 
     def close(self) -> None:
         """Stop pushing; what is not up stays on disk, for the next run or examples/push.py."""
-        with self._changed:
-            self._closing = True
-            self._stop.set()
-            self._changed.notify_all()
+        self._closing.set()
+        self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
 
@@ -353,42 +351,25 @@ class HubPusher:
             with lock(self.folder, wait=False) as alone:
                 if alone:
                     remove_outdated(self.folder)
-        with self._changed:
-            self._refused = False
-            self._added += 1
-            self._changed.notify_all()
 
     def _work(self) -> None:
         failures = 0
-        while (snapshot := self._next()) is not None:
-            started, added = time.monotonic(), self._added
+        while not self._closing.wait(POLL):
+            snapshot, started = look(self.folder)[0], time.monotonic()
+            if snapshot is None or snapshot == self._refused or started < self._not_before:
+                continue
+            self._running = True
             result = call_upload(dict(self._request), self.folder / "upload.log", self.attempt_limit, self._stop)
-            with self._changed:
-                self._running = self._asked_to_wait = False
-                if result["ok"]:
-                    failures = 0
-                    self._report(result, time.monotonic() - started)
-                elif not self._stop.is_set():
-                    failures += 1
-                    self._refused = result["permanent"] and self._added == added
-                    self._put_off(snapshot, result, failures)
-                if not self._closing:
-                    self._stop.clear()
-                self._changed.notify_all()
-
-    def _next(self) -> Snapshot | None:
-        """Wait for something to push, and for the time to do so; None at the end."""
-        with self._changed:
-            while not self._closing:
-                snapshot, left = look(self.folder)[0], self._not_before - time.monotonic()
-                if snapshot is None or self._refused:
-                    self._changed.wait()
-                elif left > 0:
-                    self._changed.wait(left)
-                else:
-                    self._running = True
-                    return snapshot
-            return None
+            if result["ok"]:
+                failures, self._asked_to_wait = 0, False
+                self._report(result, time.monotonic() - started)
+            elif not self._stop.is_set():
+                failures += 1
+                self._refused = snapshot if result["permanent"] else None
+                self._put_off(snapshot, result, failures)
+            self._running = False
+            if not self._closing.is_set():
+                self._stop.clear()
 
     def _report(self, result: dict[str, Any], seconds: float) -> None:
         if result["step"] is None:  # another program was faster
