@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import tensor_digests, tensors_of, weights_digest, write_json
-from ..training.checkpoints import AVERAGE, flush, move_files
+from ..records import flush, move_files, tensor_digests, tensors_of, weights_digest, write_json
+from ..training.checkpoints import AVERAGE
 from .cards import RunDescription
 from .upload import Snapshot, failed, is_model_file, lock, look, read_json, remove_outdated
 

@@ -26,7 +26,7 @@ from accelerate.utils import gather
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..records import write_json
+from ..records import flush, write_json
 from .averages import WeightAverage
 from .distributed import full_tensor, shard_like
 
@@ -232,24 +232,6 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
 def write_best(folder: Path, best: dict[str, Any]) -> None:
     """`best.json`: step, value and folder of the checkpoint with the lowest validation loss."""
     write_json(folder / "best.json", {**best, "checkpoint": f"step-{best['step']:08d}"})
-
-
-def flush(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def move_files(source: Path, folder: Path, last: str | None = None) -> None:
-    """Move the files of `source` to `folder`, `last` after all others; each appears whole, and is on the disk."""
-    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
-        flush(path)
-        os.replace(path, folder / path.name)
-    source.rmdir()
-    flush(folder)
 
 
 def _set_aside(path: Path, prefix: str, reason: str) -> None:

@@ -29,7 +29,7 @@ from ..modeling_heads_vjepa2_ac import (
     binary_pos_weight,
 )
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from .checkpoints import move_files
+from ..records import move_files
 from .optimization import decay_groups
 from .validation import evaluating
 

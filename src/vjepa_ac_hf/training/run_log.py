@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..records import versions, write_file, write_json
+from ..records import git_revision, versions, write_file, write_json
 
 # Variables that change what is computed or how; others may hold secrets.
 _VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "NCCL_", "OMP_", "MKL_", "PYTORCH_", "TORCH_", "NVIDIA_TF32_OVERRIDE")
@@ -62,21 +61,6 @@ class MetricsLog:
         """Bring all rows to the disk, before a checkpoint that counts on them."""
         with self.path.open("a") as file:
             os.fsync(file.fileno())
-
-
-def git_revision(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that the code in `folder` is tracked in, and whether it has been changed; else None."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a repository around an installed package is another one
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/").splitlines()
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> None:
