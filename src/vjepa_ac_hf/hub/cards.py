@@ -48,22 +48,15 @@ _PUBLISHED = (
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a card says of a run, but for the step it is written at.
+    """What a card says of a run, but for the step it is written at."""
 
-    Attributes:
-        template: of the card, in Jinja (model_cards/model_card.md).
-        repo_id: ORG/NAME, or the name of the folder of a model that is not pushed.
-        config, processor: the model's.
-        parameters: number of parameters of `encoder` and `predictor`.
-        training: `arguments` (those that others need), `encoder` (where its weights come from), `clips_per_step`,
-            `num_processes`, `versions`.
-    """
-
-    template: Path
-    repo_id: str
+    template: Path  # of the card, in Jinja (model_cards/model_card.md)
+    repo_id: str  # ORG/NAME, or the name of the folder of a model that is not pushed
     config: VJEPA2ACConfig
     processor: VJEPA2ACProcessor
-    parameters: dict[str, int]
+    parameters: dict[str, int]  # number of them in `encoder` and `predictor`
+    # `arguments` (those that others need), `encoder` (where its weights come from), `clips_per_step`, `num_processes`,
+    # `versions`.
     training: dict[str, Any]
 
     @classmethod

@@ -197,15 +197,6 @@ class HubPusher:
     What fails is tried again after 5 s, 10 s, ... up to 10 minutes (times 0.5 to 1.5, and never before the Hub's
     Retry-After); what the Hub refuses, with the next model and at the end. With the strategy "end" only the final model
     is pushed; with "later" models are prepared, for examples/push.py.
-
-    Args:
-        output_dir: of the run.
-        repo_id: ORG/NAME.
-        strategy: "every_checkpoint", "end" or "later".
-        squash: make the repository's history one commit after each push.
-        timeout: seconds without a byte after which a request fails.
-        first_wait: of the waits between attempts, seconds.
-        attempt_limit: seconds after which one upload is given up.
     """
 
     def __init__(
@@ -215,9 +206,9 @@ class HubPusher:
         *,
         strategy: str = "every_checkpoint",
         squash: bool = False,
-        timeout: float = 60.0,
-        first_wait: float = 5.0,
-        attempt_limit: float = ATTEMPT_LIMIT,
+        timeout: float = 60.0,  # seconds without a byte after which a request fails
+        first_wait: float = 5.0,  # seconds between the first attempts
+        attempt_limit: float = ATTEMPT_LIMIT,  # seconds after which one upload is given up
     ):
         self.output_dir, self.repo_id, self.strategy = output_dir, repo_id, strategy
         self.first_wait, self.attempt_limit = first_wait, attempt_limit
@@ -293,13 +284,9 @@ class HubPusher:
         return texts["README.md"]
 
     def finish(self, wait: float) -> bool:
-        """Push the final model, which lies in the output folder by now, and wait for it.
+        """Push the final model, which lies in the output folder by now, and wait so many seconds for it.
 
-        Args:
-            wait: seconds after which it is left to examples/push.py.
-
-        Returns:
-            True if all is up. False, with the reason on the log, if not: the Hub refuses, or `wait` is over.
+        Returns whether all is up; if not, the reason is on the log (the Hub refuses it, or the time is over).
         """
         try:
             self.add_final(self.run)

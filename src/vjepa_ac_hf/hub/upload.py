@@ -96,19 +96,12 @@ def prepare(repo_id: str, private: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, order=True)
 class Snapshot:
-    """A folder `<made>-<added>-step-<step>` with everything that a model's commit is made of; nothing in it changes.
+    """A folder `<made>-<added>-step-<step>` with everything that a model's commit is made of; nothing in it changes."""
 
-    Attributes:
-        made: when the weights were, in nanoseconds: what is made later is newer, whatever its step.
-        added: when the snapshot was: a model gets another one with a new card.
-        step: optimizer steps done.
-        path: of the folder.
-    """
-
-    made: int
-    added: int
-    step: int
-    path: Path
+    made: int  # when the weights were, in nanoseconds: what is made later is newer, whatever its step
+    added: int  # when the snapshot was: a model gets another one with a new card
+    step: int  # optimizer steps done
+    path: Path  # of the folder
 
     @property
     def final(self) -> bool:

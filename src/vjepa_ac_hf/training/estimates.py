@@ -35,19 +35,12 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one forward and backward pass over a batch on one device.
+    """Operations of one forward and backward pass over a batch on one device."""
 
-    Args:
-        encoder: forward, 0 with cached features.
-        predictor_forward: teacher forcing and rollout.
-        predictor_backward: their backward pass.
-        recomputed: second forward pass of the layers with gradient checkpointing; not part of `model`.
-    """
-
-    encoder: int
-    predictor_forward: int
-    predictor_backward: int
-    recomputed: int
+    encoder: int  # forward, 0 with cached features
+    predictor_forward: int  # teacher forcing and rollout
+    predictor_backward: int  # their backward pass
+    recomputed: int  # second forward pass of the layers with gradient checkpointing; not part of `model`
 
     @property
     def model(self) -> int:
@@ -117,22 +110,15 @@ def encoder_tokens(config: VJEPA2ACConfig, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device; `total` counts gradients and activations as if all were there at once.
+    """Bytes on one device; `total` counts gradients and activations as if all were there at once."""
 
-    Args:
-        weights: encoder and predictor, float32, the average of the predictor's where there is one, and in bf16 the
-            copies that autocast makes of the predictor's.
-        gradients: of the predictor, float32; several processes send them from where they are.
-        optimizer: AdamW's two moments, float32.
-        activations: what the forward pass keeps for the backward pass, pixels and features included.
-        working: what is held for a moment beside it: one layer's backward pass, or the encoder's forward pass.
-    """
-
+    # Encoder and predictor, float32, the average of the predictor's where there is one, and in bf16 the copies that
+    # autocast makes of the predictor's.
     weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    working: float
+    gradients: float  # of the predictor, float32; several processes send them from where they are
+    optimizer: float  # AdamW's two moments, float32
+    activations: float  # what the forward pass keeps for the backward pass, pixels and features included
+    working: float  # held for a moment beside it: one layer's backward pass, or the encoder's forward pass
 
     @property
     def total(self) -> float:

@@ -44,54 +44,33 @@ def tensors_of(batch: Batch) -> Batch:
 
 @dataclass
 class Run:
-    """A run between two of its steps.
+    """A run between two of its steps."""
 
-    Attributes:
-        arguments: the program's.
-        model: not wrapped.
-        trained: the part of it that is optimised and that checkpoints hold.
-        wrapped: the model as a step calls it: under DDP, FSDP2, compilation.
-        optimizer, scheduler: of `trained`.
-        identity: what must not differ when the run is continued (`run_identity`).
-        loader: batches of this process.
-        average: of the weights of `trained`; None: there is none.
-        losses: outputs of the model that a row has; `loss` is optimised.
-        inputs: arguments of the model's `forward` from a batch.
-        validate: figures by name, `validation_loss` among them, or None; all processes call it, with the average in
-            place of the weights. None: no validation.
-        picture: called after a validation's row has been written.
-        validation_set: names the clips of `validate`: losses on others are not compared.
-        publish: gets step and folder of every checkpoint but the last, in the main process.
-        log: in the main process.
-        step: finished optimizer steps.
-        saved: step of the newest checkpoint.
-        best: step and validation loss of the best checkpoint.
-        metrics: logged last, by this start.
-    """
-
-    arguments: argparse.Namespace
+    arguments: argparse.Namespace  # the program's
     accelerator: Accelerator
-    model: nn.Module
-    trained: nn.Module
-    wrapped: nn.Module
-    optimizer: AcceleratedOptimizer
+    model: nn.Module  # not wrapped
+    trained: nn.Module  # the part of it that is optimised and that checkpoints hold
+    wrapped: nn.Module  # the model as a step calls it: under DDP, FSDP2, compilation
+    optimizer: AcceleratedOptimizer  # of `trained`, as the scheduler is
     scheduler: LambdaLR
     stop: StopSignals
-    identity: dict[str, Any]
-    loader: ClipLoader
+    identity: dict[str, Any]  # what must not differ when the run is continued (`run_identity`)
+    loader: ClipLoader  # batches of this process
     health: Health
-    average: WeightAverage | None = None
-    losses: tuple[str, ...] = ("loss",)
-    inputs: Callable[[Batch], Batch] = tensors_of
+    average: WeightAverage | None = None  # of the weights of `trained`
+    losses: tuple[str, ...] = ("loss",)  # outputs of the model that a row has; `loss` is optimised
+    inputs: Callable[[Batch], Batch] = tensors_of  # arguments of the model's `forward` from a batch
+    # Figures by name, `validation_loss` among them, or None; all processes call it, with the average in place of the
+    # weights.
     validate: Callable[[], dict[str, Any]] | None = None
-    picture: Callable[[int], None] | None = None
-    validation_set: str | None = None
-    publish: Callable[[int, Path], None] | None = None
-    log: MetricsLog | None = None
-    step: int = 0
-    saved: int | None = None
-    best: dict[str, Any] | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    picture: Callable[[int], None] | None = None  # called after a validation's row has been written
+    validation_set: str | None = None  # names the clips of `validate`: losses on others are not compared
+    publish: Callable[[int, Path], None] | None = None  # gets every checkpoint but the last, in the main process
+    log: MetricsLog | None = None  # in the main process
+    step: int = 0  # finished optimizer steps
+    saved: int | None = None  # step of the newest checkpoint
+    best: dict[str, Any] | None = None  # step and validation loss of the best checkpoint
+    metrics: dict[str, Any] = field(default_factory=dict)  # logged last, by this start
 
     @property
     def checkpoints(self) -> Path:
