@@ -25,10 +25,11 @@ class WeightAverage:
         self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
         assert all(tensor.dtype == torch.float32 for tensor in self.tensors.values())
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self) -> Iterator[list[Tensor]]:
         """Averages and weights, of a sharded module this process's part: no process waits for another."""
         for name, parameter in self.module.named_parameters():
-            yield _local(self.tensors[name]), _local(parameter.detach())
+            pair = (self.tensors[name], parameter.detach())
+            yield [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in pair]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -52,7 +53,3 @@ class WeightAverage:
             yield
         finally:
             self.exchange()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -132,7 +132,9 @@ def save_checkpoint(
     parts = {"predictor.safetensors": predictor.state_dict()}
     if average is not None:
         parts[AVERAGE] = {**predictor.state_dict(), **average.tensors}  # buffers as they are
-    parts["optimizer.safetensors"] = _optimizer_tensors(predictor, optimizer)
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in predictor.named_parameters())
+    moments = {f"{name}:{key}": torch.as_tensor(value) for name, state in states for key, value in state.items()}
+    parts["optimizer.safetensors"] = moments
     files = {file: {k: _on_main(v, accelerator) for k, v in part.items()} for file, part in parts.items()}
     device = accelerator.device
     files["random.safetensors"] = {k: gather(v[None].to(device)).cpu() for k, v in random_state.items()}
@@ -229,11 +231,6 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
         shutil.rmtree(path)
 
 
-def write_best(folder: Path, best: dict[str, Any]) -> None:
-    """`best.json`: step, value and folder of the checkpoint with the lowest validation loss."""
-    write_json(folder / "best.json", {**best, "checkpoint": f"step-{best['step']:08d}"})
-
-
 def _set_aside(path: Path, prefix: str, reason: str) -> None:
     number, target = 1, path.with_name(f"{prefix}-{path.name}")
     while target.exists():
@@ -261,11 +258,6 @@ def _on_main(tensor: Tensor, accelerator: Accelerator) -> Tensor:
 def _copy(whole: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(shard_like(whole[name], tensor))
-
-
-def _optimizer_tensors(predictor: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in predictor.named_parameters())
-    return {f"{name}:{key}": torch.as_tensor(value) for name, state in states for key, value in state.items()}
 
 
 def _load_optimizer_tensors(

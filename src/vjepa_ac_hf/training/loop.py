@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from ..loading.loader import ClipLoader
-from ..records import versions
+from ..records import versions, write_json
 from . import checkpoints
 from .averages import WeightAverage
 from .distributed import full_tensor
@@ -231,7 +231,7 @@ def save(run: Run, at: dict[str, Any]) -> None:
         if run.publish is not None and run.step < run.arguments.max_steps:
             run.publish(run.step, saved)
         if run.best is not None:
-            checkpoints.write_best(run.checkpoints, run.best)
+            write_json(run.checkpoints / "best.json", {**run.best, "checkpoint": f"step-{run.best['step']:08d}"})
         best = None if run.best is None else run.best["step"]
         checkpoints.prune_checkpoints(run.checkpoints, run.arguments.keep_checkpoints, best)
 

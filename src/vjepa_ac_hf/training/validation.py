@@ -152,7 +152,9 @@ def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
     figures["validation_error_over_persistence"] = ratio
     figures |= _horizon_figures(clips, columns)
     figures |= _sensitivity_figures(clips, columns)
-    figures |= _retrieval_figures(clips, columns)
+    candidates = np.concatenate([np.full(len(group), len(group)) for group in clips.groups])
+    found = probes.aggregate_retrieval({**{n: columns[n].numpy() for n in _RETRIEVAL}, "candidates": candidates})
+    figures |= {f"validation_retrieval_{name}": found[name] for name in ("top1", "persistence_top1", "chance")}
     return _explain_nulls(clips, columns, figures, accelerator.is_main_process)
 
 
@@ -249,12 +251,6 @@ def _sensitivity_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> di
         figures[f"validation_shuffled_ratio_{group}"] = found["exchanged_over_error"]
         figures[f"validation_sensitivity_{group}_pairs"] = found["pairs"]
     return figures
-
-
-def _retrieval_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> dict[str, Any]:
-    candidates = np.concatenate([np.full(len(group), len(group)) for group in clips.groups])
-    found = probes.aggregate_retrieval({**{n: columns[n].numpy() for n in _RETRIEVAL}, "candidates": candidates})
-    return {f"validation_retrieval_{name}": found[name] for name in ("top1", "persistence_top1", "chance")}
 
 
 def _explain_nulls(
