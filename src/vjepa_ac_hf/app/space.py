@@ -14,10 +14,10 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 
 from ..evaluation.clips import spread
+from ..hub.cards import public_evaluation, public_name
+from ..hub.upload import is_model_file, use_time_outs
 from ..loading.clips import load_clips
 from ..records import write_file, write_json
-from .cards import public_evaluation, public_name
-from .upload import is_model_file, use_time_outs
 
 GRADIO = "6.31.0"  # what the Space's own installation takes
 # Of this package and its extra `app` (pyproject.toml); an index of PyTorch's builds that need no GPU goes first.
