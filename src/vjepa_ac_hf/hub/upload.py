@@ -115,12 +115,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look(folder: Path) -> tuple[Snapshot | None, list[Snapshot]]:
-    """What a repository's folder holds.
-
-    Returns:
-        The snapshot that is to be on the Hub and is not yet: the newest, if it is newer than what is up. And all
-        others: older ones, and those of steps that the run which began last (`begun.json`) has yet to do.
-    """
+    """The snapshot in a repository's folder that is to be on the Hub and is not yet: the newest, if it is newer than
+    what is up. And all others: older ones, and those of steps that the run which began last (`begun.json`) has yet to
+    do."""
     begun, pushed = read_json(folder / "begun.json"), read_json(folder / "pushed.json")
     matches = ((re.fullmatch(r"(\d+)-(\d+)-step-(\d+)", path.name), path) for path in folder.glob("*-step-*"))
     found = sorted(Snapshot(int(match[1]), int(match[2]), int(match[3]), path) for match, path in matches if match)

@@ -26,14 +26,8 @@ SAME_CTRL_C = 1.0
 class StopSignals:
     """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) as a wish to stop.
 
-        with StopSignals() as stop:
-            ...  # prepare: a signal ends the process at once, with status 75; finished work is on the disk
-            with stop.deferred():
-                while not stop.requested:
-                    ...  # train
-
-    While `deferred`, a signal sets `requested`, and a second SIGTERM or SIGINT ends the process at once (status
-    143 or 130).
+    Within the context a signal ends the process at once, with status 75: what was finished is on the disk. While
+    `deferred`, it sets `requested`, and a second SIGTERM or SIGINT ends the process at once (status 143 or 130).
     """
 
     def __init__(self) -> None:
