@@ -32,7 +32,7 @@ from .interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from .optimization import continue_schedule
 from .preflight import check_same_run
 from .run_log import MetricsLog, jsonable, write_run_record, write_status
-from .trackers import log_metrics, start_trackers
+from .trackers import start_trackers
 
 Batch = dict[str, Any]
 
@@ -202,7 +202,9 @@ def log_step(run: Run, metrics: dict[str, Any], evaluate: bool) -> bool:
         improved = loss is not None and math.isfinite(loss) and (run.best is None or loss < run.best["validation_loss"])
         if improved:
             run.best = {"step": run.step, "validation_loss": loss}
-    log_metrics(run.accelerator, metrics)
+    # Without nulls: not all trackers take them.
+    values = {name: value for name, value in metrics.items() if name != "step" and value is not None}
+    run.accelerator.log(values, step=run.step)
     if run.log is not None:
         run.log.write(metrics)
     if evaluate and run.picture is not None:

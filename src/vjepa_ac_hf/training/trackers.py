@@ -96,12 +96,6 @@ def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
                 tracker.finish()
 
 
-def log_metrics(accelerator: Accelerator, metrics: Mapping[str, Any]) -> None:
-    """A row of metrics.jsonl to the trackers, at its step. Nulls are left out: not all trackers take them."""
-    values = {name: value for name, value in metrics.items() if name != "step" and value is not None}
-    accelerator.log(values, step=metrics["step"])
-
-
 def log_images(accelerator: Accelerator, images: Mapping[str, np.ndarray], step: int) -> None:
     """Images `(Y, X, 3)`, uint8, by name, to the trackers."""
     if not accelerator.is_main_process:
