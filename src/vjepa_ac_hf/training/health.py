@@ -20,8 +20,9 @@ from .distributed import full_tensor
 from .estimates import peak_tflops, predictor_tokens, step_flops
 
 # Names of a row's figures that are about the machine, not about the model.
-_RATES = ("clips_per_second", "tokens_per_second", "model_tflops_per_second", "mfu")
-SPEED = frozenset({*_RATES, "data_wait_share", "peak_memory_bytes"})
+SPEED = frozenset(
+    ("clips_per_second", "tokens_per_second", "model_tflops_per_second", "mfu", "data_wait_share", "peak_memory_bytes")
+)
 
 
 def feature_std(features: Tensor) -> Tensor:

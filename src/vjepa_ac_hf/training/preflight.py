@@ -91,10 +91,7 @@ def _check_output(folder: Path) -> None:
 
 
 def check_batch(arguments: argparse.Namespace, clips: int) -> None:
-    """
-    Raises:
-        ValueError: a step takes more clips than there are.
-    """
+    """Raise a ValueError where a step takes more clips than there are."""
     if arguments.global_batch_size > clips:
         raise ValueError(
             f"{arguments.dataset}, split train: has {clips} clips, a step takes {arguments.global_batch_size} "
