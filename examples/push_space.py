@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # --help and mistakes are answered before the imports below, which take seconds
 
-from vjepa_ac_hf.hub.space import push_space, write_space
+from vjepa_ac_hf.app.space import push_space, write_space
 from vjepa_ac_hf.records import command_line
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 from vjepa_ac_hf.console import Parser, add_clip_rule, folder_or_repo
-from vjepa_ac_hf.training.arguments import add_loop_flags, fill_in_batch, number_of_processes
+from vjepa_ac_hf.training.arguments import add_loop_flags, check_limits, fill_in_batch, number_of_processes
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -108,15 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    positive = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "checkpoint_every")
-    for name in (*positive, "keep_checkpoints", "log_every", "eval_clips", "prefetch_factor"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(arguments, name)}")
-    if arguments.eval_every < 0:
-        parser.error(f"--eval_every must be at least 0, found {arguments.eval_every}")
-    for name in ("max_grad_norm", "loader_warning", "loader_timeout"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
+    check_limits(parser, arguments)
     if (arguments.model is None) == (arguments.encoder is None):
         parser.error("give either --model, or --encoder ('random' for an untrained one)")
     if (arguments.task == "video_classification") != (arguments.labels is not None):
@@ -163,14 +155,13 @@ from vjepa_ac_hf.loading.clips import (
     load_clips,
 )
 from vjepa_ac_hf.loading.feature_cache import cache_features
+from vjepa_ac_hf.loading.labels import ClipLabels, clips_with_label, read_labels
 from vjepa_ac_hf.loading.loader import ClipLoader, clips_identity, worker_options
 from vjepa_ac_hf.records import command_line, versions, write_json
 from vjepa_ac_hf.training.distributed import build_accelerator, end_processes, prepare
 from vjepa_ac_hf.training.heads import (
     CLIPS_FOR_FIT,
     TASKS,
-    ClipLabels,
-    clips_with_label,
     evaluate_head,
     fit_key_thresholds,
     fit_linear,
@@ -178,7 +169,6 @@ from vjepa_ac_hf.training.heads import (
     head_inputs,
     head_parameter_groups,
     headline,
-    read_labels,
     save_head,
 )
 from vjepa_ac_hf.training.health import Health

@@ -19,10 +19,10 @@ from helpers_training import ROOT, TINY, metrics, write_workspace
 from safetensors.torch import load_file
 
 from vjepa_ac_hf import VJEPA2ACConfig, VJEPA2ACModel, VJEPA2ACOutput
+from vjepa_ac_hf.records import git_revision
 from vjepa_ac_hf.training.estimates import HARDWARE
 from vjepa_ac_hf.training.health import SPEED, Health, feature_std
 from vjepa_ac_hf.training.preflight import check_arguments
-from vjepa_ac_hf.training.run_log import git_revision
 
 
 @pytest.fixture(scope="module")

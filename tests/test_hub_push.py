@@ -428,6 +428,18 @@ def test_a_history_is_squashed_on_request(server, parts, tmp_path, caplog):
     assert server.squashed == [("org/world", "Step 2"), ("org/world", "Step 3")] and "on top of" not in caplog.text
 
 
+def test_the_end_waits_for_a_history_that_is_being_squashed(server, parts, tmp_path):
+    with new_pusher(tmp_path, parts, squash=True) as pusher:
+        pusher.begin(0)
+        pusher.submit(1, checkpoint(tmp_path, 1, parts[0])[0])
+        wait_for(lambda: waiting(tmp_path) is None)
+        server.faults = [Fault("super-squash", times=1, hang=3)]
+        pusher.submit(2, checkpoint(tmp_path, 2, parts[0])[0])
+        wait_for(lambda: server.asked("super-squash"))
+        assert waiting(tmp_path) is None and pusher.wait(60)
+    assert server.squashed == [("org/world", "Step 2")]
+
+
 def test_one_uploader_at_a_time(server, parts, tmp_path):
     """A second one waits for the first, and then finds nothing to do; both are told that all is up."""
     server.faults = [Fault("PUT /objects", times=1, hang=600)]

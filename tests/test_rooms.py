@@ -17,7 +17,8 @@ LAYERS = (
     {"downloading", "inspection", "loading"},
     {"building", "evaluation"},
     {"envs", "planning", "training"},
-    {"app", "hub", "labelling"},
+    {"hub", "labelling"},
+    {"app"},
     {"programs"},
 )
 LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -16,7 +16,7 @@ from helpers_clips import write_clips
 from helpers_models import save_world
 from hub_server import HubServer
 
-from vjepa_ac_hf.hub.space import GRADIO, REQUIREMENTS, write_space
+from vjepa_ac_hf.app.space import GRADIO, REQUIREMENTS, write_space
 
 ROOT = Path(__file__).resolve().parents[1]
 

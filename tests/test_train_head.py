@@ -33,17 +33,15 @@ from vjepa_ac_hf import (
 from vjepa_ac_hf.configuration_heads_vjepa2_ac import VJEPA2ACActionAnticipationConfig, VJEPA2ACInverseDynamicsConfig
 from vjepa_ac_hf.evaluation.head_report import facts
 from vjepa_ac_hf.loading.clips import decode_clip, load_clips
+from vjepa_ac_hf.loading.labels import ClipLabels, clips_with_label, read_labels
 from vjepa_ac_hf.training import loop
 from vjepa_ac_hf.training.checkpoints import checkpoint_steps
 from vjepa_ac_hf.training.heads import (
-    ClipLabels,
     action_figures,
     best_f1_threshold,
-    clips_with_label,
     fit_pos_weight,
     head_parameter_groups,
     headline,
-    read_labels,
 )
 from vjepa_ac_hf.training.health import SPEED
 from vjepa_ac_hf.training.interruptions import EXIT_INTERRUPTED

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +34,24 @@ def write_file(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_file` for JSON; a value that is not a number of JSON (NaN) is an error."""
     write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def flush(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_files(source: Path, folder: Path, last: str | None = None) -> None:
+    """Move the files of `source` to `folder`, `last` after all others; each appears whole, and is on the disk."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+        flush(path)
+        os.replace(path, folder / path.name)
+    source.rmdir()
+    flush(folder)
 
 
 def claim_folder(
@@ -68,6 +87,21 @@ def command_line() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def git_revision(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that the code in `folder` is tracked in, and whether it has been changed; else None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a repository around an installed package is another one
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/").splitlines()
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def json_checksum(value: Any) -> str:

@@ -2,5 +2,5 @@
 
 `scenes` makes of a data set's clip or of a dropped video what a story begins with, `story` imagines step by step,
 `explorer` keeps the stories of all visitors within bounds and answers what the page asks, `page` shows it with Gradio
-(extra `app`). Open `story.py` first.
+(extra `app`), `space` puts it on the Hub as a Space. Open `story.py` first.
 """

@@ -20,6 +20,7 @@ from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import tensor_digests, tensors_of, versions, weights_digest
 from ..training.health import SPEED
+from .upload import read_json
 
 # Figures of a horizon that a card names: key in metrics.json (docs/evaluation.md), type of the metric, name, and how
 # training's own validation calls it in its rows.
@@ -37,40 +38,25 @@ _SENSITIVITY = re.compile(r"validation_sensitivity_(\w+?)(?<!_pairs)")
 # Arguments of training that others need to train the same; the rest is the machine's, and may name its folders.
 _PUBLISHED = (
     *("dataset", "action_space", "action_stats", "resize_mode", "streaming", "shuffle_buffer", "cache_dtype"),
-    *(
-        "model_config",
-        "encoder",
-        "frame_size",
-        "init_predictor",
-        "auto_steps",
-        "loss_type",
-        "max_steps",
-        "per_device_batch_size",
-    ),
-    *("gradient_accumulation_steps", "global_batch_size", "learning_rate", "start_learning_rate"),
-    *("final_learning_rate", "warmup_steps", "decay_steps", "weight_decay", "max_grad_norm", "ema_decay"),
-    *("mixed_precision", "seed", "eval_every", "eval_clips", "clip_rule", "hub_model_id", "hub_private"),
+    *("model_config", "encoder", "frame_size", "init_predictor", "auto_steps", "loss_type", "max_steps"),
+    *("per_device_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    *("learning_rate", "start_learning_rate", "final_learning_rate", "warmup_steps", "decay_steps"),
+    *("weight_decay", "max_grad_norm", "ema_decay", "mixed_precision", "seed"),
+    *("eval_every", "eval_clips", "clip_rule", "hub_model_id", "hub_private"),
 )
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a card says of a run, but for the step it is written at.
+    """What a card says of a run, but for the step it is written at."""
 
-    Attributes:
-        template: of the card, in Jinja (model_cards/model_card.md).
-        repo_id: ORG/NAME, or the name of the folder of a model that is not pushed.
-        config, processor: the model's.
-        parameters: number of parameters of `encoder` and `predictor`.
-        training: `arguments` (those that others need), `encoder` (where its weights come from), `clips_per_step`,
-            `num_processes`, `versions`.
-    """
-
-    template: Path
-    repo_id: str
+    template: Path  # of the card, in Jinja (model_cards/model_card.md)
+    repo_id: str  # ORG/NAME, or the name of the folder of a model that is not pushed
     config: VJEPA2ACConfig
     processor: VJEPA2ACProcessor
-    parameters: dict[str, int]
+    parameters: dict[str, int]  # number of them in `encoder` and `predictor`
+    # `arguments` (those that others need), `encoder` (where its weights come from), `clips_per_step`, `num_processes`,
+    # `versions`.
     training: dict[str, Any]
 
     @classmethod
@@ -84,7 +70,6 @@ class RunDescription:
         num_processes: int,
     ) -> "RunDescription":
         """Of a run that begins; `model` is whole, not in shards."""
-        parts = {"encoder": model.encoder, "predictor": model.predictor}
         per_process = arguments.per_device_batch_size * arguments.gradient_accumulation_steps
         training = {
             "arguments": published_arguments(vars(arguments)),
@@ -93,10 +78,10 @@ class RunDescription:
             "num_processes": num_processes,
             "versions": versions(),
         }
+        parts = {"encoder": model.encoder, "predictor": model.predictor}
         parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         repo_id = arguments.hub_model_id or Path(arguments.output_dir).name
-        config = cast(VJEPA2ACConfig, model.config)
-        return cls(template, repo_id, config, processor, parameters, training)
+        return cls(template, repo_id, cast(VJEPA2ACConfig, model.config), processor, parameters, training)
 
     @classmethod
     def of_folder(cls, template: Path, folder: Path, repo_id: str) -> "RunDescription":
@@ -134,30 +119,22 @@ class RunDescription:
         """The files beside the model of a step, by their names in the repository.
 
         README.md, training_args.json, metrics.jsonl up to the step, and evaluation/metrics.json if that in `output_dir`
-        is of these weights. The same weights have the same files, whenever they were saved: the Hub takes them once.
-
-        Args:
-            output_dir: of the run.
-            step: optimizer steps done.
-            weights: digest of the model's (`weights_digest`).
+        is of these weights (`weights_digest`). The same weights have the same files, whenever they were saved: the Hub
+        takes them once. `step` counts optimizer steps done.
         """
-        lines, rows = [], []
         path = output_dir / "metrics.jsonl"
-        for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
-            if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
-                lines.append(line)
-                rows.append(row)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        logged = {line: json.loads(line) for line in lines if line.endswith("\n")}  # the last may be cut off
+        logged = {line: row for line, row in logged.items() if row["step"] <= step}
         evaluation, runs = read_evaluation(output_dir, weights), read_runs(output_dir, weights)
         training = {**self.training, "step": step, "weights_sha256": weights}
         training.pop("made", None)
         picture = output_dir / "evaluation" / PICTURE
         has_picture = "frames" in (evaluation or {}) and picture.is_file()
-        texts = {
-            "README.md": str(self.card(step, weights, rows, evaluation, runs, has_picture)),
-            "training_args.json": json.dumps(training, indent=2) + "\n",
-        }
-        if lines:
-            texts["metrics.jsonl"] = "".join(lines)
+        texts = {"README.md": str(self.card(step, weights, [*logged.values()], evaluation, runs, has_picture))}
+        texts["training_args.json"] = json.dumps(training, indent=2) + "\n"
+        if logged:
+            texts["metrics.jsonl"] = "".join(logged)
         if evaluation is not None:
             public = public_evaluation(evaluation, self.repo_id)
             texts["evaluation/metrics.json"] = json.dumps(public, indent=2, allow_nan=False) + "\n"
@@ -178,8 +155,7 @@ class RunDescription:
         """The card of the model of a step.
 
         Args:
-            step: optimizer steps done.
-            weights: digest of the model's.
+            step, weights: optimizer steps done, digest of the model's weights.
             rows: of metrics.jsonl up to the step; if the last validation was at this step, its figures are the results
                 where there is no evaluation.
             evaluation: metrics.json of `examples/evaluate.py`, of these weights.
@@ -190,9 +166,8 @@ class RunDescription:
             ValueError: an evaluation without figures.
         """
         logged = rows[-1] if rows else {}
-        validated: Mapping[str, Any] = next(
-            (row for row in reversed(rows) if any(name.startswith("validation_") for name in row)), {}
-        )
+        validations = [row for row in rows if any(name.startswith("validation_") for name in row)]
+        validated = validations[-1] if validations else {}
         figures: dict[str, Any]
         if evaluation is None:
             own = validated if validated.get("step") == step else {}
@@ -202,9 +177,8 @@ class RunDescription:
         elif not evaluation.get("horizons"):
             raise ValueError("the evaluation has no horizons: expected metrics.json of examples/evaluate.py")
         else:
-            named = [
-                {"horizon": row["horizon"], **{k: row.get(k) for k, *_ in _FIGURES}} for row in evaluation["horizons"]
-            ]
+            keys = ("horizon", *(key for key, *_ in _FIGURES))
+            named = [{key: row.get(key) for key in keys} for row in evaluation["horizons"]]
             figures = {**evaluation, "dataset": public_name(evaluation["dataset"]), "horizons": named}
             top = evaluation.get("retrieval", {}).get("top1")
             headlines = [] if top is None else [("accuracy", RETRIEVAL, top)]
@@ -227,10 +201,7 @@ class RunDescription:
             is_v21=EncoderFields.of(self.config.encoder_config).is_v21,
             step=step,
             weights=weights,
-            max_steps=arguments["max_steps"],
-            recipe={k: arguments[k] for k in ("learning_rate", "weight_decay", "mixed_precision", "seed")},
             metrics={k: v for k, v in logged.items() if is_figure(k, v)},
-            ema_decay=arguments.get("ema_decay", 0.0),
             logged_at=logged.get("step"),
             validated_at=validated.get("step"),
             headlines=[(name, value) for _, name, value in headlines],
@@ -272,16 +243,14 @@ def published_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any] | None:
     """The evaluation that lies with a run (`evaluation/metrics.json`), if it is of these weights."""
-    path = folder / "evaluation" / "metrics.json"
-    evaluation = json.loads(path.read_text()) if path.is_file() else {}
+    evaluation = read_json(folder / "evaluation" / "metrics.json")
     return evaluation if evaluation.get("weights_sha256") == weights else None
 
 
 def read_runs(folder: Path, weights: str) -> dict[str, Any] | None:
     """Figures over runs that lie with a run (`evaluation/runs.json`), if these weights are one of theirs."""
-    path = folder / "evaluation" / "runs.json"
-    runs = json.loads(path.read_text()) if path.is_file() else None
-    return None if runs is None or folder_of(runs, weights) is None else runs
+    runs = read_json(folder / "evaluation" / "runs.json")
+    return runs if runs and folder_of(runs, weights) is not None else None
 
 
 def is_figure(name: str, value: Any) -> bool:
@@ -310,12 +279,12 @@ def model_index(figures: Mapping[str, Any], headlines: Sequence[tuple[str, str, 
     dataset, names = figures["dataset"], ("context_steps", *_COUNTS, "step", "weights_sha256")
     arguments = {k: figures[k] for k in names if figures.get(k) is not None}
     arguments |= {f"clip_{k}": v for k, v in figures.get("clip_set", {}).items() if k != "clips" and v is not None}
-    found = [(kind, name, value, arguments) for kind, name, value in headlines]
-    for row in reversed(figures["horizons"]):
-        h = {"horizon": row["horizon"]}
-        found[:0] = [
-            (kind, f"{name}, horizon {h['horizon']}", row[key], h | arguments) for key, kind, name, _ in _FIGURES
-        ]
+    found = [
+        (kind, f"{name}, horizon {row['horizon']}", row[key], {"horizon": row["horizon"]} | arguments)
+        for row in figures["horizons"]
+        for key, kind, name, _ in _FIGURES
+    ]
+    found += [(kind, name, value, arguments) for kind, name, value in headlines]
     return [
         EvalResult(
             task_type="other",

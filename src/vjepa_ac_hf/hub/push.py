@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from ..records import tensor_digests, tensors_of, weights_digest, write_json
-from ..training.checkpoints import AVERAGE, flush
+from ..records import flush, move_files, tensor_digests, tensors_of, weights_digest, write_json
+from ..training.checkpoints import AVERAGE
 from .cards import RunDescription
-from .upload import Snapshot, is_model_file, lock, look, read_json, remove_outdated
+from .upload import Snapshot, failed, is_model_file, lock, look, read_json, remove_outdated
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ HUB_FOLDER = ".hub"
 # One upload, whatever it does: the transfer of large files (hf_xet) has time-outs of its own making.
 ATTEMPT_LIMIT = 7200.0
 LONGEST_WAIT = 600.0  # between attempts
+POLL = 0.5  # seconds between two looks at what waits
 _UPLOAD_PROGRAM = Path(__file__).with_name("upload.py")
 
 
@@ -84,11 +85,7 @@ def save_final_model(
     (temporary / "README.md").write_bytes(texts["README.md"])
     training = json.loads(texts["training_args.json"]) | {"made": time_of_now(folder)}
     (temporary / "training_args.json").write_text(json.dumps(training, indent=2) + "\n")
-    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == "training_args.json", path.name)):
-        flush(path)
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
-    flush(folder)
+    move_files(temporary, folder, last="training_args.json")
 
 
 def save_last_weights(folder: Path, model: VJEPA2ACModel | None, processor: VJEPA2ACProcessor) -> None:
@@ -109,13 +106,10 @@ def save_last_weights(folder: Path, model: VJEPA2ACModel | None, processor: VJEP
 def add_snapshot(
     folder: Path, made: int, added: int, step: int, links: Mapping[str, Path], texts: Mapping[str, bytes]
 ) -> None:
-    """Add a snapshot to a repository's folder: complete and on the disk, or not there.
+    """Add a snapshot (`upload.Snapshot`) to a repository's folder: complete and on the disk, or not there.
 
-    Args:
-        folder: of the repository.
-        made, added, step: see `upload.Snapshot`.
-        links: files that are never changed in place, by their names in the snapshot.
-        texts: contents of the others.
+    `links` are files that are never changed in place, by their names in the snapshot (copied where there are no hard
+    links), `texts` contents of the others.
     """
     snapshot = f"{made}-{added}-step-{step:08d}"
     temporary = folder / f".{snapshot}.{os.getpid()}.tmp"
@@ -123,7 +117,10 @@ def add_snapshot(
         for name in (*links, *texts):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         for name, source in links.items():
-            link_or_copy(source, temporary / name)
+            try:
+                os.link(source, temporary / name)  # costs nothing, and outlives the source's removal
+            except OSError:
+                shutil.copyfile(source, temporary / name)
         for name, content in texts.items():
             (temporary / name).write_bytes(content)
         for path in (*temporary.rglob("*"), temporary):
@@ -140,41 +137,34 @@ def call_upload(
     """Run upload.py once and return its result; a process that dies, or takes longer than `limit`, is a failure."""
     # Nothing of the launcher's settings is for it, and it needs no accelerator.
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started, aborted = time.monotonic(), None
+    command, started, given_up = [sys.executable, "-P", str(_UPLOAD_PROGRAM)], time.monotonic(), None
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     try:
         with log.open("a+") if log else tempfile.TemporaryFile("a+") as errors:
             before = errors.tell()
-            process = subprocess.Popen(
-                [sys.executable, "-P", str(_UPLOAD_PROGRAM)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for the training
-            )
-            with process:
+            # In a session of its own: Ctrl-C is for the training.
+            with subprocess.Popen(command, stderr=errors, start_new_session=True, **pipes) as process:
                 # Its input stays open: it ends when this process does, however that happens.
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
-                while process.poll() is None and aborted is None:
+                while process.poll() is None and given_up is None:
                     if stop is not None and stop.is_set():
-                        aborted = "given up for a newer model, or at the end"
+                        given_up = "given up for a newer model, or at the end"
                     elif time.monotonic() - started > limit:
-                        aborted = f"not done after {limit:.0f} s"
+                        given_up = f"not done after {limit:.0f} s"
                     time.sleep(0.1)
                 process.kill()
                 lines = process.stdout.read().splitlines()
             errors.seek(before)
             said = errors.read().strip().splitlines()
     except OSError as error:
-        aborted, lines = f"the upload's process: {error}", []
-    else:
-        ended = f"the upload's process ended with status {process.returncode}: {said[-1][:300] if said else 'no word'}"
-        aborted = aborted or (None if lines and lines[-1].startswith("{") else ended)
-    return (
-        {"ok": False, "reason": aborted, "permanent": False, "retry_after": None} if aborted else json.loads(lines[-1])
-    )
+        return failed(f"the upload's process: {error}")
+    if given_up is not None:
+        return failed(given_up)
+    if lines and lines[-1].startswith("{"):
+        return json.loads(lines[-1])
+    last_words = said[-1][:300] if said else "no word"
+    return failed(f"the upload's process ended with status {process.returncode}: {last_words}")
 
 
 def prepare_repository(repo_id: str, private: bool, timeout: float = 60.0, tries: int = 3) -> None:
@@ -207,15 +197,6 @@ class HubPusher:
     What fails is tried again after 5 s, 10 s, ... up to 10 minutes (times 0.5 to 1.5, and never before the Hub's
     Retry-After); what the Hub refuses, with the next model and at the end. With the strategy "end" only the final model
     is pushed; with "later" models are prepared, for examples/push.py.
-
-    Args:
-        output_dir: of the run.
-        repo_id: ORG/NAME.
-        strategy: "every_checkpoint", "end" or "later".
-        squash: make the repository's history one commit after each push.
-        timeout: seconds without a byte after which a request fails.
-        first_wait: of the waits between attempts, seconds.
-        attempt_limit: seconds after which one upload is given up.
     """
 
     def __init__(
@@ -225,9 +206,9 @@ class HubPusher:
         *,
         strategy: str = "every_checkpoint",
         squash: bool = False,
-        timeout: float = 60.0,
-        first_wait: float = 5.0,
-        attempt_limit: float = ATTEMPT_LIMIT,
+        timeout: float = 60.0,  # seconds without a byte after which a request fails
+        first_wait: float = 5.0,  # seconds between the first attempts
+        attempt_limit: float = ATTEMPT_LIMIT,  # seconds after which one upload is given up
     ):
         self.output_dir, self.repo_id, self.strategy = output_dir, repo_id, strategy
         self.first_wait, self.attempt_limit = first_wait, attempt_limit
@@ -235,12 +216,10 @@ class HubPusher:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._request: dict[str, Any] = {"action": "push", "folder": str(self.folder), "repo_id": repo_id}
         self._request |= {"squash": squash, "timeout": timeout}
-        self._changed = threading.Condition()
-        self._added = 0  # snapshots
-        self._running = False  # an upload
         self._not_before = 0.0
-        self._asked_to_wait = self._refused = self._closing = False
-        self._stop = threading.Event()
+        self._running = self._asked_to_wait = False  # an upload; the Hub, until `_not_before`
+        self._refused: Snapshot | None = None
+        self._stop, self._closing = threading.Event(), threading.Event()  # this upload; all
         self._thread: threading.Thread | None = None
         # Python's own generator decides what training does.
         self._random = random.SystemRandom()
@@ -305,22 +284,17 @@ class HubPusher:
         return texts["README.md"]
 
     def finish(self, wait: float) -> bool:
-        """Push the final model, which lies in the output folder by now, and wait for it.
+        """Push the final model, which lies in the output folder by now, and wait so many seconds for it.
 
-        Args:
-            wait: seconds after which it is left to examples/push.py.
-
-        Returns:
-            True if all is up. False, with the reason on the log, if not: the Hub refuses, or `wait` is over.
+        Returns whether all is up; if not, the reason is on the log (the Hub refuses it, or the time is over).
         """
         try:
             self.add_final(self.run)
         except OSError as error:
             logger.warning("%s: the final model is not pushed, it cannot be prepared: %s", self.repo_id, error)
             return False
-        with self._changed:
-            if self._running:
-                self._stop.set()  # an older model: this one has all of it
+        if self._running:
+            self._stop.set()  # an older model: this one has all of it
         done = self.wait(wait)
         if done:
             shutil.rmtree(self.base, ignore_errors=True)  # a run that goes on writes it anew
@@ -329,24 +303,24 @@ class HubPusher:
     def wait(self, seconds: float) -> bool:
         """Wait until all is up, as often as that takes, and stop; False as for `finish`."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            # At the end everything is tried again, unless the Hub has named a time.
-            self._not_before = self._not_before if self._asked_to_wait else 0.0
-            self._changed.notify_all()
-            while self._thread is not None and look(self.folder)[0] is not None and not self._refused:
-                left = deadline - time.monotonic()
-                if left <= 0 or (self._asked_to_wait and self._not_before > deadline):
-                    break
-                self._changed.wait(min(left, 1.0))
+        if not self._asked_to_wait:
+            self._not_before = 0.0  # at the end everything is tried again, unless the Hub has named a time
+        while self._thread is not None and time.monotonic() < deadline:
+            snapshot = look(self.folder)[0]
+            if snapshot is None and not self._running:
+                break
+            if snapshot is not None and snapshot == self._refused:
+                break
+            if self._asked_to_wait and self._not_before > deadline:
+                break
+            time.sleep(POLL)
         self.close()
         return look(self.folder)[0] is None
 
     def close(self) -> None:
         """Stop pushing; what is not up stays on disk, for the next run or examples/push.py."""
-        with self._changed:
-            self._closing = True
-            self._stop.set()
-            self._changed.notify_all()
+        self._closing.set()
+        self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
 
@@ -364,42 +338,25 @@ class HubPusher:
             with lock(self.folder, wait=False) as alone:
                 if alone:
                     remove_outdated(self.folder)
-        with self._changed:
-            self._refused = False
-            self._added += 1
-            self._changed.notify_all()
 
     def _work(self) -> None:
         failures = 0
-        while (snapshot := self._next()) is not None:
-            started, added = time.monotonic(), self._added
+        while not self._closing.wait(POLL):
+            snapshot, started = look(self.folder)[0], time.monotonic()
+            if snapshot is None or snapshot == self._refused or started < self._not_before:
+                continue
+            self._running = True
             result = call_upload(dict(self._request), self.folder / "upload.log", self.attempt_limit, self._stop)
-            with self._changed:
-                self._running = self._asked_to_wait = False
-                if result["ok"]:
-                    failures = 0
-                    self._report(result, time.monotonic() - started)
-                elif not self._stop.is_set():
-                    failures += 1
-                    self._refused = result["permanent"] and self._added == added
-                    self._put_off(snapshot, result, failures)
-                if not self._closing:
-                    self._stop.clear()
-                self._changed.notify_all()
-
-    def _next(self) -> Snapshot | None:
-        """Wait for something to push, and for the time to do so; None at the end."""
-        with self._changed:
-            while not self._closing:
-                snapshot, left = look(self.folder)[0], self._not_before - time.monotonic()
-                if snapshot is None or self._refused:
-                    self._changed.wait()
-                elif left > 0:
-                    self._changed.wait(left)
-                else:
-                    self._running = True
-                    return snapshot
-            return None
+            if result["ok"]:
+                failures, self._asked_to_wait = 0, False
+                self._report(result, time.monotonic() - started)
+            elif not self._stop.is_set():
+                failures += 1
+                self._refused = snapshot if result["permanent"] else None
+                self._put_off(snapshot, result, failures)
+            self._running = False
+            if not self._closing.is_set():
+                self._stop.clear()
 
     def _report(self, result: dict[str, Any], seconds: float) -> None:
         if result["step"] is None:  # another program was faster
@@ -421,11 +378,3 @@ class HubPusher:
             "%s: step %d is not pushed (attempt %d): %s; tried again %s",
             *(self.repo_id, snapshot.step, failures, result["reason"], again),
         )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, which costs nothing and outlives the source's removal; a copy where there are none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -96,19 +96,12 @@ def prepare(repo_id: str, private: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, order=True)
 class Snapshot:
-    """A folder `<made>-<added>-step-<step>` with everything that a model's commit is made of; nothing in it changes.
+    """A folder `<made>-<added>-step-<step>` with everything that a model's commit is made of; nothing in it changes."""
 
-    Attributes:
-        made: when the weights were, in nanoseconds: what is made later is newer, whatever its step.
-        added: when the snapshot was: a model gets another one with a new card.
-        step: optimizer steps done.
-        path: of the folder.
-    """
-
-    made: int
-    added: int
-    step: int
-    path: Path
+    made: int  # when the weights were, in nanoseconds: what is made later is newer, whatever its step
+    added: int  # when the snapshot was: a model gets another one with a new card
+    step: int  # optimizer steps done
+    path: Path  # of the folder
 
     @property
     def final(self) -> bool:
@@ -122,19 +115,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def look(folder: Path) -> tuple[Snapshot | None, list[Snapshot]]:
-    """What a repository's folder holds.
-
-    Returns:
-        The snapshot that is to be on the Hub and is not yet: the newest, if it is newer than what is up. And all
-        others: older ones, and those of steps that the run which began last (`begun.json`) has yet to do.
-    """
+    """The snapshot in a repository's folder that is to be on the Hub and is not yet: the newest, if it is newer than
+    what is up. And all others: older ones, and those of steps that the run which began last (`begun.json`) has yet to
+    do."""
     begun, pushed = read_json(folder / "begun.json"), read_json(folder / "pushed.json")
-    found = []
-    for path in folder.glob("*-step-*"):
-        if match := re.fullmatch(r"(\d+)-(\d+)-step-(\d+)", path.name):
-            made, added, step = map(int, match.groups())
-            found.append(Snapshot(made, added, step, path))
-    found.sort()
+    matches = ((re.fullmatch(r"(\d+)-(\d+)-step-(\d+)", path.name), path) for path in folder.glob("*-step-*"))
+    found = sorted(Snapshot(int(match[1]), int(match[2]), int(match[3]), path) for match, path in matches if match)
     for snapshot in reversed(found):
         undone = bool(begun) and snapshot.made < begun["made"] and snapshot.step > begun["step"]
         if not undone and (snapshot.made, snapshot.added) > (pushed.get("made", 0), pushed.get("added", 0)):
@@ -235,11 +221,14 @@ def model_files(snapshot: Snapshot, work: Path) -> dict[str, Path]:
     return files
 
 
+def failed(reason: str, permanent: bool = False, retry_after: float | None = None) -> dict[str, Any]:
+    """The result of an attempt that failed: why, whether it is in vain to try again, seconds that the Hub asks for."""
+    return {"ok": False, "reason": reason, "permanent": permanent, "retry_after": retry_after}
+
+
 def failure(error: Exception) -> dict[str, Any]:
-    """What went wrong, whether trying again can help, and how long the Hub asks to wait."""
-    wait, permanent = None, isinstance(error, (LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {' '.join(lines)[:500]}"
+    """`failed`, of what an attempt raised."""
+    is_permanent = isinstance(error, (LocalTokenNotFoundError, HFValidationError, OfflineModeIsEnabled))
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
@@ -247,26 +236,13 @@ def failure(error: Exception) -> dict[str, Any]:
             status = response.status_code
             text = response.headers.get("X-Error-Message") or response.reason_phrase
             reason = f"HTTP {status} {text} for {response.request.method} {response.request.url}"
-            permanent = 400 <= status < 500 and status not in _PASSING_STATUS
-            wait = retry_after(response.headers)
-            break
+            is_permanent = 400 <= status < 500 and status not in _PASSING_STATUS
+            return failed(reason, is_permanent, retry_after(response.headers))
         if isinstance(cause, httpx2.RequestError):
             target = f" for {cause.request.method} {cause.request.url}" if getattr(cause, "_request", None) else ""
-            reason = f"{type(cause).__name__} {cause}{target}".replace("  ", " ")
-            break
+            return failed(f"{type(cause).__name__} {cause}{target}".replace("  ", " "), is_permanent)
         cause = cause.__cause__
-    return {"ok": False, "reason": reason, "permanent": permanent, "retry_after": wait}
-
-
-def attempt(request: dict[str, Any]) -> dict[str, Any]:
-    use_time_outs(request.pop("timeout"))
-    action = prepare if request.pop("action") == "prepare" else push
-    try:
-        if get_token() is None:
-            raise LocalTokenNotFoundError("no access token: set HF_TOKEN or run `hf auth login`")
-        return {"ok": True, **action(**request)}
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        return failure(error)
+    return failed(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", is_permanent)
 
 
 def main() -> int:
@@ -278,7 +254,14 @@ def main() -> int:
         os._exit(1)
 
     threading.Thread(target=end_with_caller, daemon=True).start()
-    result = attempt(request)
+    use_time_outs(request.pop("timeout"))
+    action = prepare if request.pop("action") == "prepare" else push
+    try:
+        if get_token() is None:
+            raise LocalTokenNotFoundError("no access token: set HF_TOKEN or run `hf auth login`")
+        result = {"ok": True, **action(**request)}
+    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        result = failure(error)
     sys.stderr.write(f"{datetime.now(UTC).isoformat()} {json.dumps(result)}\n")
     sys.stdout.write("\n" + json.dumps(result) + "\n")
     sys.stdout.flush()

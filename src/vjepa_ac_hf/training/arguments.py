@@ -11,19 +11,16 @@ from .recipes import find_recipe, load_recipe
 # before torch is there.
 _CACHE_DTYPES = ("bfloat16", "int8", "float32")
 _HARDWARE = ("a100", "h100", "h200")
-_POSITIVE = (
-    "max_steps",
-    "per_device_batch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "shuffle_buffer",
-    "prefetch_factor",
-    "eval_clips",
-    "devices",
+# Limits of what is given, by flag: at least 1, at least 0, above 0.
+_AT_LEAST_1 = (
+    *("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "global_batch_size", "devices"),
+    *("log_every", "checkpoint_every", "keep_checkpoints", "shuffle_buffer", "prefetch_factor", "eval_clips"),
 )
+_AT_LEAST_0 = (
+    *("num_workers", "eval_every", "weight_decay", "hub_wait"),
+    *("learning_rate", "start_learning_rate", "final_learning_rate"),
+)
+_ABOVE_0 = ("max_grad_norm", "mfu", "loader_warning", "loader_timeout", "hub_timeout")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -32,166 +29,120 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         usage="%(prog)s [--config RECIPE] --dataset DIR_OR_REPO --output_dir OUT [flags]; --help lists them",
         description=description,
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="recipe: a YAML file of flags, or the name of one in examples/configs; flags override it",
-    )
-    for add in (_add_data, _add_model, _add_optimisation, _add_run, _add_estimates):
-        add(parser)
+    recipe = "recipe: a YAML file of flags, or the name of one in examples/configs; flags override it"
+    parser.add_argument("--config", type=Path, help=recipe)
+    for add_flags in (_add_data, _add_model, _add_optimisation, _add_run, _add_estimates):
+        add_flags(parser)
     return parser
 
 
-def _switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool = False) -> None:
+def _switch(group: argparse._ArgumentGroup, name: str, help: str, default: bool | None = False) -> None:
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", type=folder_or_repo, help="built data set: a folder or a Hub repository (needed)")
+    add = data.add_argument
+    add("--dataset", type=folder_or_repo, help="built data set: a folder or a Hub repository (needed)")
     _switch(data, "streaming", "read the Parquet files where they lie, copying nothing")
-    data.add_argument("--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed")
-    data.add_argument("--num_workers", type=int, default=2, help="loader processes per training process")
-    data.add_argument("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
-    data.add_argument(
-        "--action_space",
-        help="vpt-13, vpt-36, vpt-38, or columns by commas; default: that of --model_config, else vpt-13",
-    )
-    data.add_argument("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
-    data.add_argument("--resize_mode", choices=("crop", "squash"), help="default: as the data set was built")
-    data.add_argument(
-        "--cache_features", type=Path, help="folder: encode every clip once and train from there (docs/model.md)"
-    )
+    add("--shuffle_buffer", type=int, default=1000, help="clips among which a stream is mixed")
+    add("--num_workers", type=int, default=2, help="loader processes per training process")
+    add("--prefetch_factor", type=int, default=2, help="batches each of them makes ahead")
+    spaces = "vpt-13, vpt-36, vpt-38, or columns by commas; default: that of --model_config, else vpt-13"
+    add("--action_space", help=spaces)
+    add("--action_stats", default="auto", help="auto (the data set's), compute, or a JSON file")
+    add("--resize_mode", choices=("crop", "squash"), help="default: as the data set was built")
+    add("--cache_features", type=Path, help="folder: encode every clip once and train from there (docs/model.md)")
     _switch(data, "verify_cache", "compare all videos with the cache at the start, not only files' sizes and times")
-    data.add_argument(
-        "--cache_dtype",
-        choices=_CACHE_DTYPES,
-        help="how they are stored; float32 trains exactly as without a cache; default: bfloat16",
-    )
+    stored = "how they are stored; float32 trains exactly as without a cache; default: bfloat16"
+    add("--cache_dtype", choices=_CACHE_DTYPES, help=stored)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_config",
-        default="vitl16",
-        help="tiny, vitl16, vitb16-v21, ..., or a JSON file or saved model",
-    )
-    model.add_argument(
-        "--encoder",
-        type=folder_or_repo,
-        help="pretrained V-JEPA 2 or 2.1: repository or folder, or 'random'; default: by --model_config",
-    )
-    model.add_argument(
-        "--frame_size",
-        help="side of the frames in pixels, or HEIGHT,WIDTH; default: --model_config's, else the encoder's",
-    )
-    model.add_argument(
-        "--init_predictor", type=Path, help="folder of a saved model: its blocks and frame projections to start from"
-    )
-    model.add_argument("--auto_steps", type=int, help="steps of the rollout loss; default: the configuration's")
-    model.add_argument("--loss_type", choices=("mse", "l1"), help="default: the configuration's")
+    add = model.add_argument
+    add("--model_config", default="vitl16", help="tiny, vitl16, vitb16-v21, ..., or a JSON file or saved model")
+    encoder = "pretrained V-JEPA 2 or 2.1: repository or folder, or 'random'; default: by --model_config"
+    add("--encoder", type=folder_or_repo, help=encoder)
+    frames = "side of the frames in pixels, or HEIGHT,WIDTH; default: --model_config's, else the encoder's"
+    add("--frame_size", help=frames)
+    initial = "folder of a saved model: its blocks and frame projections to start from"
+    add("--init_predictor", type=Path, help=initial)
+    add("--auto_steps", type=int, help="steps of the rollout loss; default: the configuration's")
+    add("--loss_type", choices=("mse", "l1"), help="default: the configuration's")
     _switch(model, "gradient_checkpointing", "less memory, more computing")
     _switch(model, "compile", "torch.compile: faster steps after some minutes")
 
 
 def _add_optimisation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--max_steps", type=int, default=10_000, help="optimizer steps")
-    group.add_argument("--per_device_batch_size", type=int, default=8, help="clips a process and forward pass")
-    group.add_argument(
-        "--gradient_accumulation_steps", type=int, help="default: what --global_batch_size leaves to do, else 1"
-    )
-    group.add_argument(
-        "--global_batch_size",
-        type=int,
-        help="clips an optimizer step, of all processes; default: per_device_batch_size x accumulation x processes",
-    )
-    group.add_argument("--learning_rate", type=float, default=4.25e-4, help="between warm-up and decay")
-    group.add_argument("--start_learning_rate", type=float, default=0.0, help="where the linear warm-up starts")
-    group.add_argument("--final_learning_rate", type=float, default=0.0, help="where the linear decay ends")
-    group.add_argument("--warmup_steps", type=int, help="default: 5 %% of max_steps")
-    group.add_argument("--decay_steps", type=int, help="at the end; default: 5 %% of max_steps")
-    group.add_argument("--weight_decay", type=float, default=0.04, help="on matrices, not on biases and norms")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
-    group.add_argument(
-        "--ema_decay",
-        type=float,
-        default=0.0,
-        help="the model is an average of the weights over training, of this decay (docs/training.md); 0: the last ones",
-    )
-    group.add_argument(
-        "--mixed_precision",
-        choices=("no", "bf16"),
-        default=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-        help="bf16: autocast; `accelerate launch` sets the default (default: %(default)s)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="of weights and of the order of clips")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max_steps", type=int, default=10_000, help="optimizer steps")
+    add("--per_device_batch_size", type=int, default=8, help="clips a process and forward pass")
+    passes = "default: what --global_batch_size leaves to do, else 1"
+    add("--gradient_accumulation_steps", type=int, help=passes)
+    clips = "clips an optimizer step, of all processes; default: per_device_batch_size x accumulation x processes"
+    add("--global_batch_size", type=int, help=clips)
+    add("--learning_rate", type=float, default=4.25e-4, help="between warm-up and decay")
+    add("--start_learning_rate", type=float, default=0.0, help="where the linear warm-up starts")
+    add("--final_learning_rate", type=float, default=0.0, help="where the linear decay ends")
+    add("--warmup_steps", type=int, help="default: 5 %% of max_steps")
+    add("--decay_steps", type=int, help="at the end; default: 5 %% of max_steps")
+    add("--weight_decay", type=float, default=0.04, help="on matrices, not on biases and norms")
+    add("--max_grad_norm", type=float, default=1.0, help="longer gradients are scaled down to it")
+    average = "the model is an average of the weights over training, of this decay (docs/training.md); 0: the last ones"
+    add("--ema_decay", type=float, default=0.0, help=average)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = "bf16: autocast; `accelerate launch` sets the default (default: %(default)s)"
+    add("--mixed_precision", choices=("no", "bf16"), default=launched, help=precision)
+    add("--seed", type=int, default=0, help="of weights and of the order of clips")
 
 
 def add_loop_flags(
     run: argparse._ArgumentGroup, *, checkpoint_every: int, keep_checkpoints: int, log_every: int, eval_every: int
 ) -> None:
     """Flags of `training/loop.py`, for all programs that train."""
-    run.add_argument(
-        "--checkpoint_every", type=int, default=checkpoint_every, help="steps; the last step is always kept"
-    )
-    run.add_argument(
-        "--keep_checkpoints", type=int, default=keep_checkpoints, help="newest checkpoints to keep; the best stays too"
-    )
-    run.add_argument(
-        "--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path"
-    )
-    run.add_argument("--loader_warning", type=float, default=60.0, help="seconds without a batch before each warning")
-    run.add_argument("--loader_timeout", type=float, default=1800.0, help="seconds without a batch before an error")
-    run.add_argument("--log_every", type=int, default=log_every, help="steps between rows of metrics.jsonl")
-    run.add_argument("--eval_every", type=int, default=eval_every, help="steps between validations (0: never)")
-    run.add_argument("--eval_clips", type=int, default=512, help="validation clips used then, spread over the split")
-    run.add_argument("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
+    add, kept = run.add_argument, "newest checkpoints to keep; the best stays too"
+    add("--checkpoint_every", type=int, default=checkpoint_every, help="steps; the last step is always kept")
+    add("--keep_checkpoints", type=int, default=keep_checkpoints, help=kept)
+    add("--resume", default="auto", help="auto (newest complete checkpoint), never, or a checkpoint's path")
+    add("--loader_warning", type=float, default=60.0, help="seconds without a batch before each warning")
+    add("--loader_timeout", type=float, default=1800.0, help="seconds without a batch before an error")
+    add("--log_every", type=int, default=log_every, help="steps between rows of metrics.jsonl")
+    add("--eval_every", type=int, default=eval_every, help="steps between validations (0: never)")
+    add("--eval_clips", type=int, default=512, help="validation clips used then, spread over the split")
+    add("--report_to", default="", help="by commas: tensorboard, trackio, wandb")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", type=Path, help="folder of this run (needed)")
+    add = run.add_argument
+    add("--output_dir", type=Path, help="folder of this run (needed)")
     add_loop_flags(run, checkpoint_every=1000, keep_checkpoints=3, log_every=10, eval_every=1000)
     add_clip_rule(run, "the validation clips (the rule's first --eval_clips)")
-    run.add_argument(
-        "--log_pictures",
-        action=argparse.BooleanOptionalAction,
-        help="pictures of every validation, in OUTPUT_DIR/pictures and the trackers (default: with --report_to)",
-    )
-    run.add_argument("--decoder", help="frame decoder for those pictures: a folder or a Hub repository")
+    drawn = "pictures of every validation, in OUTPUT_DIR/pictures and the trackers (default: with --report_to)"
+    _switch(run, "log_pictures", drawn, default=None)
+    add("--decoder", help="frame decoder for those pictures: a folder or a Hub repository")
     _switch(run, "push_to_hub", "keep the model on the Hub (docs/training.md)")
-    run.add_argument("--hub_model_id", help="ORG/NAME")
+    add("--hub_model_id", help="ORG/NAME")
     _switch(run, "hub_private", "create the repository as private")
     _switch(run, "hub_squash", "make the repository's history one commit after each push (docs/training.md)")
-    run.add_argument(
-        "--hub_strategy",
-        choices=("every_checkpoint", "end", "later"),
-        default="every_checkpoint",
-        help="later: never contact the Hub, only prepare for examples/push.py",
-    )
-    run.add_argument(
-        "--hub_timeout", type=float, default=60.0, help="seconds of silence after which a request to the Hub fails"
-    )
-    run.add_argument(
-        "--hub_wait", type=float, default=1800.0, help="seconds to wait at the end for the final model to be up"
-    )
+    strategies, later = ("every_checkpoint", "end", "later"), "never contact the Hub, only prepare for examples/push.py"
+    add("--hub_strategy", choices=strategies, default="every_checkpoint", help=f"later: {later}")
+    silence = "seconds of silence after which a request to the Hub fails"
+    add("--hub_timeout", type=float, default=60.0, help=silence)
+    add("--hub_wait", type=float, default=1800.0, help="seconds to wait at the end for the final model to be up")
 
 
 def _add_estimates(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("estimates", "nothing here changes what is trained")
-    group.add_argument(
-        "--dry_run", action="store_true", help="check everything, run one step without data or memory, print estimates"
-    )
-    group.add_argument("--dry_run_json", type=Path, help="file: the estimates of --dry_run as JSON")
-    group.add_argument(
-        "--hardware",
-        help=f"for hours and utilisation: one of {', '.join(_HARDWARE)}, with --dry_run also a number, as in h100x8",
-    )
-    group.add_argument("--hardware_tflops", type=float, help="peak of one device, instead of --hardware's")
-    group.add_argument("--devices", type=int, help="number of devices; default: --hardware's, else the processes")
-    group.add_argument("--mfu", type=float, default=0.4, help="share of the peak that hours are estimated with")
+    add = parser.add_argument_group("estimates", "nothing here changes what is trained").add_argument
+    dry = "check everything, run one step without data or memory, print estimates"
+    add("--dry_run", action="store_true", help=dry)
+    add("--dry_run_json", type=Path, help="file: the estimates of --dry_run as JSON")
+    devices = f"one of {', '.join(_HARDWARE)}, with --dry_run also a number, as in h100x8"
+    add("--hardware", help=f"for hours and utilisation: {devices}")
+    add("--hardware_tflops", type=float, help="peak of one device, instead of --hardware's")
+    add("--devices", type=int, help="number of devices; default: --hardware's, else the processes")
+    add("--mfu", type=float, default=0.4, help="share of the peak that hours are estimated with")
 
 
 def parse_arguments(
@@ -237,25 +188,25 @@ def number_of_processes(arguments: argparse.Namespace) -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_limits(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Exit with status 2 where a number is too small; for all programs that train."""
+    for name, value in vars(arguments).items():
+        if name in _AT_LEAST_1 and value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, found {value}")
+        if name in _AT_LEAST_0 and not value >= 0:
+            parser.error(f"--{name} must be at least 0, found {value}")
+        if name in _ABOVE_0 and not value > 0:
+            parser.error(f"--{name} must be above 0, found {value}")
+
+
 def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.mixed_precision not in ("no", "bf16"):  # choices are not checked in defaults
         parser.error(f"mixed_precision of accelerate launch is {arguments.mixed_precision!r}, expected 'no' or 'bf16'")
-    for name in _POSITIVE:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, found {value}")
-    rates = ("learning_rate", "start_learning_rate", "final_learning_rate")
-    for name in ("num_workers", "eval_every", "weight_decay", *rates):
-        if not getattr(arguments, name) >= 0:
-            parser.error(f"--{name} must be at least 0, found {getattr(arguments, name)}")
-    for name in ("max_grad_norm", "mfu", "loader_warning", "loader_timeout"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name} must be above 0, found {getattr(arguments, name)}")
+    check_limits(parser, arguments)
     for name in ("start_learning_rate", "final_learning_rate"):
-        if getattr(arguments, name) > arguments.learning_rate:
-            parser.error(
-                f"--{name} {getattr(arguments, name)} must be at most --learning_rate {arguments.learning_rate}"
-            )
+        rate, peak = getattr(arguments, name), arguments.learning_rate
+        if rate > peak:
+            parser.error(f"--{name} {rate} must be at most --learning_rate {peak}")
     if not 0 <= arguments.ema_decay < 1:
         parser.error(f"--ema_decay must be at least 0 and below 1, found {arguments.ema_decay}")
     if arguments.mfu > 1:
@@ -265,8 +216,6 @@ def _check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace
             f"--hardware {arguments.hardware}: expected one of {', '.join(_HARDWARE)} with or without a number "
             "(h100x8); for another device give --hardware_tflops and --devices"
         )
-    if arguments.hub_timeout <= 0 or arguments.hub_wait < 0:
-        parser.error("--hub_timeout must be above 0, and --hub_wait at least 0")
     if arguments.push_to_hub and not arguments.hub_model_id:
         parser.error("--push_to_hub needs --hub_model_id ORG/NAME")
     if arguments.streaming and arguments.cache_features:

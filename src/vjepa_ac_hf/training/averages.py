@@ -8,20 +8,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def decay_of(step: int, decay: float) -> float:
-    """What the average keeps of itself at a step, counted from 1: min(decay, (1 + step) / (10 + step)).
-
-    So that it forgets the first weights soon, as TensorFlow's `tf.train.ExponentialMovingAverage` does with
-    `num_updates`, and diffusers' `EMAModel`.
-    """
-    return min(decay, (1 + step) / (10 + step))
-
-
 class WeightAverage:
     """The average of a module's parameters, in float32, beside them: same device, sharded as they are.
 
-    It begins with the weights as they are. After step n, with d = `decay_of(n, decay)`,
-    average = d * average + (1 - d) * weights.
+    It begins with the weights as they are. After step n, counted from 1, with d = min(decay, (1 + n) / (10 + n)),
+    average = d * average + (1 - d) * weights: so it forgets the first weights soon, as TensorFlow's
+    `tf.train.ExponentialMovingAverage` does with `num_updates`, and diffusers' `EMAModel`.
 
     Args:
         module: prepared (sharded) already; float32.
@@ -33,16 +25,17 @@ class WeightAverage:
         self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
         assert all(tensor.dtype == torch.float32 for tensor in self.tensors.values())
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _pairs(self) -> Iterator[list[Tensor]]:
         """Averages and weights, of a sharded module this process's part: no process waits for another."""
         for name, parameter in self.module.named_parameters():
-            yield _local(self.tensors[name]), _local(parameter.detach())
+            pair = (self.tensors[name], parameter.detach())
+            yield [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in pair]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after a step; the host does not wait for the device."""
         averages, weights = (list(tensors) for tensors in zip(*self._pairs(), strict=True))
-        torch._foreach_lerp_(averages, weights, 1 - decay_of(step, self.decay))
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -60,7 +53,3 @@ class WeightAverage:
             yield
         finally:
             self.exchange()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

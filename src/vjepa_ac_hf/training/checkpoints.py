@@ -26,7 +26,7 @@ from accelerate.utils import gather
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..records import write_json
+from ..records import flush, write_json
 from .averages import WeightAverage
 from .distributed import full_tensor, shard_like
 
@@ -39,12 +39,8 @@ AVERAGE = "average.safetensors"  # of a run with --ema_decay: what is the model
 
 def checkpoint_steps(folder: Path) -> dict[int, Path]:
     """Complete checkpoints of a folder by step, ascending."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -58,25 +54,22 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """
     if resume == "never":
         return None
-    if resume == "auto":
-        found = checkpoint_steps(folder)
-        for path in reversed(found.values()):
-            _refuse_first_format(path)
-            damage = find_damage(path)
-            if damage is None:
-                return path
-            _set_aside(path, "damaged", damage)
-        if found:
-            raise ValueError(f"{folder}: all checkpoints are damaged; --resume never starts anew")
-        return None
-    chosen = Path(resume)
-    if not (chosen / "trainer_state.json").is_file():
-        raise ValueError(f"--resume {resume}: no checkpoint there (trainer_state.json is missing)")
-    _refuse_first_format(chosen)
-    damage = find_damage(chosen)
-    if damage is not None:
-        raise ValueError(f"--resume {resume}: this checkpoint is damaged: {damage}")
-    return chosen
+    if resume != "auto":
+        chosen = Path(resume)
+        if not (chosen / "trainer_state.json").is_file():
+            raise ValueError(f"--resume {resume}: no checkpoint there (trainer_state.json is missing)")
+        if (damage := find_damage(chosen)) is not None:
+            raise ValueError(f"--resume {resume}: this checkpoint is damaged: {damage}")
+        return chosen
+    found = checkpoint_steps(folder)
+    for path in reversed(found.values()):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        _set_aside(path, "damaged", damage)
+    if found:
+        raise ValueError(f"{folder}: all checkpoints are damaged; --resume never starts anew")
+    return None
 
 
 def set_aside_newer(folder: Path, chosen: Path | None, resume: str) -> None:
@@ -89,7 +82,12 @@ def set_aside_newer(folder: Path, chosen: Path | None, resume: str) -> None:
             _set_aside(path, "superseded", reason)
 
 
-def _refuse_first_format(path: Path) -> None:
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, with names and values; None: nothing.
+
+    Raises:
+        ValueError: a checkpoint of version 0.1.0.
+    """
     if not (path / "files.json").exists() and (path / "trainer_state.json").is_file():
         with contextlib.suppress(json.JSONDecodeError):
             if "loader" not in read_state(path):
@@ -97,10 +95,6 @@ def _refuse_first_format(path: Path) -> None:
                     f"{path}: written by version 0.1.0, without the place in the data and the random states that a "
                     "continuation needs; --resume never starts anew, and sets it aside"
                 )
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, with names and values; None: nothing."""
     try:
         expected = json.loads((path / "files.json").read_text())
         if set(expected) - {AVERAGE} != set(FILES):
@@ -116,8 +110,8 @@ def find_damage(path: Path) -> str | None:
 
 def write_checksums(path: Path) -> None:
     """`files.json` of a checkpoint, as its files are now."""
-    names = [*FILES, AVERAGE] if (path / AVERAGE).exists() else FILES
-    write_json(path / "files.json", {name: _checksum(path / name) for name in names})
+    files = sorted(file for file in path.iterdir() if file.name != "files.json")
+    write_json(path / "files.json", {file.name: _checksum(file) for file in files})
 
 
 def save_checkpoint(
@@ -130,33 +124,27 @@ def save_checkpoint(
     accelerator: Accelerator,
     average: WeightAverage | None = None,
 ) -> Path:
-    """Write `folder/step-<step>`; all processes must call it, the main one writes.
+    """Write `folder/step-<step>`, sharded or not; all processes must call it, the main one writes.
 
-    Args:
-        folder: of all checkpoints.
-        step: finished optimizer steps.
-        predictor: sharded or not.
-        optimizer: of the predictor.
-        random_state: of this process (`get_random_state`).
-        state: JSON (schedule, arguments, position of the loader).
-        accelerator: of the run.
-        average: of the predictor's weights; None: there is none.
+    `step` counts finished optimizer steps; `random_state` is this process's (`get_random_state`); `state` is JSON:
+    schedule, arguments, place in the data.
     """
-    tensors = {k: _on_main(v, accelerator) for k, v in predictor.state_dict().items()}
-    moments = {k: _on_main(v, accelerator) for k, v in _optimizer_tensors(predictor, optimizer).items()}
-    averages = {} if average is None else {**predictor.state_dict(), **average.tensors}  # buffers as they are
-    averages = {k: _on_main(v, accelerator) for k, v in averages.items()}
-    everywhere = {k: gather(v[None].to(accelerator.device)).cpu() for k, v in random_state.items()}
+    parts = {"predictor.safetensors": predictor.state_dict()}
+    if average is not None:
+        parts[AVERAGE] = {**predictor.state_dict(), **average.tensors}  # buffers as they are
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in predictor.named_parameters())
+    moments = {f"{name}:{key}": torch.as_tensor(value) for name, state in states for key, value in state.items()}
+    parts["optimizer.safetensors"] = moments
+    files = {file: {k: _on_main(v, accelerator) for k, v in part.items()} for file, part in parts.items()}
+    device = accelerator.device
+    files["random.safetensors"] = {k: gather(v[None].to(device)).cpu() for k, v in random_state.items()}
     final = folder / f"step-{step:08d}"
     if accelerator.is_main_process:
         temporary = folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "predictor.safetensors")
-        if average is not None:
-            save_file(averages, temporary / AVERAGE)
-        save_file(moments, temporary / "optimizer.safetensors")
-        save_file(everywhere, temporary / "random.safetensors")
+        for file, tensors in files.items():
+            save_file(tensors, temporary / file)
         write_json(temporary / "trainer_state.json", {"step": step, **state})
         write_checksums(temporary)
         for path in (*temporary.iterdir(), temporary):
@@ -193,13 +181,9 @@ def load_checkpoint(
     ]
     if differing:
         raise ValueError(f"{path}: the predictor has other parameters: {sorted(differing)[:3]} of {len(differing)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(shard_like(saved[name], tensor))
-        if average is not None:
-            saved = load_file(path / AVERAGE)
-            for name, tensor in average.tensors.items():
-                tensor.copy_(shard_like(saved[name], tensor))
+    _copy(saved, own)
+    if average is not None:
+        _copy(load_file(path / AVERAGE), average.tensors)
     _load_optimizer_tensors(predictor, optimizer, load_file(path / "optimizer.safetensors"), path)
     states = load_file(path / "random.safetensors")
     if len(states["torch"]) != accelerator.num_processes:
@@ -247,20 +231,6 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
         shutil.rmtree(path)
 
 
-def write_best(folder: Path, best: dict[str, Any]) -> None:
-    """`best.json`: step, value and folder of the checkpoint with the lowest validation loss."""
-    write_json(folder / "best.json", {**best, "checkpoint": f"step-{best['step']:08d}"})
-
-
-def flush(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _set_aside(path: Path, prefix: str, reason: str) -> None:
     number, target = 1, path.with_name(f"{prefix}-{path.name}")
     while target.exists():
@@ -284,12 +254,10 @@ def _on_main(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     return whole.contiguous().cpu() if accelerator.is_main_process else torch.empty(0)
 
 
-def _optimizer_tensors(predictor: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in predictor.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value)
-    return tensors
+@torch.no_grad()
+def _copy(whole: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(shard_like(whole[name], tensor))
 
 
 def _load_optimizer_tensors(

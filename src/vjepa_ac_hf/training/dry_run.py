@@ -11,29 +11,16 @@ from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..records import versions, write_json
 from .arguments import number_of_processes
-from .estimates import (
-    HARDWARE,
-    as_dict,
-    encoder_tokens,
-    peak_tflops,
-    predictor_tokens,
-    step_flops,
-    step_memory,
-    training_hours,
-)
+from .estimates import HARDWARE, as_dict, encoder_tokens, peak_tflops, predictor_tokens, step_flops, training_hours
 from .optimization import check_schedule
+from .preflight import run_memory
 
 
 def dry_run(arguments: argparse.Namespace, config: VJEPA2ACConfig, clips: int | None = None) -> str:
     """One training step on the meta device (shapes alone: no data, no memory, no weights), then the estimates.
 
     The step has two layers of predictor and encoder (of this as many as it taps), since all layers are alike; what is
-    counted has them all.
-
-    Args:
-        arguments: the run's.
-        config: the model's, as the run would build it.
-        clips: of the training split, where the data set was given.
+    counted has them all. `clips` are those of the training split, where the data set was given.
 
     Returns:
         What to show; the same as JSON is in `--dry_run_json`.
@@ -64,8 +51,7 @@ def _one_step(arguments: argparse.Namespace, config: VJEPA2ACConfig) -> None:
             "states": torch.empty(batch, config.num_steps, config.state_dim),
         }
         if arguments.cache_features:
-            shape = (batch, config.num_steps, config.num_tokens, config.feature_size)
-            inputs["features"] = torch.empty(shape)
+            inputs["features"] = torch.empty(batch, config.num_steps, config.num_tokens, config.feature_size)
         else:
             inputs["pixel_values_videos"] = torch.empty(batch, config.frames_per_clip, 3, *config.frame_shape)
     model.train()
@@ -78,25 +64,15 @@ def estimate(
     arguments: argparse.Namespace, config: VJEPA2ACConfig, model: VJEPA2ACModel, clips: int | None = None
 ) -> dict[str, Any]:
     """Sizes (exact) and estimates of a run, JSON."""
-    cached = arguments.cache_features is not None
-    bf16, processes = arguments.mixed_precision == "bf16", number_of_processes(arguments)
-    frozen = sum(p.numel() for p in model.encoder.parameters())
-    trainable = sum(p.numel() for p in model.predictor.parameters())
-    batch, accumulation = arguments.per_device_batch_size, arguments.gradient_accumulation_steps
+    cached, bf16 = arguments.cache_features is not None, arguments.mixed_precision == "bf16"
+    processes, batch = number_of_processes(arguments), arguments.per_device_batch_size
+    frozen, trainable = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
     memory = {
-        str(checkpointed).lower(): as_dict(
-            step_memory(
-                *(config, frozen, trainable, batch),
-                cached_features=cached,
-                averaged=arguments.ema_decay > 0,
-                bf16=bf16,
-                gradient_checkpointing=checkpointed,
-            )
-        )
+        str(checkpointed).lower(): as_dict(run_memory(arguments, config, frozen, trainable, checkpointed))
         for checkpointed in (False, True)
     }
     flops = step_flops(config, batch, cached_features=cached, gradient_checkpointing=arguments.gradient_checkpointing)
-    passes = accumulation * processes
+    passes = arguments.gradient_accumulation_steps * processes
     results = {
         "parameters": {"trainable": trainable, "frozen": frozen},
         "processes": processes,
@@ -136,34 +112,26 @@ def as_text(arguments: argparse.Namespace, results: dict[str, Any]) -> str:
         f"{flops['predictor_forward']:.3g}, backward {flops['predictor_backward']:.3g}"
         + (f", recomputed {flops['recomputed']:.3g}" if flops["recomputed"] else ""),
     ]
-    for checkpointed, memory in results["memory_bytes_by_gradient_checkpointing"].items():
+    hours, memories = results["hours"], results["memory_bytes_by_gradient_checkpointing"]
+    chosen = str(arguments.gradient_checkpointing).lower()
+    for checkpointed, memory in memories.items():
         parts = ", ".join(f"{name} {memory[name] / 1e9:.2f}" for name in memory if name != "total")
-        chosen = "   <- this run" if checkpointed == str(arguments.gradient_checkpointing).lower() else ""
         label = "with" if checkpointed == "true" else "without"
         lines.append(
             f"memory          {memory['total'] / 1e9:.1f} GB a device {label} gradient checkpointing, estimate "
-            f"({parts}){chosen}"
+            f"({parts}){'   <- this run' if checkpointed == chosen else ''}"
         )
-    lines += _hardware_lines(arguments, results)
-    return "\n".join(lines)
-
-
-def _hardware_lines(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]:
-    hours = results["hours"]
     if hours is None:
-        return ["hours           not estimated: give --hardware h100x8, or --hardware_tflops and --devices"]
-    lines = [
+        lines.append("hours           not estimated: give --hardware h100x8, or --hardware_tflops and --devices")
+        return "\n".join(lines)
+    lines.append(
         f"hours           {hours['estimate']:.1f}, estimate: {hours['devices']} devices at {hours['mfu']:.0%} of "
         f"{hours['tflops_of_a_device']:g} TFLOP/s; loading, validation and checkpoints not counted"
-    ]
-    if arguments.hardware:
-        name = arguments.hardware.lower().partition("x")[0]
-        total = results["memory_bytes_by_gradient_checkpointing"][str(arguments.gradient_checkpointing).lower()][
-            "total"
-        ]
-        if total > HARDWARE[name].memory:
-            lines.append(
-                f"warning         {total / 1e9:.1f} GB do not fit in the {HARDWARE[name].memory / 1e9:.0f} GB of this "
-                f"device ({name}): lower --per_device_batch_size or use --gradient_checkpointing"
-            )
-    return lines
+    )
+    name, total = (arguments.hardware or "").lower().partition("x")[0], memories[chosen]["total"]
+    if name and total > HARDWARE[name].memory:
+        lines.append(
+            f"warning         {total / 1e9:.1f} GB do not fit in the {HARDWARE[name].memory / 1e9:.0f} GB of this "
+            f"device ({name}): lower --per_device_batch_size or use --gradient_checkpointing"
+        )
+    return "\n".join(lines)

@@ -35,19 +35,12 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one forward and backward pass over a batch on one device.
+    """Operations of one forward and backward pass over a batch on one device."""
 
-    Args:
-        encoder: forward, 0 with cached features.
-        predictor_forward: teacher forcing and rollout.
-        predictor_backward: their backward pass.
-        recomputed: second forward pass of the layers with gradient checkpointing; not part of `model`.
-    """
-
-    encoder: int
-    predictor_forward: int
-    predictor_backward: int
-    recomputed: int
+    encoder: int  # forward, 0 with cached features
+    predictor_forward: int  # teacher forcing and rollout
+    predictor_backward: int  # their backward pass
+    recomputed: int  # second forward pass of the layers with gradient checkpointing; not part of `model`
 
     @property
     def model(self) -> int:
@@ -62,46 +55,38 @@ class StepFlops:
 
 def encoder_flops(config: VJEPA2ACConfig, batch_size: int) -> int:
     """Operations of encoding `batch_size` clips."""
-    encoder = config.encoder_config
-    tokens, width = config.num_tokens, encoder.hidden_size
-    inner = int(width * encoder.mlp_ratio)
+    encoder, tokens = config.encoder_config, config.num_tokens
+    width, inner = encoder.hidden_size, int(encoder.hidden_size * encoder.mlp_ratio)
     sequence = tokens if config.encoding == "tubelet" else tokens * config.num_steps
-    patch = encoder.in_chans * encoder.tubelet_size * encoder.patch_size**2
-    per_token = 2 * patch * width
-    per_token += encoder.num_hidden_layers * (2 * (4 * width**2 + 2 * width * inner) + 4 * sequence * width)
-    return batch_size * config.num_steps * tokens * per_token
+    patch = 2 * encoder.in_chans * encoder.tubelet_size * encoder.patch_size**2 * width
+    layers = encoder.num_hidden_layers * (2 * (4 * width**2 + 2 * width * inner) + 4 * sequence * width)
+    return encoder_tokens(config, batch_size) * (patch + layers)
 
 
-def predictor_flops(config: VJEPA2ACConfig, batch_size: int, auto_steps: int | None = None) -> tuple[int, int, int]:
+def predictor_flops(config: VJEPA2ACConfig, batch_size: int) -> tuple[int, int, int]:
     """Operations of the predictor on `batch_size` clips: forward, backward, and what checkpointing computes again."""
     assert config.action_dim is not None
-    auto_steps = config.auto_steps if auto_steps is None else auto_steps
-    frames, width, feature_width = config.num_tokens, config.pred_hidden_size, config.feature_size
+    frames, width, depth = config.num_tokens, config.pred_hidden_size, config.pred_num_hidden_layers
     tokens, inner = frames + CONDITIONING_TOKENS, int(width * config.pred_mlp_ratio)
-    forward = backward = again = 0
     # Step t of teacher forcing attends to t + 1 steps; so does step t of the rollout, over cached keys and values.
-    teacher_forcing, rollout = range(config.num_steps - 1), range(1, auto_steps)
-    for t, is_rollout in [*((t, False) for t in teacher_forcing), *((t, True) for t in rollout)]:
-        linear = 2 * tokens * (4 * width**2 + 2 * width * inner)
-        attention = 4 * tokens * (t + 1) * tokens * width
-        layer = config.pred_num_hidden_layers * (linear + attention)
-        embed_frames = 2 * frames * feature_width * width
-        embed_conditions = 2 * (config.action_dim + config.state_dim) * width
-        head = 2 * frames * width * feature_width
-        forward += layer + embed_frames + embed_conditions + head
-        # Actions, states and the encoder's features need no gradient: their embeddings' weights alone do.
-        backward += 2 * layer + (2 if is_rollout else 1) * embed_frames + embed_conditions + 2 * head
-        # A layer's second pass stops before its last product (fc2), whose result no gradient needs.
-        again += layer - config.pred_num_hidden_layers * 2 * tokens * width * inner
+    rollout = range(1, config.auto_steps)
+    times = [*range(config.num_steps - 1), *rollout]
+    steps = len(times)
+    linear = 2 * tokens * (4 * width**2 + 2 * width * inner)
+    layers = depth * sum(linear + 4 * tokens * (t + 1) * tokens * width for t in times)
+    embed_frames = 2 * frames * config.feature_size * width
+    embed_conditions = 2 * (config.action_dim + config.state_dim) * width
+    head = 2 * frames * width * config.feature_size
+    forward = layers + steps * (embed_frames + embed_conditions + head)
+    # Actions, states and the encoder's features need no gradient: their embeddings' weights alone do.
+    backward = 2 * layers + (steps + len(rollout)) * embed_frames + steps * (embed_conditions + 2 * head)
+    # A layer's second pass stops before its last product (fc2), whose result no gradient needs.
+    again = layers - steps * depth * 2 * tokens * width * inner
     return batch_size * forward, batch_size * backward, batch_size * again
 
 
 def step_flops(
-    config: VJEPA2ACConfig,
-    batch_size: int,
-    *,
-    cached_features: bool = False,
-    gradient_checkpointing: bool = False,
+    config: VJEPA2ACConfig, batch_size: int, *, cached_features: bool = False, gradient_checkpointing: bool = False
 ) -> StepFlops:
     """Operations of one pass over `batch_size` clips."""
     forward, backward, again = predictor_flops(config, batch_size)
@@ -125,22 +110,15 @@ def encoder_tokens(config: VJEPA2ACConfig, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device; `total` counts gradients and activations as if all were there at once.
+    """Bytes on one device; `total` counts gradients and activations as if all were there at once."""
 
-    Args:
-        weights: encoder and predictor, float32, the average of the predictor's where there is one, and in bf16 the
-            copies that autocast makes of the predictor's.
-        gradients: of the predictor, float32; several processes send them from where they are.
-        optimizer: AdamW's two moments, float32.
-        activations: what the forward pass keeps for the backward pass, pixels and features included.
-        working: what is held for a moment beside it: one layer's backward pass, or the encoder's forward pass.
-    """
-
+    # Encoder and predictor, float32, the average of the predictor's where there is one, and in bf16 the copies that
+    # autocast makes of the predictor's.
     weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    working: float
+    gradients: float  # of the predictor, float32; several processes send them from where they are
+    optimizer: float  # AdamW's two moments, float32
+    activations: float  # what the forward pass keeps for the backward pass, pixels and features included
+    working: float  # held for a moment beside it: one layer's backward pass, or the encoder's forward pass
 
     @property
     def total(self) -> float:

@@ -1,11 +1,8 @@
-"""Training of heads: labels of clips, statistics of actions, parameter groups, figures on validation clips."""
+"""Training of heads: weights of keys, parameter groups, fitted parts, figures on validation clips."""
 
-import hashlib
-import json
 import math
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from ..actions_vjepa2_ac import ACTION_COLUMNS
 from ..evaluation import head_figures
 from ..evaluation.clips import spread
 from ..evaluation.decoding import evaluate_decoder
+from ..loading.labels import ClipLabels
 from ..modeling_heads_decoding_vjepa2_ac import VJEPA2ACForFrameDecoding, VJEPA2ACFrameDecodingHead
 from ..modeling_heads_distance_vjepa2_ac import VJEPA2ACForTemporalDistance
 from ..modeling_heads_vjepa2_ac import (
@@ -31,7 +29,7 @@ from ..modeling_heads_vjepa2_ac import (
     binary_pos_weight,
 )
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
-from .checkpoints import flush
+from ..records import move_files
 from .optimization import decay_groups
 from .validation import evaluating
 
@@ -45,28 +43,21 @@ TASKS: dict[str, Any] = {
 CLIPS_FOR_WEIGHTS = 100_000
 CLIPS_FOR_FIT = 512
 RIDGE = 1e-6  # of the features' variance, which is 1 where they are normalised: some directions hardly vary
-HOTBAR = [ACTION_COLUMNS.index(f"hotbar.{i}") for i in range(9)]
 
 
 def head_parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, encoder_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: head and, where it is trained, world model; no weight decay on biases, norms, scales.
-
-    Args:
-        model: a head model (`head`, `vjepa2_ac`).
-        learning_rate: of the head.
-        weight_decay: of parameters with more than one dimension.
-        encoder_learning_rate: of the world model under it; None: a tenth of the head's.
-    """
-    rates = {"head": learning_rate, "vjepa2_ac": learning_rate / 10}
-    if encoder_learning_rate is not None:
-        rates["vjepa2_ac"] = encoder_learning_rate
-    groups: list[dict[str, Any]] = []
-    for name, rate in rates.items():
-        own = [group for group in decay_groups(getattr(model, name), weight_decay) if group["params"]]
-        groups += [{**group, "lr": rate, "name": name} for group in own]
-    return groups
+    """Groups for an optimizer: head and, where it is trained, the world model under it (by default at a tenth of the
+    head's learning rate); no weight decay on biases, norms and scales, which have one dimension at most."""
+    if encoder_learning_rate is None:
+        encoder_learning_rate = learning_rate / 10
+    return [
+        {**group, "lr": rate, "name": name}
+        for name, rate in (("head", learning_rate), ("vjepa2_ac", encoder_learning_rate))
+        for group in decay_groups(getattr(model, name), weight_decay)
+        if group["params"]
+    ]
 
 
 def fit_pos_weight(clips: Dataset, columns: Sequence[str]) -> list[float]:
@@ -87,7 +78,6 @@ def fit_linear(model: VJEPA2ACForFrameDecoding, batches: Iterable[dict[str, Any]
     Args:
         model: on the accelerator's device, not wrapped.
         batches: of this process, with `frames` beside pixels or features (`ClipCollator(frames=True)`).
-        accelerator: processes and device.
     """
     head, device = model.head, accelerator.device
     assert isinstance(head, VJEPA2ACFrameDecodingHead)
@@ -107,100 +97,6 @@ def fit_linear(model: VJEPA2ACForFrameDecoding, batches: Iterable[dict[str, Any]
     solution = torch.linalg.solve(square + ridge, right)
     head.linear.weight.copy_(solution[:-1].T)
     head.linear.bias.copy_(solution[-1])
-
-
-class ClipLabels:
-    """Labels of clips by the names that batches give them, as tensors for `VJEPA2ACForVideoClassification`.
-
-    Args:
-        names: class names of each clip, by "recording_id@start_tick".
-        classes: all class names, in order; None: those that occur, sorted.
-        several: whether clips can have several labels; None: if any clip has another number than one.
-
-    Raises:
-        ValueError: a label that is not among the classes.
-    """
-
-    def __init__(self, names: dict[str, list[str]], classes: Sequence[str] | None = None, several: bool | None = None):
-        self.classes = sorted({c for labels in names.values() for c in labels}) if classes is None else list(classes)
-        self.several = any(len(labels) != 1 for labels in names.values()) if several is None else several
-        for clip, labels in names.items():
-            unknown = [c for c in labels if c not in self.classes]
-            if unknown:
-                raise ValueError(f"clip {clip} has the label {unknown[0]!r}, the label map has only {self.classes}")
-            if not self.several and len(labels) != 1:
-                raise ValueError(f"clip {clip} has {len(labels)} labels {labels}, expected one")
-        self._ids = {clip: [self.classes.index(c) for c in labels] for clip, labels in names.items()}
-
-    def __call__(self, clips: Sequence[str]) -> Tensor:
-        """`(B,)` int64, or for several labels `(B, classes)`, 0 and 1."""
-        if not self.several:
-            return torch.tensor([self._ids[c][0] for c in clips])
-        return self.hot(clips)
-
-    def digest(self) -> str:
-        """Of all clips' labels: a head that is continued must have been trained on the same."""
-        return hashlib.sha256(json.dumps(self._ids, sort_keys=True).encode()).hexdigest()
-
-    def hot(self, clips: Sequence[str]) -> Tensor:
-        """`(B, classes)`, 0 and 1."""
-        labels = torch.zeros(len(clips), len(self.classes))
-        for row, clip in zip(labels, clips, strict=True):
-            row[self._ids[clip]] = 1
-        return labels
-
-
-def _first_slots(clips: Dataset) -> Iterator[np.ndarray]:
-    """The hotbar columns `(9,)` of each clip's first action; all 0 where the log does not tell the slot."""
-    return (np.asarray(row["actions"])[0, HOTBAR] for row in clips.select_columns(["actions"]))
-
-
-def clips_with_label(clips: Dataset, source: str | None) -> Dataset:
-    """The clips that can be used with labels from `source`: with "hotbar", those whose slot is known at their start
-    (recorders before 6.11 log none); else all.
-
-    Raises:
-        ValueError: "hotbar", and no clip has a slot.
-    """
-    if source != "hotbar":
-        return clips
-    chosen = [row for row, slot in enumerate(_first_slots(clips)) if slot.any()]
-    if not chosen:
-        raise ValueError(f"--labels hotbar: {len(clips)} of {len(clips)} clips have no label: their logs tell no slot")
-    return clips.select(chosen)
-
-
-def read_labels(clips: Dataset, source: str) -> dict[str, list[str]]:
-    """Class names of every clip of a split, by "recording_id@start_tick".
-
-    Args:
-        clips: a split (`load_clips`).
-        source: a JSON file, `{recording_id or "recording_id@start_tick": label or list of labels}` (a clip's own entry
-            goes first); or a column of the data set; or "hotbar", the slot held at the clip's start.
-
-    Raises:
-        ValueError: no such column or file, or clips without a label (their number, and the first).
-    """
-    keys = [f"{r}@{t}" for r, t in zip(clips["recording_id"], clips["start_tick"], strict=True)]
-    columns = clips.column_names
-    values: list[Any]
-    if Path(source).suffix == ".json":
-        if not Path(source).is_file():
-            raise ValueError(f"--labels {source}: no such file")
-        table = json.loads(Path(source).read_text())
-        if not isinstance(table, dict):
-            raise ValueError(f"{source}: expected an object of labels by recording, found {type(table).__name__}")
-        values = [table.get(k, table.get(k.rsplit("@", 1)[0])) for k in keys]
-    elif source in columns:
-        values = list(clips[source])
-    elif source == "hotbar":
-        values = [f"slot {int(slot.argmax())}" if slot.any() else None for slot in _first_slots(clips)]
-    else:
-        raise ValueError(f"--labels {source}: neither a .json file nor 'hotbar' nor one of the columns {columns}")
-    missing = [k for k, v in zip(keys, values, strict=True) if v is None or v != v]
-    if missing:
-        raise ValueError(f"--labels {source}: {len(missing)} of {len(keys)} clips have no label, {missing[0]} first")
-    return {k: [str(x) for x in v] if isinstance(v, list) else [str(v)] for k, v in zip(keys, values, strict=True)}
 
 
 def head_inputs(model: Any, batch: dict[str, Any], labels: ClipLabels | None) -> dict[str, Any]:
@@ -228,10 +124,7 @@ def save_head(folder: Path, model: Any, processor: VJEPA2ACProcessor, card: Mode
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     card.save(temporary / "README.md")
-    for path in sorted(temporary.iterdir()):
-        flush(path)
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
+    move_files(temporary, folder)
 
 
 @torch.no_grad()
@@ -281,12 +174,8 @@ def evaluate_head(
 ) -> dict[str, Any]:
     """Loss and figures over the clips of all processes, on each of them (docs/applications.md, "Figures").
 
-    Args:
-        model: a head model, not wrapped.
-        batches: of this process; every clip once over all processes.
-        processor: gives raw units.
-        accelerator: processes, device and precision.
-        labels: for classification.
+    `model` is not wrapped; `batches` are this process's, every clip once over all processes; `labels` are for
+    classification.
     """
     if isinstance(model, VJEPA2ACForFrameDecoding):
         return evaluate_decoder(model, batches, processor, accelerator)
@@ -343,15 +232,11 @@ def _action_rows(model: Any, output: Any, batch: dict[str, Any], processor: VJEP
     threshold), horizon, last action."""
     config = model.config
     told = processor.denormalize_actions(model.normalized_actions(output)).cpu()
-    for logits, columns in (
-        (output.binary_logits, config.binary_columns),
-        (output.slot_logits, config.slot_columns),
-    ):
+    keys = (output.binary_logits, config.binary_columns, config.key_thresholds)
+    for logits, columns, thresholds in (keys, (output.slot_logits, config.slot_columns, None)):
         if logits is not None:
-            logits = logits.double().cpu()
-            if columns == config.binary_columns and config.key_thresholds is not None:
-                logits = logits - logits.new_tensor(config.key_thresholds)
-            told[..., [config.action_space.index(c) for c in columns]] = logits
+            less = torch.tensor(thresholds or 0.0, dtype=torch.float64)
+            told[..., [config.action_space.index(c) for c in columns]] = logits.double().cpu() - less
     true = processor.denormalize_actions(batch["actions"]).cpu()
     if not isinstance(model, VJEPA2ACForActionAnticipation):
         return {"told": told.flatten(0, 1).numpy(), "true": true.flatten(0, 1).numpy()}
@@ -387,8 +272,8 @@ def action_figures(rows: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
             horizon["slot"] = {"rows": int(known.sum()), "without_slot": int((~known).sum())}
             if known.any():
                 true, last, slots = (values[known].argmax(axis=1) for values in parts.values())
-                accuracies = {"model": float((slots == true).mean()), "repeat_last": float((last == true).mean())}
-                horizon["slot"] |= accuracies
+                horizon["slot"]["model"] = float((slots == true).mean())
+                horizon["slot"]["repeat_last"] = float((last == true).mean())
         return figures
     figures = {}
     pairs = {kind: (rows["told"][:, chosen], rows["true"][:, chosen]) for kind, chosen in at.items()}

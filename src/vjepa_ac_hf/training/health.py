@@ -21,14 +21,7 @@ from .estimates import peak_tflops, predictor_tokens, step_flops
 
 # Names of a row's figures that are about the machine, not about the model.
 SPEED = frozenset(
-    {
-        "clips_per_second",
-        "tokens_per_second",
-        "data_wait_share",
-        "model_tflops_per_second",
-        "mfu",
-        "peak_memory_bytes",
-    }
+    ("clips_per_second", "tokens_per_second", "model_tflops_per_second", "mfu", "data_wait_share", "peak_memory_bytes")
 )
 
 
@@ -55,11 +48,8 @@ def peak_memory(device: torch.device) -> int:
 class Health:
     """Collects in the course of the steps what a row of the metrics says about them.
 
-    Args:
-        model: the run's model, unwrapped. Operations, tokens and features are told of world models alone.
-        arguments: the run's.
-        accelerator: of the run.
-        trained: the part of the model that is optimised; None: the world model's predictor.
+    Operations, tokens and features are told of world models alone. `model` is not wrapped, `trained` the part of it
+    that is optimised (None: the world model's predictor).
     """
 
     def __init__(
@@ -70,19 +60,21 @@ class Health:
         trained: nn.Module | None = None,
     ):
         self.arguments, self.device = arguments, accelerator.device
-        batch, bf16 = arguments.per_device_batch_size, arguments.mixed_precision == "bf16"
-        passes = arguments.gradient_accumulation_steps * accelerator.num_processes
-        self._clips_per_step = passes * batch
-        self._flops_per_step: float | None = None
-        self._peak: float | None = None
+        batch, processes = arguments.per_device_batch_size, accelerator.num_processes
+        passes = arguments.gradient_accumulation_steps * processes
+        self._per_step: dict[str, float] = {"clips_per_second": passes * batch}  # by the names of their rates
+        self._is_world_model = isinstance(model, VJEPA2ACModel)
         if isinstance(model, VJEPA2ACModel):
             assert isinstance(model.config, VJEPA2ACConfig)
             trained = model.predictor if trained is None else trained
             flops = step_flops(model.config, batch, cached_features=arguments.cache_features is not None)
-            self._flops_per_step = passes * flops.model
-            self._tokens_per_step = passes * predictor_tokens(model.config, batch)
+            tera = passes * flops.model / 1e12
+            self._per_step["tokens_per_second"] = passes * predictor_tokens(model.config, batch)
+            self._per_step["model_tflops_per_second"] = tera
+            bf16 = arguments.mixed_precision == "bf16"
             peak = peak_tflops(arguments.hardware, arguments.hardware_tflops, bf16)
-            self._peak = None if peak is None else accelerator.num_processes * peak * 1e12
+            if peak is not None:
+                self._per_step["mfu"] = tera / (processes * peak)
         assert trained is not None
         self.trained = trained
         self._observed: dict[str, Tensor] = {}
@@ -109,7 +101,7 @@ class Health:
 
     def observe(self, output: Any) -> None:
         """Features of a forward pass; nothing but a look at a flag in steps that are not logged."""
-        if self._watched and self._flops_per_step is not None:
+        if self._watched and self._is_world_model:
             self._observed = {
                 "encoder_feature_std": feature_std(output.target_features),
                 "predictor_feature_std": feature_std(output.predicted_features),
@@ -120,18 +112,7 @@ class Health:
         norm = torch.nn.utils.get_total_norm([p.detach() for p in self.trained.parameters()])
         row = {"parameter_norm": full_tensor(norm).item()}
         row |= {name: value.item() for name, value in self._observed.items()}
-        row |= {
-            "clips_per_second": self._clips_per_step * steps / seconds,
-            "data_wait_share": min(self._waited / seconds, 1.0),
-            "peak_memory_bytes": peak_memory(self.device),
-        }
-        if self._flops_per_step is not None:
-            flops_per_second = self._flops_per_step * steps / seconds
-            row |= {
-                "tokens_per_second": self._tokens_per_step * steps / seconds,
-                "model_tflops_per_second": flops_per_second / 1e12,
-            }
-            if self._peak is not None:
-                row["mfu"] = flops_per_second / self._peak
+        row |= {name: amount * steps / seconds for name, amount in self._per_step.items()}
+        row |= {"data_wait_share": min(self._waited / seconds, 1.0), "peak_memory_bytes": peak_memory(self.device)}
         self._waited = 0.0
         return row

@@ -26,14 +26,8 @@ SAME_CTRL_C = 1.0
 class StopSignals:
     """SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) as a wish to stop.
 
-        with StopSignals() as stop:
-            ...  # prepare: a signal ends the process at once, with status 75; finished work is on the disk
-            with stop.deferred():
-                while not stop.requested:
-                    ...  # train
-
-    While `deferred`, a signal sets `requested`, and a second SIGTERM or SIGINT ends the process at once (status
-    143 or 130).
+    Within the context a signal ends the process at once, with status 75: what was finished is on the disk. While
+    `deferred`, it sets `requested`, and a second SIGTERM or SIGINT ends the process at once (status 143 or 130).
     """
 
     def __init__(self) -> None:
@@ -87,13 +81,9 @@ class LoaderTimeout(TimeoutError):
 class BatchWatch:
     """An iterator that reports when its next item does not come.
 
-    A thread warns every `warn_seconds` and, after `fail_seconds`, stops the wait with `LoaderTimeout`. Where the wait
-    cannot be stopped, because it is in a library's code, the process ends with the stacks of its threads.
-
-    Args:
-        batches: the batches of a `ClipLoader`.
-        warn_seconds: of waiting for one batch before each warning.
-        fail_seconds: of waiting for one batch before the error.
+    A thread warns after every `warn_seconds` of waiting for one batch of a `ClipLoader` and, after `fail_seconds`,
+    stops the wait with `LoaderTimeout`. Where the wait cannot be stopped, because it is in a library's code, the
+    process ends with the stacks of its threads.
     """
 
     def __init__(self, batches: Iterator[dict[str, Any]], warn_seconds: float, fail_seconds: float):

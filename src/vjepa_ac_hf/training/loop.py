@@ -23,25 +23,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from ..loading.loader import ClipLoader
-from ..records import versions
+from ..records import versions, write_json
+from . import checkpoints
 from .averages import WeightAverage
-from .checkpoints import (
-    find_checkpoint,
-    get_random_state,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-    set_aside_newer,
-    write_best,
-)
 from .distributed import full_tensor
 from .health import Health
 from .interruptions import EXIT_INTERRUPTED, BatchWatch, StopSignals
 from .optimization import continue_schedule
 from .preflight import check_same_run
 from .run_log import MetricsLog, jsonable, write_run_record, write_status
-from .trackers import log_metrics, start_trackers
+from .trackers import start_trackers
 
 Batch = dict[str, Any]
 
@@ -53,57 +44,33 @@ def tensors_of(batch: Batch) -> Batch:
 
 @dataclass
 class Run:
-    """A run between two of its steps.
+    """A run between two of its steps."""
 
-    Attributes:
-        arguments: the program's.
-        accelerator: processes, device, precision.
-        model: not wrapped.
-        trained: the part of it that is optimised and that checkpoints hold.
-        wrapped: the model as a step calls it: under DDP, FSDP2, compilation.
-        optimizer, scheduler: of `trained`.
-        stop: whether the run is asked to end.
-        identity: what must not differ when the run is continued (`run_identity`).
-        loader: batches of this process.
-        health: collects what a row of metrics says about the steps.
-        average: of the weights of `trained`; None: there is none.
-        losses: outputs of the model that a row has; `loss` is optimised.
-        inputs: arguments of the model's `forward` from a batch.
-        validate: figures by name, `validation_loss` among them, or None; all processes call it, with the average in
-            place of the weights. None: no validation.
-        picture: called after a validation's row has been written.
-        validation_set: names the clips of `validate`: losses on others are not compared.
-        publish: gets step and folder of every checkpoint but the last, in the main process.
-        log: in the main process.
-        step: finished optimizer steps.
-        saved: step of the newest checkpoint.
-        best: step and validation loss of the best checkpoint.
-        metrics: logged last, by this start.
-    """
-
-    arguments: argparse.Namespace
+    arguments: argparse.Namespace  # the program's
     accelerator: Accelerator
-    model: nn.Module
-    trained: nn.Module
-    wrapped: nn.Module
-    optimizer: AcceleratedOptimizer
+    model: nn.Module  # not wrapped
+    trained: nn.Module  # the part of it that is optimised and that checkpoints hold
+    wrapped: nn.Module  # the model as a step calls it: under DDP, FSDP2, compilation
+    optimizer: AcceleratedOptimizer  # of `trained`, as the scheduler is
     scheduler: LambdaLR
     stop: StopSignals
-    identity: dict[str, Any]
-    loader: ClipLoader
+    identity: dict[str, Any]  # what must not differ when the run is continued (`run_identity`)
+    loader: ClipLoader  # batches of this process
     health: Health
-    average: WeightAverage | None = None
-    losses: tuple[str, ...] = ("loss",)
-    inputs: Callable[[Batch], Batch] = tensors_of
+    average: WeightAverage | None = None  # of the weights of `trained`
+    losses: tuple[str, ...] = ("loss",)  # outputs of the model that a row has; `loss` is optimised
+    inputs: Callable[[Batch], Batch] = tensors_of  # arguments of the model's `forward` from a batch
+    # Figures by name, `validation_loss` among them, or None; all processes call it, with the average in place of the
+    # weights.
     validate: Callable[[], dict[str, Any]] | None = None
-    picture: Callable[[int], None] | None = None
-    validation_set: str | None = None
-    publish: Callable[[int, Path], None] | None = None
-    log: MetricsLog | None = None
-    step: int = 0
-    saved: int | None = None
-    best: dict[str, Any] | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    picture: Callable[[int], None] | None = None  # called after a validation's row has been written
+    validation_set: str | None = None  # names the clips of `validate`: losses on others are not compared
+    publish: Callable[[int, Path], None] | None = None  # gets every checkpoint but the last, in the main process
+    log: MetricsLog | None = None  # in the main process
+    step: int = 0  # finished optimizer steps
+    saved: int | None = None  # step of the newest checkpoint
+    best: dict[str, Any] | None = None  # step and validation loss of the best checkpoint
+    metrics: dict[str, Any] = field(default_factory=dict)  # logged last, by this start
 
     @property
     def checkpoints(self) -> Path:
@@ -126,10 +93,9 @@ def find_start(
         ValueError: the checkpoint is of another run, or of a later step than the last one of this.
     """
     folder = arguments.output_dir / "checkpoints"
-    (path,) = broadcast_object_list(
-        [find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None]
-    )
-    state = None if path is None else read_state(path)
+    found = checkpoints.find_checkpoint(folder, arguments.resume) if accelerator.is_main_process else None
+    (path,) = broadcast_object_list([found])
+    state = None if path is None else checkpoints.read_state(path)
     if state is not None:
         check_same_run(state["arguments"], identity, path, config_class)
         if state["step"] > arguments.max_steps:
@@ -138,7 +104,7 @@ def find_start(
                 "another --output_dir, or an earlier checkpoint with --resume"
             )
     if accelerator.is_main_process:
-        set_aside_newer(folder, path, arguments.resume)
+        checkpoints.set_aside_newer(folder, path, arguments.resume)
     return None if state is None else (path, state)
 
 
@@ -150,7 +116,7 @@ def begin(run: Run, start: tuple[Path, dict[str, Any]] | None) -> None:
     if start is not None:
         path, state = start
         run.loader.load_state_dict(state["loader"])
-        load_checkpoint(path, run.trained, run.optimizer.optimizer, accelerator, run.average)
+        checkpoints.load_checkpoint(path, run.trained, run.optimizer.optimizer, accelerator, run.average)
         continue_schedule(run.scheduler, state["schedule"])
         run.step, run.best = state["step"], state.get("best")
         run.saved = run.step if path.parent.resolve() == run.checkpoints.resolve() else None
@@ -167,9 +133,8 @@ def _compare_validation(run: Run, state: dict[str, Any]) -> None:
     if run.validation_set is None:
         run.validation_set = state.get("validation")
         return
-    if "validation" in state:
-        same = state["validation"] == run.validation_set
-    else:  # written before checkpoints named the set; its clips were chosen by their number
+    same = state.get("validation") == run.validation_set
+    if "validation" not in state:  # written before checkpoints named the set; its clips were chosen by their number
         same = state["arguments"].get("eval_clips") == run.arguments.eval_clips
     if run.best is not None and not same:
         run.accelerator.print(
@@ -237,7 +202,9 @@ def log_step(run: Run, metrics: dict[str, Any], evaluate: bool) -> bool:
         improved = loss is not None and math.isfinite(loss) and (run.best is None or loss < run.best["validation_loss"])
         if improved:
             run.best = {"step": run.step, "validation_loss": loss}
-    log_metrics(run.accelerator, metrics)
+    # Without nulls: not all trackers take them.
+    values = {name: value for name, value in metrics.items() if name != "step" and value is not None}
+    run.accelerator.log(values, step=run.step)
     if run.log is not None:
         run.log.write(metrics)
     if evaluate and run.picture is not None:
@@ -248,7 +215,7 @@ def log_step(run: Run, metrics: dict[str, Any], evaluate: bool) -> bool:
 
 def position(run: Run) -> dict[str, Any]:
     """Where the data and this process's random generators stand."""
-    return {"loader": run.loader.state_dict(), "random": get_random_state(run.accelerator.device)}
+    return {"loader": run.loader.state_dict(), "random": checkpoints.get_random_state(run.accelerator.device)}
 
 
 def save(run: Run, at: dict[str, Any]) -> None:
@@ -257,17 +224,18 @@ def save(run: Run, at: dict[str, Any]) -> None:
         run.log.flush()
     state = {"arguments": run.identity, "schedule": run.scheduler.state_dict(), "loader": at["loader"]}
     state |= {"best": run.best, "validation": run.validation_set, "versions": versions()}
-    tensors = run.trained, run.optimizer.optimizer, at["random"]
-    saved = save_checkpoint(run.checkpoints, run.step, *tensors, state, run.accelerator, run.average)
+    saved = checkpoints.save_checkpoint(
+        *(run.checkpoints, run.step, run.trained, run.optimizer.optimizer, at["random"]),
+        *(state, run.accelerator, run.average),
+    )
     run.saved = run.step
     if run.accelerator.is_main_process:
         if run.publish is not None and run.step < run.arguments.max_steps:
             run.publish(run.step, saved)
         if run.best is not None:
-            write_best(run.checkpoints, run.best)
-        prune_checkpoints(
-            run.checkpoints, run.arguments.keep_checkpoints, None if run.best is None else run.best["step"]
-        )
+            write_json(run.checkpoints / "best.json", {**run.best, "checkpoint": f"step-{run.best['step']:08d}"})
+        best = None if run.best is None else run.best["step"]
+        checkpoints.prune_checkpoints(run.checkpoints, run.arguments.keep_checkpoints, best)
 
 
 def train(run: Run) -> None:

@@ -21,10 +21,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def check_schedule(max_steps: int, warmup_steps: int, decay_steps: int) -> None:
-    """
-    Raises:
-        ValueError: warm-up and decay together are longer than the training.
-    """
+    """Raise a ValueError where warm-up and decay together are longer than the training."""
     if min(warmup_steps, decay_steps) < 0 or warmup_steps + decay_steps > max_steps:
         raise ValueError(
             f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit in max_steps {max_steps}"

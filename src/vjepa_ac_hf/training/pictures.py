@@ -69,7 +69,7 @@ def log_pictures(
             images[f"pictures/clip_{number}{name}"] = _render(figure)
     folder = output_dir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / f"step-{step:08d}.png", _encode_png(_stack(list(images.values()))))
+    write_file(folder / f"step-{step:08d}.png", _png(list(images.values())))
     log_images(accelerator, images, step)
 
 
@@ -110,16 +110,12 @@ def _render(figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _stack(images: list[np.ndarray]) -> np.ndarray:
-    """Images below each other, `(Y, X, 3)` uint8, filled up with white to the right."""
-    width = max(image.shape[1] for image in images)
-    padded = [np.pad(i, ((0, 0), (0, width - i.shape[1]), (0, 0)), constant_values=255) for i in images]
-    return np.concatenate(padded)
-
-
-def _encode_png(image: np.ndarray) -> bytes:
+def _png(images: list[np.ndarray]) -> bytes:
+    """A file of images below each other, filled up with white to the right."""
     from matplotlib.image import imsave
 
+    width = max(image.shape[1] for image in images)
+    padded = [np.pad(i, ((0, 0), (0, width - i.shape[1]), (0, 0)), constant_values=255) for i in images]
     buffer = io.BytesIO()
-    imsave(buffer, image, format="png")
+    imsave(buffer, np.concatenate(padded), format="png")
     return buffer.getvalue()

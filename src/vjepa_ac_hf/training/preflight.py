@@ -21,7 +21,7 @@ from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..records import weights_checksum
 from .checkpoints import checkpoint_steps
-from .estimates import step_memory
+from .estimates import Memory, step_memory
 from .optimization import check_schedule
 from .presets import PRESETS
 
@@ -91,10 +91,7 @@ def _check_output(folder: Path) -> None:
 
 
 def check_batch(arguments: argparse.Namespace, clips: int) -> None:
-    """
-    Raises:
-        ValueError: a step takes more clips than there are.
-    """
+    """Raise a ValueError where a step takes more clips than there are."""
     if arguments.global_batch_size > clips:
         raise ValueError(
             f"{arguments.dataset}, split train: has {clips} clips, a step takes {arguments.global_batch_size} "
@@ -122,8 +119,7 @@ def run_identity(
     Args:
         arguments: the program's; those of `ARGUMENTS` that it has.
         num_processes: it is part of the order of clips.
-        model: its configuration.
-        processor: its action statistics and the frames' geometry.
+        model, processor: their configuration, action statistics and the frames' geometry.
         clips: the training clips, not their cached features.
         frozen: by name, parts of the model whose weights a step reads from elsewhere than a checkpoint.
         more: of this program alone.
@@ -144,13 +140,8 @@ def check_same_run(
     """Refuse to continue a run that was another one.
 
     What a checkpoint of an earlier version does not name is not compared; a field that the model's configuration did
-    not have then counts as its default.
-
-    Args:
-        saved: `run_identity` as the checkpoint has it, or all arguments (before there was a list).
-        current: of this start.
-        checkpoint: named in the error.
-        config_class: of the model, for defaults.
+    not have then counts as its default (`config_class`). `saved` is `run_identity` as the checkpoint has it, or all
+    arguments (before there was a list), `current` that of this start.
 
     Raises:
         ValueError: the fields that differ, with both values.
@@ -188,55 +179,51 @@ def _described(clips: Any) -> str:
     return f"{len(clips):,} clips, {sessions:,} sessions of {players:,} players"
 
 
+def run_memory(
+    arguments: argparse.Namespace, config: VJEPA2ACConfig, frozen: int, trained: int, checkpointed: bool
+) -> Memory:
+    """Estimate of what a run takes of each device, of its numbers of parameters."""
+    return step_memory(
+        *(config, frozen, trained, arguments.per_device_batch_size),
+        bf16=arguments.mixed_precision == "bf16",
+        gradient_checkpointing=checkpointed,
+        cached_features=arguments.cache_features is not None,
+        averaged=arguments.ema_decay > 0,
+        device="cuda" if arguments.dry_run or torch.cuda.is_available() else "cpu",
+    )
+
+
 def startup_summary(
     arguments: argparse.Namespace, model: VJEPA2ACModel, encoder: str, splits: tuple, processes: int
 ) -> str:
     """Data, length, sizes and estimated memory of a run, for people.
 
-    Args:
-        arguments: the run's.
-        model: as it will be trained.
-        encoder: where its encoder comes from.
-        splits: training clips, and the validation clips used or None.
-        processes: number of them.
+    `encoder` says where the model's comes from, `splits` are the training clips, and the validation clips used or None.
     """
     config, sizes = model.config, model.config.encoder_config
     assert isinstance(config, VJEPA2ACConfig)
     train, validation = splits
-    trained = sum(p.numel() for p in model.predictor.parameters())
-    frozen = sum(p.numel() for p in model.encoder.parameters())
+    trained, frozen = (sum(p.numel() for p in part.parameters()) for part in (model.predictor, model.encoder))
     if trained > LARGE_PREDICTOR * frozen:
         logger.warning(
             "the predictor has %s parameters, %.0f times as many as its encoder (%s): pred_hidden_size and "
             "pred_num_hidden_layers of --model_config make it smaller",
             *(f"{trained:,}", trained / frozen, f"{frozen:,}"),
         )
-    memory = step_memory(
-        *(config, frozen, trained, arguments.per_device_batch_size),
-        bf16=arguments.mixed_precision == "bf16",
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        cached_features=arguments.cache_features is not None,
-        averaged=arguments.ema_decay > 0,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
+    memory = run_memory(arguments, config, frozen, trained, arguments.gradient_checkpointing)
     epochs = arguments.max_steps * arguments.global_batch_size / len(train)
-    return "\n".join(
-        [
-            f"data            train {_described(train)}; validation {_described(validation)}",
-            f"run             {arguments.max_steps:,} steps = {epochs:.2f} epochs; warm-up {arguments.warmup_steps:,}, "
-            f"decay {arguments.decay_steps:,}",
-            f"step            {arguments.global_batch_size} clips = {processes} process{'es' * (processes > 1)} x "
-            f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated",
-            f"predictor       {trained:,} parameters, trained: {config.pred_num_hidden_layers} layers of width "
-            f"{config.pred_hidden_size}"
-            + (
-                f"; the model is their average over training, decay {arguments.ema_decay}"
-                if arguments.ema_decay
-                else ""
-            ),
-            f"encoder         {frozen:,} parameters, frozen: {sizes.num_hidden_layers} layers of width "
-            f"{sizes.hidden_size} ({encoder})",
-            f"memory          {memory.total / 1e9:.1f} GB a device, estimate",
-            f"output          {os.path.abspath(arguments.output_dir)}",
-        ]
-    )
+    average = f"; the model is their average over training, decay {arguments.ema_decay}" if arguments.ema_decay else ""
+    lines = [
+        f"data            train {_described(train)}; validation {_described(validation)}",
+        f"run             {arguments.max_steps:,} steps = {epochs:.2f} epochs; warm-up {arguments.warmup_steps:,}, "
+        f"decay {arguments.decay_steps:,}",
+        f"step            {arguments.global_batch_size} clips = {processes} process{'es' * (processes > 1)} x "
+        f"{arguments.per_device_batch_size} x {arguments.gradient_accumulation_steps} accumulated",
+        f"predictor       {trained:,} parameters, trained: {config.pred_num_hidden_layers} layers of width "
+        f"{config.pred_hidden_size}{average}",
+        f"encoder         {frozen:,} parameters, frozen: {sizes.num_hidden_layers} layers of width "
+        f"{sizes.hidden_size} ({encoder})",
+        f"memory          {memory.total / 1e9:.1f} GB a device, estimate",
+        f"output          {os.path.abspath(arguments.output_dir)}",
+    ]
+    return "\n".join(lines)

@@ -5,8 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import safe_open
-from torch import Tensor
 from transformers import PreTrainedConfig, VJEPA2Config
 
 from ..actions_vjepa2_ac import resolve_action_space
@@ -14,6 +12,7 @@ from ..configuration_encoder_vjepa2_ac import EncoderFields
 from ..configuration_vjepa2_ac import VJEPA2ACConfig
 from ..convert_vjepa2_ac_to_hf import RELEASED
 from ..modeling_vjepa2_ac import VJEPA2ACModel
+from ..records import tensors_of
 
 # "vitl16": V-JEPA 2's ViT-L/16 at 256 pixels with the V-JEPA 2-AC predictor (24 layers, width 1024, 16 heads).
 # "vitg16": V-JEPA 2's ViT-g/16 with the same predictor, as V-JEPA 2-AC has it (arXiv 2506.09985, section 3);
@@ -68,10 +67,8 @@ def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
         ValueError: neither a preset nor a file, no JSON, fields that are unknown, on the wrong level or contradict each
             other, or another action space than the file's.
     """
-    is_written_by_hand, encoder = False, overrides.get("encoder_config")
-    if name_or_file in PRESETS:
-        values = dict(PRESETS[name_or_file])
-    else:
+    values, is_written_by_hand = dict(PRESETS.get(name_or_file, {})), False
+    if name_or_file not in PRESETS:
         path = Path(name_or_file)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
@@ -86,8 +83,8 @@ def build_config(name_or_file: str, **overrides: Any) -> VJEPA2ACConfig:
         values["action_space"] = "vpt-13"
     values.pop("action_dim", None)
     if is_written_by_hand:
-        given = values.get("encoder_config") or {}
-        _fill_in_predictor(values, encoder or VJEPA2Config(**given))
+        encoder = values.get("encoder_config") or {}
+        _fill_in_predictor(values, VJEPA2Config(**encoder) if isinstance(encoder, dict) else encoder)
     return VJEPA2ACConfig(**values)
 
 
@@ -124,9 +121,8 @@ def _fill_in_predictor(values: dict[str, Any], encoder: VJEPA2Config) -> None:
     values.setdefault("pred_num_hidden_layers", min(encoder.num_hidden_layers, 24))
     if isinstance(width, int):
         heads = next(n for n in range(max(width // 64, 1), 0, -1) if width % n == 0)
-        values.setdefault(
-            "pred_num_attention_heads", encoder.num_attention_heads if width == encoder.hidden_size else heads
-        )
+        heads = encoder.num_attention_heads if width == encoder.hidden_size else heads
+        values.setdefault("pred_num_attention_heads", heads)
 
 
 def _check_action_space(path: Path, values: dict[str, Any], wanted: str | list[str] | None) -> None:
@@ -168,16 +164,11 @@ def init_predictor(model: VJEPA2ACModel, folder: Path) -> None:
         ValueError: another geometry (`check_initial_predictor`), or weights that are missing.
     """
     check_initial_predictor(cast(VJEPA2ACConfig, model.config), folder)
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            names = [n for n in tensors.keys() if n.startswith("predictor.")]  # noqa: SIM118 (not a dict)
-            found |= {n.removeprefix("predictor."): tensors.get_tensor(n) for n in names}
+    tensors = (named for file in sorted(folder.glob("*.safetensors")) for named in tensors_of(file))
+    found = {n.removeprefix("predictor."): t for n, t in tensors if n.startswith("predictor.")}
     wanted = [n for n in model.predictor.state_dict() if not n.startswith(_NEW)]
     missing = [n for n in wanted if n not in found]
     if missing:
-        raise ValueError(
-            f"--init_predictor {folder}: {len(missing)} of {len(wanted)} weights are missing, such "
-            f"as predictor.{missing[0]}"
-        )
+        told = f"{len(missing)} of {len(wanted)} weights are missing, such as predictor.{missing[0]}"
+        raise ValueError(f"--init_predictor {folder}: {told}")
     model.predictor.load_state_dict({n: found[n] for n in wanted}, strict=False)

@@ -79,17 +79,13 @@ def load_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def _check(path: Path, action: argparse.Action, value: Any) -> Any:
     """The value as the flag would give it."""
-    expected: str
     if value is None and action.default is None:
         return None
-    if isinstance(action, argparse.BooleanOptionalAction) or isinstance(action.default, bool):
-        expected, fits = "true or false", isinstance(value, bool)
-    elif action.type is int:
-        expected, fits = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    elif action.type is float:
-        expected, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        expected, fits = "text", isinstance(value, str)
+    is_switch = isinstance(action, argparse.BooleanOptionalAction) or isinstance(action.default, bool)
+    kind: Any = bool if is_switch else action.type if action.type in (int, float) else str
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    # To Python, True is a whole number too, and a whole number is no float.
+    fits = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == is_switch
     if action.choices is not None:
         expected, fits = f"one of {list(action.choices)}", fits and value in action.choices
     if not fits:

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..records import versions, write_file, write_json
+from ..records import git_revision, versions, write_file, write_json
 
 # Variables that change what is computed or how; others may hold secrets.
 _VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "NCCL_", "OMP_", "MKL_", "PYTORCH_", "TORCH_", "NVIDIA_TF32_OVERRIDE")
@@ -47,13 +46,11 @@ class MetricsLog:
         lines = path.read_text().splitlines() if path.is_file() and step > 0 else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                if json.loads(line)["step"] <= step:
+                    rows.append(line + "\n")
             except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break  # cut off when the run was killed; its step is done again
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if row["step"] <= step:
-                rows.append(line + "\n")
+                if number < len(lines):  # else it was cut off when the run was killed, and its step is done again
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
         write_file(path, "".join(rows).encode())
 
     def write(self, row: dict[str, Any]) -> None:
@@ -66,36 +63,17 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def git_revision(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that the code in `folder` is tracked in, and whether it has been changed; else None."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a repository around an installed package is another one
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/").splitlines()
-        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write `run.json` with this start first and earlier ones of the same run under "earlier".
 
     All processes must call it; the main one writes.
     """
-    devices = gather_object([_device_name(accelerator.device)])
+    device = accelerator.device
+    name = f"{device.type} ({platform.processor() or platform.machine()})"
+    devices = gather_object([torch.cuda.get_device_name(device) if device.type == "cuda" else name])
     record: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.orig_argv if hasattr(sys, "orig_argv") else sys.argv,
+        "command": sys.orig_argv,
         "working_directory": str(Path.cwd()),
         "arguments": jsonable(vars(arguments)),
         "processes": accelerator.num_processes,
@@ -108,9 +86,7 @@ def write_run_record(arguments: argparse.Namespace, accelerator: Accelerator) ->
     }
     if accelerator.is_main_process:
         path = arguments.output_dir / "run.json"
-        earlier: list[dict[str, Any]] = []
-        if path.is_file():
-            before = json.loads(path.read_text())
-            earlier = [{k: v for k, v in before.items() if k != "earlier"}, *before.get("earlier", [])]
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        earlier = before.pop("earlier", [])
+        earlier = [before, *earlier] if before else []
         write_json(path, {**record, "earlier": earlier})
-    return record

@@ -47,10 +47,9 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Trackers take numbers, strings and truth values (and None): lists become JSON, all else its `str`.
     """
-    plain = (bool, int, float, str, type(None))
     flat = {k: v for k, v in flatten_dict(dict(config), delimiter="/").items() if v != {}}
-    flat |= {k: json.dumps(v, default=str) for k, v in flat.items() if isinstance(v, (list, tuple))}
-    return {k: v if isinstance(v, plain) else str(v) for k, v in flat.items()}
+    flat |= {k: json.dumps(v, default=str) for k, v in flat.items() if isinstance(v, list | tuple)}
+    return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in flat.items()}
 
 
 def start_trackers(accelerator: Accelerator, output_dir: Path, config: Mapping[str, Any], step: int) -> None:
@@ -95,12 +94,6 @@ def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
                 tracker.tracker.finish(exit_code=1)
             else:
                 tracker.finish()
-
-
-def log_metrics(accelerator: Accelerator, metrics: Mapping[str, Any]) -> None:
-    """A row of metrics.jsonl to the trackers, at its step. Nulls are left out: not all trackers take them."""
-    values = {name: value for name, value in metrics.items() if name != "step" and value is not None}
-    accelerator.log(values, step=metrics["step"])
 
 
 def log_images(accelerator: Accelerator, images: Mapping[str, np.ndarray], step: int) -> None:

@@ -59,9 +59,7 @@ class ValidationSet:
         source: the clips with their videos, left encoded.
         processor: makes the tensors.
         accelerator: its process number and device.
-        batch_size: clips in a batch.
-        num_workers: of the loader.
-        prefetch_factor: of the loader.
+        batch_size, num_workers, prefetch_factor: of the loader.
 
     Raises:
         ValueError: fewer than two clips, or clips of another length (the message names the first).
@@ -150,10 +148,13 @@ def validate(model: VJEPA2ACModel, clips: ValidationSet, accelerator: Accelerato
     losses = {n: columns[n].double().mean().item() for n in _LOSSES}
     figures: dict[str, Any] = {"validation_clips": len(clips), **{f"validation_{n}": v for n, v in clips.units.items()}}
     figures |= {f"validation_{n}": v for n, v in losses.items()}
-    figures["validation_error_over_persistence"] = _ratio(losses["error"], losses["persistence"])
+    ratio = losses["error"] / losses["persistence"] if losses["persistence"] else None
+    figures["validation_error_over_persistence"] = ratio
     figures |= _horizon_figures(clips, columns)
     figures |= _sensitivity_figures(clips, columns)
-    figures |= _retrieval_figures(clips, columns)
+    candidates = np.concatenate([np.full(len(group), len(group)) for group in clips.groups])
+    found = probes.aggregate_retrieval({**{n: columns[n].numpy() for n in _RETRIEVAL}, "candidates": candidates})
+    figures |= {f"validation_retrieval_{name}": found[name] for name in ("top1", "persistence_top1", "chance")}
     return _explain_nulls(clips, columns, figures, accelerator.is_main_process)
 
 
@@ -252,12 +253,6 @@ def _sensitivity_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> di
     return figures
 
 
-def _retrieval_figures(clips: ValidationSet, columns: dict[str, Tensor]) -> dict[str, Any]:
-    candidates = np.concatenate([np.full(len(group), len(group)) for group in clips.groups])
-    found = probes.aggregate_retrieval({**{n: columns[n].numpy() for n in _RETRIEVAL}, "candidates": candidates})
-    return {f"validation_retrieval_{name}": found[name] for name in ("top1", "persistence_top1", "chance")}
-
-
 def _explain_nulls(
     clips: ValidationSet, columns: dict[str, Tensor], figures: dict[str, Any], announce: bool
 ) -> dict[str, Any]:
@@ -285,7 +280,3 @@ def _explain_nulls(
             clips.announced.add(reason)
             logger.warning("validation figures without a value: %s", reason)
     return figures
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None

@@ -6,7 +6,6 @@ app, since a Space installs its requirements before it has its own files.
 
 import json
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 
 from ..evaluation.clips import spread
+from ..hub.cards import public_evaluation, public_name
+from ..hub.upload import is_model_file, use_time_outs
 from ..loading.clips import load_clips
 from ..records import write_file, write_json
-from .cards import public_evaluation, public_name
-from .upload import MODEL_FILES, use_time_outs
 
 GRADIO = "6.31.0"  # what the Space's own installation takes
 # Of this package and its extra `app` (pyproject.toml); an index of PyTorch's builds that need no GPU goes first.
@@ -176,7 +175,7 @@ def copy_model(source: Path, target: Path) -> None:
         ValueError: there are no weights.
     """
     names = [str(file.relative_to(source)) for file in sorted(source.rglob("*")) if file.is_file()]
-    wanted = [n for n in names if any(fnmatch(n, p) and n.count("/") == p.count("/") for p in MODEL_FILES)]
+    wanted = [name for name in names if is_model_file(name)]
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ValueError(f"{source}: no model.safetensors: a folder of train.py or train_head.py is needed")
     for name in wanted:
