@@ -994,7 +994,7 @@ def test_script_refuses_what_does_not_fit(folders, tmp_path):
     make_processor(action_space="vpt-36").save_pretrained(tmp_path / "model")
     run = run_script("--model", tmp_path / "model", "--dataset", folders / "data", "--output", tmp_path / "report")
     assert run.returncode == 1
-    assert "ValueError: the model's action_dim is 13, but the processor's number of columns" in run.stderr
+    assert "\nerror: the model's action_dim is 13, but the processor's number of columns" in run.stderr
     assert not (tmp_path / "report").exists()
 
 
