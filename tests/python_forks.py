@@ -7,6 +7,7 @@ interpreter does, and can be killed. What is about an interpreter's start and en
 
 import ast
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -93,6 +94,7 @@ def _serve() -> None:
     own, answers = sys.path[1:], os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an import says
     _import_others()
+    gc.freeze()  # the programs' own collections need not look through all of that
     for line in sys.stdin:
         arguments, cwd, environment, folder = json.loads(line)
         child = os.fork()
