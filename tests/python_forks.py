@@ -51,8 +51,10 @@ class Program:
 
 
 def start(arguments: Sequence[Any], *, cwd: Any = None, env: Mapping[str, str] | None = None) -> Program:
-    """Begin `python ARGUMENTS`: a file, or `-c` and code, and what follows. Offline, with an empty cache of the Hub's,
-    unless `env` says otherwise."""
+    """Begin `python ARGUMENTS`: a file, `-c` and code, or `-m` and a module, and what follows.
+
+    It is offline and has an empty cache of the Hub's, unless `env` says otherwise.
+    """
     alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": _home.name}
     environment = alone | dict(os.environ if env is None else env)
     at_import = {k: v for k, v in environment.items() if k.startswith(AT_IMPORT)}
@@ -105,7 +107,7 @@ def _serve() -> None:
             os.environ.clear()
             os.environ.update(environment)
             time.tzset()
-            first = "" if arguments[0] == "-c" else str(Path(arguments[0]).resolve().parent)
+            first = "" if arguments[0] in ("-c", "-m") else str(Path(arguments[0]).resolve().parent)
             given = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
             sys.path[:] = [first, *given, *own]
             _end(_status_of(arguments))
@@ -122,6 +124,9 @@ def _status_of(arguments: list[str]) -> int:
             sys.argv = ["-c", *arguments[2:]]
             program = sys.modules["__main__"] = ModuleType("__main__")
             exec(compile(arguments[1], "<string>", "exec"), program.__dict__)
+        elif arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
             runpy.run_path(arguments[0], run_name="__main__")
