@@ -3,7 +3,7 @@
     python benchmarks/explore.py --model demo/model --dataset demo/clips --decoder demo/decoder --output explore.json
 
 Needs `make test-browser`'s set-up. A step's time goes from the key's event to the frame in which the browser paints the
-decoded picture. Memory is the server's resident set, after half and after all of `--steps` by `--visitors` browsers.
+decoded picture. Memory is the server's resident set, after every `--memory_every` of `--steps` that `--visitors` take.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from vjepa_ac_hf.records import versions, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("ArrowLeft", "w", "ArrowRight", "d", "ArrowUp", " ", "ArrowDown", "a")
-ROUND = 40  # steps of a story, which is then begun again
+ROUND = 40  # pictures of a story, which is then begun again
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,10 +34,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decoder")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--memory_every", type=int, default=200)
     parser.add_argument("--visitors", type=int, default=20)
     parser.add_argument("--timed_steps", type=int, default=200, help="by one visitor alone, whose times are reported")
     parser.add_argument("--port", type=int, default=7990)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.memory_every % args.visitors:
+        parser.error(f"--memory_every must be a multiple of --visitors, found {args.memory_every} and {args.visitors}")
+    return args
 
 
 def open_page(browser: Any, address: str) -> Page:
@@ -50,7 +54,7 @@ def open_page(browser: Any, address: str) -> Page:
 def take_steps(page: Page, count: int) -> list[float]:
     """Milliseconds of `count` steps."""
     for number in range(count):
-        if number % ROUND == ROUND - 1:
+        if page.locator("#vx-strip .vx-cell").count() > ROUND:
             page.click("#vx-restart")
             page.wait_for_function("document.querySelectorAll('#vx-strip .vx-cell').length === 2")
         before = page.evaluate("vjepa.timings.length")
@@ -79,11 +83,11 @@ def main() -> None:
             timed = sorted(take_steps(page, args.timed_steps))
             memory = psutil.Process(server.pid)
             pages = [page, *(open_page(browser, address) for _ in range(args.visitors - 1))]
-            resident = []
-            for _ in range(2):
+            resident = {}
+            for count in range(args.memory_every, args.steps + 1, args.memory_every):
                 for one in pages:
-                    take_steps(one, args.steps // 2 // args.visitors)
-                resident.append(memory.memory_info().rss)
+                    take_steps(one, args.memory_every // args.visitors)
+                resident[count] = memory.memory_info().rss / 2**20
         finally:
             server.terminate()
             server.wait()
@@ -94,7 +98,7 @@ def main() -> None:
         "seconds_to_serving": serving,
         "seconds_to_first_page": first_page,
         "step_ms": {"median": statistics.median(timed), "p95": timed[int(0.95 * len(timed))], "steps": len(timed)},
-        "resident_mb": {"after_half": resident[0] / 2**20, "after_all": resident[1] / 2**20},
+        "resident_mb": resident,
         "steps": args.steps,
         "visitors": args.visitors,
         "versions": versions(),

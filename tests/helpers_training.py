@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import python_forks
 import torch
 from helpers_clips import write_clips
 from safetensors.torch import load_file
@@ -46,12 +47,13 @@ def command(workspace: Path, output: Path, *flags: str, dataset: str = "clips") 
 
 def run(arguments: list[str], processes: int = 1, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
     """A Python program in processes of its own on the CPU, with these environment variables."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     defaults = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | defaults | variables
-    result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+    if processes == 1:
+        result = python_forks.run(arguments, env=environment, cwd=ROOT)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        result = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert not check or result.returncode == 0, result.stderr[-3000:]
     return result
 

@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import python_forks
 import torch
 from helpers_data import DATA, LUANTI, name_of, to_log, write_shard
 from hypothesis import given, settings
@@ -593,14 +594,13 @@ def test_processes_find_the_same(shards, tmp_path):
 def test_killed_run_goes_on(shards, tmp_path):
     """After SIGKILL, with half a line written, the rest is checked and what was finished is not."""
     output = tmp_path / "out"
-    command = [sys.executable, str(PROGRAM), "--shards", str(shards), "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = python_forks.start([PROGRAM, "--shards", shards, "--output", output])
     journal = output / "progress.ndjson"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
     finished = journal.read_bytes().count(b"\n")
     assert 1 <= finished < 6 and not (output / "alignment.json").exists()
     journal.write_bytes(journal.read_bytes() + b'{"key": "abc')

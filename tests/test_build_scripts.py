@@ -8,7 +8,6 @@ import runpy
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tarfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import python_forks
 from datasets import load_dataset
 from helpers_build import assert_same_files, contents, fork_build, status_of
 from helpers_data import make_lines, make_video, name_of, oracle_actions, to_log, write_recording, write_shard
@@ -32,8 +32,7 @@ SCRIPTS = Path(__file__).parent.parent / "dataset_scripts"
 
 
 def run_process(script, *arguments):
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = python_forks.run([SCRIPTS / script, *arguments])
     return process.returncode, process.stdout, process.stderr
 
 

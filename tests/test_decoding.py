@@ -1,11 +1,8 @@
 """The decoder from features to frames: where pixels go, its loss by hand, learning, freezing, saving, bad input."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+import python_forks
 import torch
 from accelerate import Accelerator
 from helpers_models import WITHOUT_PACKAGE
@@ -245,14 +242,8 @@ def test_it_loads_without_the_package(tmp_path):
     with torch.no_grad():
         frames = model(features=random_features()).frames
     save_file({"features": random_features(), "frames": frames.contiguous()}, tmp_path / "case.safetensors")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        # Equal bits need the same number of threads and the same instructions.
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-    )
+    # Equal bits need the same number of threads and the same instructions.
+    result = python_forks.run(["-c", LOAD_ELSEWHERE, tmp_path], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "loaded VJEPA2ACForFrameDecoding transformers_modules" in result.stdout
     assert (tmp_path / "again" / "modeling_heads_decoding_vjepa2_ac.py").is_file()

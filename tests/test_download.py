@@ -11,7 +11,6 @@ import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import python_forks
 from faulty_server import Fault, FaultyServer
 from helpers_data import make_lines, make_video, name_of, to_log
 from hub_server import HubServer
@@ -627,16 +627,14 @@ def test_a_stopped_program_leaves_partial_files_and_goes_on(server, files, tmp_p
     # The first recording gets through, the others stop in the middle of their videos.
     for stem in STEMS[1:]:
         server.faults[f"{stem}.mp4"] = [Fault(stall_after=48_000, stall=600)]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = python_forks.start([SCRIPT, *command])
     parts = [out / f"{stem}.mp4.part" for stem in STEMS[1:]]
     deadline = time.monotonic() + 90
     while not (all(part.exists() and part.stat().st_size >= 40_000 for part in parts) and len(on_disk(out)) >= 10):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None and time.monotonic() < deadline, process.poll()
         time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)  # and does not wait for what has stalled
+    os.kill(process.pid, number)
+    err = process.wait().stderr  # and does not wait for what has stalled
     assert process.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL), err
 
     for name, content in on_disk(out).items():

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,6 +20,7 @@ from PIL import Image
 
 from vjepa_ac_hf import ACTION_COLUMNS, VJEPA2ACProcessor
 from vjepa_ac_hf.app.explorer import Explorer, Limits
+from vjepa_ac_hf.app.goals import Arrival, steady
 from vjepa_ac_hf.app.load import load_explorer
 from vjepa_ac_hf.app.scenes import Scenes, open_video
 from vjepa_ac_hf.app.story import MOST_STEPS, Story, horizon_errors, make_action
@@ -225,6 +227,15 @@ def test_a_turn_moves_the_picture_and_the_other_one_the_other_way(tmp_path):
     assert lane["title"] == "left for right" and lane["steps"][0]["picture"] == right["step"]["picture"]
 
 
+def planned(explorer, token, goal):
+    """All answers until the plan ends."""
+    answers = [explorer.answer("plan", {"token": token, "goal": goal})]
+    while not answers[-1].get("done") and len(answers) < 12:
+        answers.append(explorer.answer("plan", {"token": token, "goal": goal}))
+    assert answers[-1].get("done"), answers[-1]
+    return answers[:-1], answers[-1]
+
+
 def test_a_plan_finds_the_way(tmp_path):
     """A turn to the right leads to the goal, and nothing comes closer after that."""
     explorer = turning_world(tmp_path / "clips")
@@ -232,15 +243,124 @@ def test_a_plan_finds_the_way(tmp_path):
     scene = explorer.sessions[token].story.scene
     first = scene.features[0].unflatten(0, (8, 8))
     scene.features[3] = torch.cat([first[:, 1:], first[:, -1:]], dim=1).flatten(0, 1)  # as a turn to the right shows it
-    answers = [explorer.answer("plan", {"token": token, "goal": 3})]
-    while not answers[-1].get("done") and len(answers) < 5:
-        answers.append(explorer.answer("plan", {"token": token, "goal": 3}))
-    assert answers[-1].get("done"), answers[-1]
-    words = {word for a in answers if "step" in a for word in a["step"]["action"][2].split()}
+    steps, end = planned(explorer, token, 3)
+    words = {word for a in steps for word in a["step"]["action"][2].split()}
     assert words <= {"w", "a", "s", "d", "space", "no", "keys"}
-    reached = [a["distance"] for a in answers if not a.get("done")]
-    assert reached and reached[-1] < 1e-6
-    assert "no plan comes closer to the goal than 0.000" in answers[-1]["message"]
+    assert steps and steps[-1]["distance"] < 1e-6
+    assert end["arrived"] and end["message"].startswith("arrived: 0.000 from the goal")
+
+
+def paint(scene, columns):
+    """All of a scene's frames look like this: a value for each of the eight columns of tokens."""
+    scene.features.zero_()
+    scene.features[..., :3] = torch.tensor(columns, dtype=torch.float32).repeat(8)[:, None]
+
+
+@pytest.mark.parametrize("steps_before", [0, 5])
+def test_a_plan_leads_over_a_ridge_and_says_how_far_it_is(tmp_path, steps_before):
+    """Four turns to the right lead to the goal; after one, two or three of them, or any to the left, it is further away
+    than at the start. After five steps three are left of the clip's length, and the plan looks beyond it."""
+    explorer = turning_world(tmp_path / "clips")
+    token = begin(explorer)
+    story = explorer.sessions[token].story
+    paint(story.scene, [0, 1, 0, 0, 0, 1, 0, 0])
+    for _ in range(steps_before):
+        act(explorer, token)
+    goal = story.scene.features[7]
+    goal.zero_()
+    goal.unflatten(0, (8, 8))[:, 1, :3] = 1.0  # columns 4 to 7 of the picture, and the last one again and again
+    unit = 3 / goal.shape[-1] / 8  # of a column that differs: three colours of the whole width, one of eight columns
+    steps, end = planned(explorer, token, 7)
+    assert [a["distance"] / unit for a in steps] == pytest.approx([3, 2, 2, 0], abs=1e-4)
+    assert [a["before"] / unit for a in steps] == pytest.approx([1, 3, 2, 2], abs=1e-4)
+    assert [a["start"] / unit for a in (*steps, end)] == pytest.approx([1] * 5)
+    assert [a["expected"] for a in steps] == pytest.approx([0] * 4, abs=1e-6)
+    assert [a["left"] for a in steps] == [3, 2, 1, 0]
+    assert end["arrived"] and end["distance"] < 1e-6
+
+
+@pytest.mark.parametrize(("errors", "arrived"), [([], False), ([(0.2, 0.3)] * 7, True), ([(0.05, 0.3)] * 7, False)])
+def test_a_plan_says_whether_it_arrived_or_gave_up(tmp_path, errors, arrived):
+    """Whatever is done, a picture of one colour stays 0.1 away from the goal."""
+    explorer = turning_world(tmp_path / "clips", errors=errors)
+    token = begin(explorer)
+    story = explorer.sessions[token].story
+    paint(story.scene, [0.5] * 8)
+    story.scene.features[5] += 0.1
+    steps, end = planned(explorer, token, 5)
+    assert not steps and end["arrived"] is arrived
+    told = "arrived: 0.100" if arrived else "gave up: nothing that was tried comes closer than 0.100"
+    assert end["message"].startswith(f"{told} from the goal, 0.100 at the start; ")
+    assert (f"error after so many steps is {errors[0][0]:.3f}" if errors else "half of that") in end["message"]
+
+
+def test_a_plan_gives_up_after_eight_steps(tmp_path, monkeypatch):
+    explorer = turning_world(tmp_path / "clips")
+    token = begin(explorer)
+
+    def always(model, processor, story, way, space, candidates):
+        way.plan = SimpleNamespace(actions=torch.zeros(1, len(ACTION_COLUMNS)))
+        return True
+
+    monkeypatch.setattr("vjepa_ac_hf.app.explorer.look_ahead", always)
+    steps, end = planned(explorer, token, 5)
+    assert len(steps) == 8 and not end["arrived"] and end["message"].startswith("gave up after 8 steps: ")
+
+
+def test_a_plan_has_fewer_candidates_where_steps_take_long(explorer, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vjepa_ac_hf.app.explorer.look_ahead", lambda *given: asked.append(given[-1]))
+    token = begin(explorer)
+    for explorer._rollout_seconds in (1e-9, 3 / (3 * 6 * 50.5), 1.0):
+        explorer.answer("plan", {"token": token, "goal": 5})
+    assert asked == [96, 50, 24]
+
+
+def test_arriving_costs_the_distance_and_the_turn():
+    """By hand: from a yaw of 170, -175 is 15 degrees on, and turns of 10, 20 and -40 degrees lead to 25, 45 and 5."""
+    begun, now = torch.tensor([170.0, 1.0]), torch.tensor([-175.0, 3.0])
+    cost = Arrival(torch.zeros(2, 4), 0.01, begun, now)
+    features = torch.tensor([0.5, 0.2, 0.45])[None, :, None, None].expand(1, 3, 2, 4)
+    actions = torch.zeros(1, 3, len(ACTION_COLUMNS))
+    actions[0, :, COLUMN["yaw_delta"]] = torch.tensor([10.0, 20.0, -40.0])
+    actions[0, :, COLUMN["pitch_delta"]] = torch.tensor([-2.0, 0.0, 4.0])  # 2 above where it began: 0, 0 and 4
+    expected = [0.5 + 0.25, 0.2 + 0.45, 0.45 + 0.05 + 0.04]
+    assert cost.by_step(features, actions)[0].tolist() == pytest.approx(expected)
+    assert cost(features, actions).tolist() == pytest.approx([0.54])
+    assert float(cost.of_turn(torch.zeros(2))) == pytest.approx(0.15 + 0.02)
+
+
+def test_turns_are_counted_from_where_the_plan_began(tmp_path, monkeypatch):
+    explorer, made = turning_world(tmp_path / "clips"), []
+
+    def watched(*given):
+        made.append(given)
+        return Arrival(*given)
+
+    monkeypatch.setattr("vjepa_ac_hf.app.goals.Arrival", watched)
+    token = begin(explorer)
+    story = explorer.sessions[token].story
+    views = [story.state(1)]
+    for goal in (6, 6, 3):  # another goal begins anew
+        answer = explorer.answer("plan", {"token": token, "goal": goal})
+        views.append(story.state(story.now))
+        assert made[-1][1] == pytest.approx(0.1 * answer["start"] / 90)
+    assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
+    for (_, _, begun, now), at, first in zip(made, views, (0, 0, 2), strict=False):
+        assert torch.equal(begun, views[first]) and torch.equal(now, at)
+
+
+def test_steady_turns_go_all_the_way_around(explorer):
+    space = explorer._space
+    decisions = steady(space, 3, 10)
+    assert decisions.shape == (10, 3, space.width) and torch.equal(decisions, decisions[:, :1].expand_as(decisions))
+    yaw, pitch = (decisions[:, 0, space.continuous.index(c)] for c in ("yaw_delta", "pitch_delta"))
+    at = space.continuous.index("yaw_delta")
+    assert yaw[::2].tolist() == pytest.approx(np.linspace(float(space.low[at]), float(space.high[at]), 5).tolist())
+    assert torch.equal(yaw[::2], yaw[1::2]) and not pitch.any()
+    raw = space.complete(decisions, pitch=0.0, slot=None)[:, 0]
+    assert raw[:, COLUMN["key.w"]].tolist() == [0, 1] * 5
+    assert not raw[:, [COLUMN[f"key.{k}"] for k in ("a", "s", "d", "space")]].any()
 
 
 # ------------------------------------------------------------------------------------------------ many visitors

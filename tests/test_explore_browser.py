@@ -251,18 +251,32 @@ def test_a_plan_is_watched_and_one_closed_in_its_middle_leaves_the_others_workin
     page, other = visit(address), visit(address)
     press(other, "w")
     page.locator(".vx-goal").nth(5).click()
-    page.wait_for_function("document.querySelector('#vx-status').textContent.includes('planner')")
+    expect(page.locator("#vx-status")).to_have_text(re.compile("plan|arrived|gave up"))
     page.close()
     press(other, "ArrowLeft")
     assert cells(other) == 4
     for _ in range(30):  # the plan that nobody waits for ends by itself
         other.locator(".vx-goal").nth(1).click()
         text = other.locator("#vx-status")
-        expect(text).to_have_text(re.compile("another visitor|no plan comes closer|distance"), timeout=30_000)
+        expect(text).to_have_text(re.compile("another visitor|arrived|gave up|distance"), timeout=30_000)
         if "another visitor" not in text.inner_text():
             break
         time.sleep(1)
     assert "another visitor" not in other.inner_text("#vx-status")
+
+
+def test_a_plan_tells_its_distances_and_how_it_ended(visit, address):
+    page = visit(address)
+    page.locator(".vx-goal").nth(6).click()
+    status = page.locator("#vx-status")
+    told = re.compile(
+        r"distance to the goal [\d.]+ now, [\d.]+ a step before, [\d.]+ at the start; the plan expects [\d.]+"
+    )
+    expect(status).to_have_text(told, timeout=30_000)
+    expect(status).to_have_text(
+        re.compile(r"(arrived|gave up).* [\d.]+ from the goal, [\d.]+ at the start"), timeout=60_000
+    )
+    assert 3 <= cells(page) <= 10
 
 
 def test_a_lost_connection_says_so_and_a_new_program_ends_the_story(visit, tmp_path):

@@ -1,12 +1,10 @@
 """Heads: what the token matching computes, losses and weights by hand, causality, freezing, saving, bad input."""
 
-import os
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import python_forks
 import torch
 import torch.nn.functional as F
 from helpers_models import WITHOUT_PACKAGE
@@ -486,14 +484,8 @@ def test_heads_load_without_the_package(tmp_path):
         with torch.no_grad():
             expected = model(features=random_features()).to_tuple()[0]
         save_file({"features": random_features(), "expected": expected.contiguous()}, tmp_path / f"{name}.safetensors")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        # Equal bits need the same number of threads and the same instructions.
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-    )
+    # Equal bits need the same number of threads and the same instructions.
+    result = python_forks.run(["-c", LOAD_ELSEWHERE, tmp_path], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert [line.split()[1:] for line in result.stdout.splitlines()] == [
         [c.__name__, "transformers_modules"] for c in ALL

@@ -1,12 +1,11 @@
 """Files that travel to the Hub: their imports, and loading them where this package cannot be imported."""
 
 import ast
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import python_forks
 import torch
 from helpers_models import WITHOUT_PACKAGE
 from test_modeling import random_inputs, tiny_model
@@ -86,14 +85,9 @@ def test_model_and_processor_load_without_the_package(tmp_path):
         "prepared_states": processor(states=raw_states)["states"],
     }
     save_file({k: v.contiguous() for k, v in case.items()}, tmp_path / "case.safetensors")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, folder, tmp_path / "case.safetensors", tmp_path / "again"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        # Equal bits need the same number of threads and the same instructions.
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-    )
+    # Equal bits need the same number of threads and the same instructions.
+    case = [folder, tmp_path / "case.safetensors", tmp_path / "again"]
+    result = python_forks.run(["-c", LOAD_ELSEWHERE, *case], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "loaded transformers_modules" in result.stdout
     # What was loaded as remote code can be saved again, code included.

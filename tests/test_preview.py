@@ -4,8 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import python_forks
 import torch
 from datasets import load_dataset
 from helpers_clips import write_clips
@@ -406,7 +405,7 @@ def test_program_in_a_process_of_its_own(data_set, tmp_path):
     folder, lines = data_set
     script = Path(__file__).parent.parent / "dataset_scripts/preview_clips.py"
     options = ["--dataset", folder / "built", "--output", tmp_path, "--num_clips", "2", "--shards", folder / "in"]
-    done = subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True)
+    done = python_forks.run([script, *options])
     assert done.returncode == 0 and "2 of 6 clips" in done.stdout, done.stderr
     told = json.loads((tmp_path / "clips.json").read_text())
     assert len(told["clips"]) == 2 and told["clip options"] == "as recorded in report.json"

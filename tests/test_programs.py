@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import python_forks
 import yaml
 from faulty_server import Fault, FaultyServer
 from helpers_data import make_lines, make_video, name_of, to_log
@@ -82,10 +83,11 @@ def installed(wheel):
 
     def run(*arguments, cwd, check=True, **variables):
         environment = {**os.environ, "PYTHONPATH": str(folder), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-        program = [folder / "bin" / "vjepa-ac", *arguments] if arguments[0] != "-c" else [sys.executable, *arguments]
-        done = subprocess.run(
-            [*map(str, program)], capture_output=True, text=True, cwd=cwd, env=environment | variables
-        )
+        if arguments[0] == "-c":
+            options = {"cwd": cwd, "env": environment | variables}
+            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+        else:
+            done = python_forks.run([folder / "bin" / "vjepa-ac", *arguments], cwd=cwd, env=environment | variables)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done
 

@@ -5,13 +5,13 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+import python_forks
 import torch
 from torchcodec.decoders import VideoDecoder
 
@@ -26,10 +26,7 @@ def record(output: Path, *flags: str) -> subprocess.CompletedProcess:
     program = str(ROOT / "dataset_scripts" / "record_vizdoom.py")
     arguments = ["--output", str(output), "--ticks", str(TICKS), "--resolution", "160x120", *flags]
     # The logs' `milli` is of local time.
-    environment = {**os.environ, "TZ": "UTC"}
-    return subprocess.run(
-        [sys.executable, program, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    return python_forks.run([program, *arguments], cwd=ROOT, env={**os.environ, "TZ": "UTC"})
 
 
 def read(shard: Path) -> dict[str, tuple[bytes, list[dict]]]:

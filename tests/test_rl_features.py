@@ -1,10 +1,8 @@
 """Features for reinforcement learning against tubelets that the test cuts itself, one environment at a time."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+import python_forks
 import torch
 from test_modeling import tiny_model
 
@@ -258,7 +256,7 @@ for package, module in (("gymnasium", "vjepa_ac_hf.envs"), ("stable_baselines3",
         print(error)
     del sys.modules[package]
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = python_forks.run(["-c", code])
     lines = found.stdout.splitlines()
     assert len(lines) == 2, found.stderr
     assert "needs Gymnasium: pip install 'vjepa-ac-hf[rl,vizdoom]'" in lines[0]

@@ -2,11 +2,10 @@
 
 import ast
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import python_forks
 
 PACKAGE = Path(__file__).parent.parent / "src" / "vjepa_ac_hf"
 # From the bottom up. What stands side by side imports nothing of each other.
@@ -97,5 +96,5 @@ def test_every_module_can_be_imported_first():
         "            del sys.modules[known]\n"
         "    importlib.import_module(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python_forks.run(["-c", code])
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,10 @@
 """The head that tells steps between two views: learnt from synthetic sequences, and as a plan's cost."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import python_forks
 import torch
 from helpers_models import WITHOUT_PACKAGE
 from test_modeling import tiny_model
@@ -110,7 +109,7 @@ def test_it_is_saved_loaded_and_trained_like_the_others(tmp_path):
         WITHOUT_PACKAGE + "from transformers import AutoModel\n"
         f"print(type(AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)).__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python_forks.run(["-c", code])
     assert done.stdout.strip() == "VJEPA2ACForTemporalDistance", done.stderr
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vjepa2_ac_temporal_distance"
 

@@ -21,20 +21,21 @@ from ..evaluation.pictures import describe_action
 from ..modeling_vjepa2_ac import VJEPA2ACModel
 from ..planning.actions import SearchSpace
 from ..planning.environments import to_vpt_lines
-from ..planning.planner import GoalCost, Plan, check_planning, encode_context, plan, ticks_per_step
-from ..planning.search import CEM
+from ..planning.planner import check_planning, ticks_per_step
 from ..processing_vjepa2_ac import VJEPA2ACProcessor
 from ..recordings.video import encode_clip
+from .goals import CANDIDATES, ITERATIONS, Way, horizon_of, look_ahead
 from .scenes import LARGEST_LOG, Scenes, open_video
 from .story import HELD, MOST_STEPS, Scene, Step, Story, feature_error, make_action
 
 Answer = dict[str, Any]
 MOST_LANES = 4
-PLAN_HORIZON = 2
 PLANNED = ("key.w", "key.a", "key.s", "key.d", "key.space")  # beside the view: what moves it
 MOST_REAL = 24  # clips whose frames stand in for decoded ones
 LOAD_SECONDS = 10.0  # to wait for others' clips
-PLAN_SECONDS = 3.0  # a step of a plan may take, by what steps have taken
+PLAN_SECONDS = 3.0  # a step of a plan may take, by what the one before has taken
+MOST_PLANNED = 8  # steps towards a goal
+FEWEST = 24  # candidates of a plan's iteration, on however slow a machine
 
 
 class Refused(ValueError):
@@ -71,7 +72,7 @@ class Session:
     story: Story | None = None
     shown: list[Answer] = field(default_factory=list)
     lanes: list[Answer] = field(default_factory=list)
-    plan: Plan | None = None
+    way: Way | None = None
 
 
 class Explorer:
@@ -113,7 +114,7 @@ class Explorer:
         others = [c for c in processor.action_space if c in HELD and c not in PLANNED]
         statistics = processor.action_statistics
         self._space = SearchSpace(processor.action_space, fixed=dict.fromkeys(others, 0.0), statistics=statistics)
-        self._step_seconds = 0.05
+        self._rollout_seconds = 2e-3  # of a step of a candidate
         self._lock = threading.Lock()  # of `sessions`
         self._compute = threading.Lock()
         self._planning = threading.Lock()
@@ -188,14 +189,14 @@ class Explorer:
                     raise Refused("held must be a list of keys")
                 yaw, pitch = _number(request, "yaw"), _number(request, "pitch")
                 action = make_action(held, yaw, pitch, view=story.state(story.now), slot=story.slot)
-            session.plan = None
+            session.way = None
             return {"step": self._act(session, action)}
 
     def undo(self, request: Answer) -> Answer:
         with self._work(request) as session:
             session.story.undo()
             del session.shown[len(session.story.steps) :]
-            session.plan = None
+            session.way = None
             return {"steps": len(session.shown)}
 
     def restart(self, request: Answer) -> Answer:
@@ -204,7 +205,7 @@ class Explorer:
             if request.get("aside") and session.shown:
                 self._put_aside(session, "put aside", session.shown)
             session.story.restart()
-            session.shown, session.plan = [], None
+            session.shown, session.way = [], None
             return {"story": self._tell(session)}
 
     def mirror(self, request: Answer) -> Answer:
@@ -227,7 +228,7 @@ class Explorer:
             return {"lanes": []}
 
     def plan(self, request: Answer) -> Answer:
-        """One step towards the clip's frame `goal`, or `done` where no plan comes closer."""
+        """One step towards the clip's frame `goal`, or `done`: `arrived` or not, with a `message`."""
         goal = _whole(request, "goal")
         if not self._planning.acquire(blocking=False):
             raise Refused("another visitor's plan is being made: try again in a few seconds")
@@ -332,7 +333,7 @@ class Explorer:
         story = Story(self.model, self.processor, scene, context)
         token, session = self._open(str(request.get("token", "")))
         with session.lock:
-            session.story, session.shown, session.lanes, session.plan = story, [], [], None
+            session.story, session.shown, session.lanes, session.way = story, [], [], None
             return {"token": token, "story": self._tell(session)}
 
     def _bound_caches(self, latest: Session) -> None:
@@ -375,9 +376,7 @@ class Explorer:
 
     def _act(self, session: Session, action: Tensor) -> Answer:
         assert session.story is not None
-        started = time.perf_counter()
         step = session.story.act(action)
-        self._step_seconds = time.perf_counter() - started
         session.shown.append(self._show(session.story, step))
         return session.shown[-1]
 
@@ -431,43 +430,40 @@ class Explorer:
             raise Refused(f"a goal is a frame of the clip, 0 to {len(story.scene.features) - 1}, found {goal}")
         if len(story.steps) >= MOST_STEPS:
             raise Refused(f"a story has at most {MOST_STEPS} imagined steps: save it, undo, or begin again")
-        steps = self.model.config.num_steps
-        horizon = min(PLAN_HORIZON, steps - 1)
-        known = range(max(0, story.now + 1 - (steps - horizon)), story.now + 1)
-        context = encode_context(
-            self.model,
-            self.processor,
-            features=torch.stack([story.features(step) for step in known]),
-            states=torch.stack([story.state(step) for step in known]),
-            actions=torch.stack([story.action(step) for step in known[:-1]]) if len(known) > 1 else None,
-            slot=story.slot,
-        )
         wanted = story.scene.features[goal]
         before = feature_error(story.features(story.now), wanted)
-        rollouts = PLAN_SECONDS / max(self._step_seconds, 1e-3) / horizon
-        candidates = int(min(max(rollouts / 4, 16), 64))
-        generator = torch.Generator().manual_seed(len(story.steps))
-        method = CEM(iterations=4, candidates=candidates, elites=max(candidates // 8, 2))
-        found = plan(
-            self.model,
-            self.processor,
-            context,
-            GoalCost(wanted),
-            horizon=horizon,
-            generator=generator,
-            space=self._space,
-            method=method,
-            warm_start=session.plan,
-        )
-        if found.cost >= before:
-            session.plan = None
-            return {"done": True, "distance": before, "message": f"no plan comes closer to the goal than {before:.3f}"}
-        session.plan = found
+        way = session.way
+        if way is None or way.goal != goal:
+            way = session.way = Way(goal, story.state(story.now), before)
+        work = ITERATIONS * horizon_of(story)
+        candidates = int(min(max(PLAN_SECONDS / self._rollout_seconds / work, FEWEST), CANDIDATES))
+        started = time.perf_counter()
+        ahead = way.steps < MOST_PLANNED and look_ahead(self.model, self.processor, story, way, self._space, candidates)
+        if not ahead:
+            session.way = None
+            return {"done": True, "distance": before, "start": way.start} | self._ending(story, way, before)
+        self._rollout_seconds = (time.perf_counter() - started) / work / candidates
+        assert way.plan is not None
         with self._compute:
-            step = self._act(session, found.actions[0])
+            step = self._act(session, way.plan.actions[0])
+        way.steps += 1
         after = feature_error(story.features(story.now), wanted)
-        costs = [record["best"] for record in found.costs]
-        return {"done": False, "distance": after, "before": before, "step": step, "costs": costs}
+        answer = {"done": False, "distance": after, "before": before, "start": way.start, "step": step}
+        return answer | {"expected": way.expected, "left": way.left - 1}
+
+    def _ending(self, story: Story, way: Way, distance: float) -> Answer:
+        """Whether a way has arrived: as near to the goal's frame as what is imagined usually is to what happens."""
+        if self.errors:
+            near = self.errors[min(max(len(story.steps), 1), len(self.errors)) - 1][0]
+            why = f"the model's measured error after so many steps is {near:.3f}"
+        else:
+            near, why = way.start / 2, "half of that counts as arrived, since the model's error was not measured"
+        arrived = distance <= near
+        word = "arrived:" if arrived else "gave up: nothing that was tried comes closer than"
+        if not arrived and way.steps >= MOST_PLANNED:
+            word = f"gave up after {MOST_PLANNED} steps:"
+        message = f"{word} {distance:.3f} from the goal, {way.start:.3f} at the start; {why}"
+        return {"arrived": arrived, "message": message}
 
 
 class Ended(Refused):

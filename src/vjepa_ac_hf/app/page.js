@@ -177,14 +177,15 @@ async function look_for(goal, box) {
   element.querySelectorAll(".vx-chosen").forEach((b) => b.classList.remove("vx-chosen"));
   box.classList.add("vx-chosen");
   planning = true;
-  for (let count = 0; planning && count < 8; count++) {
-    say("the planner looks for a way ...");
+  say("the planner looks for a way ...");
+  while (planning) {
     const answer = await ask("plan", {goal});
     if (!answer) break;
     if (answer.done) { say(answer.message); break; }
     await add(answer.step);
-    say("distance to the goal " + answer.distance.toFixed(3) + ", before " + answer.before.toFixed(3) +
-        "; plans found by iteration: " + answer.costs.map((c) => c.toFixed(3)).join(", "));
+    say("distance to the goal " + answer.distance.toFixed(3) + " now, " + answer.before.toFixed(3) + " a step before, " +
+        answer.start.toFixed(3) + " at the start; the plan expects " + answer.expected.toFixed(3) +
+        (answer.left ? " after " + answer.left + " more" : " here"));
   }
   planning = false;
 }

@@ -102,6 +102,11 @@ class Story:
         return max(0, self.now - self.context_steps + 1) // (self.model.config.num_steps - self.context_steps)
 
     @property
+    def window(self) -> range:
+        """Steps that the next one is imagined from."""
+        return range(self.windows * (self.model.config.num_steps - self.context_steps), self.now + 1)
+
+    @property
     def followed(self) -> bool:
         return self.scene.actions is not None and (not self.steps or self.steps[-1].followed)
 
@@ -150,7 +155,7 @@ class Story:
         if len(self.steps) >= MOST_STEPS:
             raise ValueError(f"a story has at most {MOST_STEPS} imagined steps: save it, undo, or begin again")
         action = action.double()
-        first = self.windows * (self.model.config.num_steps - self.context_steps)
+        first = self.window.start
         tokens = self.model.config.num_tokens + CONDITIONING_TOKENS
         if first != self._first:
             self.forget()
