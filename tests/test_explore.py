@@ -617,3 +617,14 @@ def test_parts_are_checked_against_each_other(clips, tmp_path):
         load_explorer(str(model), str(clips), split="test")
     with pytest.raises(ValueError, match="at least 1 clip"):
         load_explorer(str(model), str(clips), clips=0)
+
+
+def test_the_end_of_the_program_ends_the_encoding_of_real_frames(world, monkeypatch):
+    """A thread that is killed inside PyTorch aborts the program; so it is waited for, and looks whether all ends."""
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(self))
+    explorer = Explorer(*world)
+    assert len(started) == 1 and not started[0].daemon
+    monkeypatch.setattr(threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: False))
+    started[0].run()
+    assert explorer._real == []

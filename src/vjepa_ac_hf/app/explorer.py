@@ -122,10 +122,12 @@ class Explorer:
         self._requests = threading.BoundedSemaphore(self.limits.requests)
         self._real: list[Scene] = []  # frames to choose the nearest from, beside a story's own clip
         if decoder is None:
-            threading.Thread(target=self._encode_real, daemon=True).start()
+            threading.Thread(target=self._encode_real).start()
 
     def _encode_real(self) -> None:
         for number in range(min(len(self.scenes), MOST_REAL)):
+            if not threading.main_thread().is_alive():
+                return  # the program ends: it waits for this thread, since one killed inside PyTorch would abort it
             self._real.append(self.scenes.load(number))
 
     # --- what the page asks -----------------------------------------------------------------------------------
