@@ -547,9 +547,8 @@ def main() -> None:
     recorded = None
     if arguments.dataset is not None:
         recorded = RecordedGoals.from_dataset(arguments.dataset, model, processor)
-        make_worlds(
-            arguments, recorded, others
-        ).close()  # what does not fit together is refused before there is a folder
+        # What does not fit together is refused before there is a folder.
+        make_worlds(arguments, recorded, others).close()
     if arguments.steps == "data":
         arguments.steps = steps_of_data(arguments, recorded)
     settings = claim_output(arguments, model, processor, recorded, others)
