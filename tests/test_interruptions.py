@@ -87,12 +87,15 @@ def rows(output):
 
 
 def killed_anywhere(workspace, forks, undisturbed, tmp_path, moments):
+    """Kills at shares of the run's nine rows, and of the time between two: it may be faster than the undisturbed."""
     reference, seconds = undisturbed
     found = []
     for number, share in enumerate(moments):
         output = tmp_path / f"killed-{number}"
         pid = forks.start(command(workspace, output, *FLAGS), workspace / "log")
-        time.sleep(share * seconds)
+        step, part = divmod(share * 9, 1)
+        wait_for(lambda output=output, step=step: rows(output) >= step)
+        time.sleep(part * min(seconds / 9, 0.5))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         if forks.wait() == -signal.SIGKILL:
