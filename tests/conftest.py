@@ -16,6 +16,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Programs that a test runs in this process set their own. Left behind, that of SIGTERM goes to the workers of any
+    later pool, which then cannot be ended: `multiprocessing.Pool` waits for them for ever."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def train_program():
     """`examples/train.py` as a module."""
