@@ -15,7 +15,7 @@ setup: $(VENV)/.installed  ## virtual environment, the package with all extras, 
 
 # What comes after the set-up, for who waits for it.
 demo: NEXT := the demo: 13 minutes on 2 idle cores
-test: NEXT := the tests: 7 minutes on 2 cores
+test: NEXT := the tests: 6 minutes on 2 cores
 test-all: NEXT := all tests: half an hour on 2 cores
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,7 +38,7 @@ play: demo-model setup  ## a page to play in what the demo's model imagines, in 
 # A process a core; tests of a file stay together, since they share what its fixtures have built.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --timeout 900
 
-test: setup  ## the tests: 7 minutes on 2 cores
+test: setup  ## the tests: 6 minutes on 2 cores
 	@echo "== $(NEXT)"
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
