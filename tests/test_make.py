@@ -54,9 +54,9 @@ def test_two_at_once_install_once_and_say_what_comes(clone):
     assert calls == ["venv", "torch begins", "torch ends", "packages", "pytest", "pytest"]
     for text in said:
         lines = text.splitlines()
-        assert lines[0].startswith("== set-up") and "Then the tests: 7 minutes on 2 cores." in lines[1]
+        assert lines[0].startswith("== set-up") and "Then the tests: 6 minutes on 2 cores." in lines[1]
     assert "3/4 torch" in said[0] and "waiting" in said[1] and "3/4" not in said[1]
-    assert make(clone, "test").communicate()[0].startswith("== the tests: 7 minutes")
+    assert make(clone, "test").communicate()[0].startswith("== the tests: 6 minutes")
 
 
 def test_what_was_interrupted_is_begun_again(clone):
