@@ -40,7 +40,10 @@ def passing_turn(belief: Tensor, headings: Tensor, now: float, largest_turn: flo
         headings: `(K,)`, degrees.
         now: the heading.
         largest_turn: of a step.
-        spacing: of the turns that are tried, which are its multiples.
+        spacing: of the turns that are tried, which are its multiples. With T of them, `T * T * K` numbers are held.
+
+    Returns:
+        Degrees, within `largest_turn` to either side.
     """
     most = int(largest_turn / spacing + 1e-9)
     turns = torch.arange(-most, most + 1)  # in spacings; views, of which a turn has one in its middle, in halves of one
